@@ -1,0 +1,1 @@
+"""One module a command: the only place, with the server app, where parts are put together."""

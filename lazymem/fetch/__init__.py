@@ -1,0 +1,1 @@
+"""What is wanted, what is in flight, what to guess next."""

@@ -1,0 +1,1 @@
+"""The FUSE end: bytes in, bytes out, errno only in `operations`."""

@@ -1,0 +1,76 @@
+"""Page numbers, ranges and runs of pages. Pure; every other room counts in these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+PAGE_SIZE = 4096
+"""Bytes. x86's base page, and the unit of fetching, holding and verifying."""
+
+PAGE_SHIFT = 12
+
+ZERO_PAGE = bytes(PAGE_SIZE)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PageRange:
+    """Pages ``start`` to ``start + count - 1``; never empty."""
+
+    start: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.count < 1:
+            raise ValueError(f"not a page range: start {self.start}, count {self.count}")
+
+    @property
+    def end(self) -> int:
+        """First page behind the range."""
+        return self.start + self.count
+
+    @property
+    def offset_bytes(self) -> int:
+        return self.start << PAGE_SHIFT
+
+    @property
+    def length_bytes(self) -> int:
+        return self.count << PAGE_SHIFT
+
+    def pieces(self, max_pages: int) -> Iterator[PageRange]:
+        """The range cut into ranges of at most `max_pages`, in order."""
+        for start in range(self.start, self.end, max_pages):
+            yield PageRange(start, min(max_pages, self.end - start))
+
+    def __contains__(self, page: int) -> bool:
+        return self.start <= page < self.end
+
+
+def covering(offset_bytes: int, length_bytes: int) -> PageRange:
+    """The pages that hold any of ``length_bytes`` (at least 1) bytes from ``offset_bytes`` on."""
+    first = offset_bytes >> PAGE_SHIFT
+    last = (offset_bytes + length_bytes - 1) >> PAGE_SHIFT
+    return PageRange(first, last - first + 1)
+
+
+def runs(pages: Iterable[int]) -> list[PageRange]:
+    """Page numbers in any order, repeated or not, as the fewest ranges in ascending order."""
+    found: list[PageRange] = []
+    start = end = -1
+    for page in sorted(set(pages)):
+        if page != end:
+            if end > start:
+                found.append(PageRange(start, end - start))
+            start = page
+        end = page + 1
+    if end > start:
+        found.append(PageRange(start, end - start))
+    return found
+
+
+def is_zero(data: bytes | bytearray | memoryview) -> bool:
+    """Whether every byte is zero. Compares against a constant page at a time: memcmp, no copy of whole runs."""
+    if len(data) == PAGE_SIZE:
+        return data == ZERO_PAGE
+    view = memoryview(data)
+    return all(view[at : at + PAGE_SIZE] == ZERO_PAGE[: len(view) - at] for at in range(0, len(view), PAGE_SIZE))

@@ -1,0 +1,1 @@
+"""A snapshot on disk: manifest, digest tree, reader and writer."""

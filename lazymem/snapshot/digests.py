@@ -1,0 +1,93 @@
+"""The digest tree over a RAM file: page digests, leaf digests, root. Pure.
+
+- page digest: 16 bytes of BLAKE3 over one 4 KiB page;
+- leaf: the page digests of 1 MiB (256 pages; the last one may be shorter), verified by its own 16-byte digest;
+- upper level: the leaf digests one after the other (1 MiB for 64 GiB);
+- root: 32 bytes over size, page size and the upper level. It stands in the manifest.
+
+So one page is verified with one leaf (4 KiB), and mounting a huge image fetches the upper level only.
+
+On disk (`pc.ram.digests`): all page digests in order, then the upper level.
+
+16 bytes hold against a second preimage (2**128 work); whoever can choose *both* contents could collide at 2**64, which
+gives him nothing, since he made the snapshot.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE
+
+DIGEST_BYTES = 16
+LEAF_PAGES = 256
+ROOT_BYTES = 32
+
+_LEAF_CONTEXT = "lazymem 2026 digest tree leaf"
+_ROOT_CONTEXT = "lazymem 2026 digest tree root"
+
+
+def page_digest(page: bytes | bytearray | memoryview) -> bytes:
+    """16-byte digest of one page (4096 bytes)."""
+    return blake3(page).digest(DIGEST_BYTES)
+
+
+ZERO_PAGE_DIGEST = page_digest(ZERO_PAGE)
+
+
+def leaf_digest(page_digests: bytes | bytearray | memoryview) -> bytes:
+    """16-byte digest of a leaf, from its page digests one after the other (16 to 4096 bytes)."""
+    return blake3(page_digests, derive_key_context=_LEAF_CONTEXT).digest(DIGEST_BYTES)
+
+
+def root_digest(size_bytes: int, upper: bytes | bytearray | memoryview) -> bytes:
+    """32-byte root over the RAM size and the upper level."""
+    hasher = blake3(derive_key_context=_ROOT_CONTEXT)
+    hasher.update(struct.pack("<QI", size_bytes, PAGE_SIZE))
+    hasher.update(upper)
+    return hasher.digest(ROOT_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeShape:
+    """How large the parts of the tree over `size_bytes` (a multiple of the page size) are."""
+
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.size_bytes <= 0 or self.size_bytes % PAGE_SIZE:
+            raise ValueError(f"RAM size {self.size_bytes} is not a positive multiple of {PAGE_SIZE}")
+
+    @property
+    def pages(self) -> int:
+        return self.size_bytes >> PAGE_SHIFT
+
+    @property
+    def leaves(self) -> int:
+        return -(-self.pages // LEAF_PAGES)
+
+    @property
+    def upper_bytes(self) -> int:
+        return self.leaves * DIGEST_BYTES
+
+    @property
+    def upper_offset(self) -> int:
+        """Where the upper level starts in the digests file."""
+        return self.pages * DIGEST_BYTES
+
+    @property
+    def file_bytes(self) -> int:
+        return self.upper_offset + self.upper_bytes
+
+    def leaf_pages(self, leaf: int) -> int:
+        """Number of pages below leaf `leaf`."""
+        return min(LEAF_PAGES, self.pages - leaf * LEAF_PAGES)
+
+
+def leaf_matches(upper: bytes | memoryview, leaf: int, page_digests: bytes | memoryview) -> bool:
+    """Whether `page_digests` are the leaf's, by the (already verified) upper level."""
+    at = leaf * DIGEST_BYTES
+    return leaf_digest(page_digests) == bytes(upper[at : at + DIGEST_BYTES])

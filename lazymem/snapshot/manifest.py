@@ -1,0 +1,200 @@
+"""`manifest.json`: what a snapshot is and how it was made. Pure: text in, a checked record out.
+
+Comes from outside (a folder, the wire), so every field is checked, and a file name may not leave the folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from blake3 import blake3
+
+from lazymem.errors import SnapshotError
+from lazymem.pages import PAGE_SIZE
+from lazymem.snapshot.digests import ROOT_BYTES
+
+FORMAT = "lazymem-snapshot"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+RAM_BLOCK = "pc.ram"
+RAM_NAME = "pc.ram"
+DIGESTS_NAME = "pc.ram.digests"
+VMSTATE_NAME = "vmstate"
+
+MAX_MANIFEST_BYTES = 256 * 1024
+"""Ours are under 4 KiB; a larger one is not a manifest but an attack on the reader's memory."""
+
+MAX_RAM_BYTES = 1 << 46
+"""64 TiB: beyond any x86 guest, and small enough that page counts fit their fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emulator:
+    """How the snapshot was made. `options` are the emulator's, in order; None where unknown."""
+
+    name: str
+    version: str
+    machine: str | None = None
+    cpu: str | None = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One RAM block that is a file of the snapshot. Sizes in bytes."""
+
+    name: str
+    file: str
+    size: int
+    page_size: int = PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class VmState:
+    """The save stream: size in bytes and BLAKE3 (32 bytes, hex) over it."""
+
+    file: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A whole manifest. `ram_id` is random (16 bytes, hex); `ram_root` the digest tree's root (32 bytes, hex)."""
+
+    emulator: Emulator
+    blocks: tuple[Block, ...]
+    ram_id: str
+    ram_root: str
+    vmstate: VmState | None
+    created: str = ""
+    disks_handled: bool = False
+    """True: the guest had writable disks that the snapshot does not cover, and its maker said that he sees to them."""
+    pause_seconds: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ram(self) -> Block:
+        return next(block for block in self.blocks if block.name == RAM_BLOCK)
+
+    def to_json(self) -> bytes:
+        """The text of manifest.json."""
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+
+    @property
+    def identity(self) -> bytes:
+        """32 bytes that name this RAM: root, id and size. Two snapshots with it have the same bytes in pc.ram."""
+        return blake3(f"{self.ram_id}:{self.ram_root}:{self.ram.size}".encode()).digest(32)
+
+
+def vmstate_digest(data: bytes | memoryview) -> str:
+    """BLAKE3 over a save stream, as hex: the manifest's `vmstate.digest`."""
+    return blake3(data).hexdigest()
+
+
+def parse(text: bytes) -> Manifest:
+    """Check and read manifest.json.
+
+    Raises:
+        SnapshotError: with what is wrong; nothing of a bad manifest is believed.
+    """
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise SnapshotError(
+            f"manifest.json has {len(text)} bytes, more than the {MAX_MANIFEST_BYTES} any manifest needs"
+        )
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SnapshotError(f"manifest.json is not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise SnapshotError(f'manifest.json is not a snapshot\'s: its "format" is not "{FORMAT}"')
+    if document.get("version") != VERSION:
+        raise SnapshotError(
+            f"manifest.json has version {document.get('version')!r}, this lazymem reads version {VERSION}: use a newer one"
+        )
+    try:
+        return _build(document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SnapshotError(f"manifest.json lacks or misuses a field: {error}") from error
+
+
+def _build(document: dict[str, Any]) -> Manifest:
+    blocks = tuple(_block(entry) for entry in document["blocks"])
+    names = [block.name for block in blocks]
+    if len(set(names)) != len(names):
+        raise SnapshotError("manifest.json names a block twice")
+    if RAM_BLOCK not in names:
+        raise SnapshotError(f"manifest.json has no block {RAM_BLOCK}")
+    emulator = document["emulator"]
+    vmstate = document["vmstate"]
+    pause = document.get("pause_seconds")
+    return Manifest(
+        emulator=Emulator(
+            name=_text(emulator["name"]),
+            version=_text(emulator["version"]),
+            machine=_maybe_text(emulator.get("machine")),
+            cpu=_maybe_text(emulator.get("cpu")),
+            options=tuple(_text(option) for option in emulator.get("options", ())),
+        ),
+        blocks=blocks,
+        ram_id=_hex(document["ram_id"], 16, "ram_id"),
+        ram_root=_hex(document["ram_root"], ROOT_BYTES, "ram_root"),
+        vmstate=None
+        if vmstate is None
+        else VmState(
+            _file_name(vmstate["file"]),
+            _number(vmstate["size"], "vmstate size"),
+            _hex(vmstate["digest"], 32, "vmstate digest"),
+        ),
+        created=_text(document.get("created", "")),
+        disks_handled=document.get("disks_handled", False) is True,
+        pause_seconds=float(pause) if isinstance(pause, int | float) else None,
+        extra=dict(document.get("extra", {})),
+    )
+
+
+def _block(entry: dict[str, Any]) -> Block:
+    size = _number(entry["size"], "block size")
+    page_size = _number(entry["page_size"], "page size")
+    if page_size != PAGE_SIZE:
+        raise SnapshotError(f"manifest.json has pages of {page_size} bytes; lazymem knows {PAGE_SIZE}")
+    if not 0 < size <= MAX_RAM_BYTES or size % PAGE_SIZE:
+        raise SnapshotError(f"manifest.json has a block of {size} bytes, not a sane multiple of {PAGE_SIZE}")
+    return Block(_text(entry["name"]), _file_name(entry["file"]), size, page_size)
+
+
+def _file_name(value: object) -> str:
+    name = _text(value)
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise SnapshotError(f"manifest.json names the file {name!r}, which is outside the snapshot's folder")
+    return name
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise SnapshotError(f"manifest.json has {value!r} where a text belongs")
+    return value
+
+
+def _maybe_text(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _number(value: object, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise SnapshotError(f"manifest.json has {value!r} as {what}")
+    return value
+
+
+def _hex(value: object, length_bytes: int, what: str) -> str:
+    text = _text(value)
+    try:
+        good = len(bytes.fromhex(text)) == length_bytes and text == text.lower() and len(text) == 2 * length_bytes
+    except ValueError:
+        good = False
+    if not good:
+        raise SnapshotError(f"manifest.json has {text!r} as {what}, not {length_bytes} bytes in hex")
+    return text

@@ -1,0 +1,85 @@
+"""What the store needs from outside: pages, on demand. The scheduler of `fetch/` fits this without an import.
+
+Also the records in which pages travel between rooms, and the sink into which fetched pages go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lazymem.pages import PageRange
+
+
+@dataclass(frozen=True, slots=True)
+class PageRun:
+    """Consecutive pages with their bytes (``count * 4096``), or None where all are zero."""
+
+    pages: PageRange
+    data: bytes | memoryview | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What one answer of a page source brought, not yet verified.
+
+    `runs` cover what was asked for exactly, in ascending order. `leaves`: leaf number to its page digests, those that
+    came along. `page_digests`: start page to 16 bytes a page, what an unhashed snapshot's server vouches for.
+    """
+
+    runs: tuple[PageRun, ...]
+    leaves: Mapping[int, bytes] = field(default_factory=dict)
+    page_digests: Mapping[int, bytes] = field(default_factory=dict)
+
+
+class PageSource(Protocol):
+    """Pristine pages of one snapshot, from anywhere: a server, a local folder, a layer over another source."""
+
+    @property
+    def total_pages(self) -> int: ...
+
+    async def fetch(
+        self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False
+    ) -> Fetched:
+        """Bring the pages of `ranges` (ascending, not overlapping).
+
+        Raises:
+            LazymemError: classified; a temporary one may be tried again.
+        """
+        ...
+
+
+class PageSink(Protocol):
+    """Where fetched pages go: verifies them, keeps them, and only then calls them held. Implemented by the store."""
+
+    def missing_leaves(self, pages: PageRange) -> bool:
+        """Whether verifying `pages` needs leaf blocks that are not here yet."""
+        ...
+
+    def accept(self, fetched: Fetched) -> None:
+        """Verify; afterwards `fetched.runs` may be given to readers. Synchronous, no disk.
+
+        Raises:
+            VerificationError: naming the page; nothing of `fetched` was kept.
+        """
+        ...
+
+    async def keep(self, fetched: Fetched) -> None:
+        """Write accepted pages to the cache file, then mark them held. Blocking work in a thread."""
+        ...
+
+
+class PageDemand(Protocol):
+    """What the store calls when a reader needs pages that are not held."""
+
+    async def demand(self, pages: PageRange) -> list[PageRun]:
+        """Return verified runs that cover `pages` exactly, in order; one fetch a page at a time, whoever asks.
+
+        Waits without limit for a lost server unless a deadline was set.
+
+        Raises:
+            DeadlineError: the user's deadline passed.
+            VerificationError: the source insists on wrong bytes.
+        """
+        ...

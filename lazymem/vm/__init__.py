@@ -1,0 +1,1 @@
+"""The emulator that maps the RAM file."""

@@ -1,0 +1,223 @@
+"""The messages of the wire protocol, as records. `docs/wire.md` gives each one's bytes; `codec` turns them into those.
+
+A request (client to server) carries an `id` of the client's choice, unused among its open requests; every answer
+carries the same. Replies come in any order. A `Fetch` is answered by any number of `Pages` (and `Digests`) frames whose
+pages together are exactly the asked ones; the last one is marked `final`. An `Error` with the request's id ends it too.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from lazymem.pages import PageRange
+
+WIRE_VERSION = 1
+
+
+class Capability(enum.IntFlag):
+    """What both sides must say for either to use."""
+
+    NONE = 0
+    ZSTD = 1
+
+
+class FetchFlag(enum.IntFlag):
+    NONE = 0
+    BACKGROUND = 1
+    """Guessed, not demanded: the server lets every demand of this client go first."""
+    WANT_DIGESTS = 2
+    """Hashed snapshot: send the leaf block of every leaf that the ranges touch, before the pages below it.
+    Unhashed: `Pages` carry their page digests in any case."""
+
+
+class Encoding(enum.IntEnum):
+    ZERO = 0
+    """All pages are zero; no data follows."""
+    RAW = 1
+    ZSTD = 2
+    """One zstd frame that holds its content size, which is `count` pages."""
+
+
+class Level(enum.IntEnum):
+    LEAF = 0
+    """`index` is the leaf's number, data its page digests."""
+    UPPER = 1
+    """`index` is the first leaf's number, data leaf digests one after the other."""
+
+
+class PublishedFile(enum.IntEnum):
+    """Small whole files beside the RAM."""
+
+    MANIFEST = 0
+    VMSTATE = 1
+    WORKING_SET = 2
+
+
+class ErrorCode(enum.IntEnum):
+    """Whose fault: 1xx the client's, 2xx the server's or its host's. The names are stable, the numbers are the wire's."""
+
+    BAD_REQUEST = 100
+    NO_SUCH_SNAPSHOT = 101
+    UNSUPPORTED_VERSION = 102
+    TOO_MANY_REQUESTS = 103
+    NO_SUCH_FILE = 104
+    IO_ERROR = 200
+    PAGE_CHANGED = 201
+    """The published file is not what it was: the page's bytes are refused."""
+    BUSY = 202
+    """Too many clients."""
+    SHUTTING_DOWN = 203
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First frame of the client. An empty name means: the only snapshot."""
+
+    name: str
+    version_min: int = WIRE_VERSION
+    version_max: int = WIRE_VERSION
+    capabilities: Capability = Capability.ZSTD
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server takes from one connection; the client stays below."""
+
+    max_request_pages: int
+    max_request_ranges: int
+    max_requests: int
+    """Open requests at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """First frame of the server. `manifest` is manifest.json's bytes, empty for an unhashed snapshot (no manifest).
+
+    `identity`: 32 bytes, equal for equal RAM only (`Manifest.identity`; unhashed: that server's own).
+    `vmstate_bytes` 0: there is none. `working_set_bytes` likewise.
+    """
+
+    version: int
+    capabilities: Capability
+    limits: Limits
+    name: str
+    identity: bytes
+    ram_bytes: int
+    hashed: bool
+    manifest: bytes
+    vmstate_bytes: int
+    working_set_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    id: int
+    ranges: tuple[PageRange, ...]
+    flags: FetchFlag = FetchFlag.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """`data` is as on the wire (encoded). `digests`: 16 bytes a page from an unhashed snapshot's server, else empty."""
+
+    id: int
+    pages: PageRange
+    encoding: Encoding
+    data: bytes | memoryview = b""
+    digests: bytes = b""
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FetchDigests:
+    """Ask for digests without pages: `count` leaves from `first` on, of one level."""
+
+    id: int
+    level: Level
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    id: int
+    level: Level
+    index: int
+    data: bytes
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFile:
+    id: int
+    file: PublishedFile
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileData:
+    """Answers `ReadFile`, one frame, shorter than asked only at the file's end."""
+
+    id: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client no longer waits for request `id`. Frames already on their way still come; the server's last word on
+    that id is `Cancelled`, or the ordinary final frame if that was sent first."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The server's last word on a cancelled request; nothing with its id follows."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """`id` 0: about the connection, which ends after it."""
+
+    id: int
+    code: ErrorCode
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """No new requests; the connection closes once open ones are answered."""
+
+    reason: str = field(default="")
+
+
+Message = (
+    Hello
+    | Welcome
+    | Fetch
+    | Pages
+    | FetchDigests
+    | Digests
+    | ReadFile
+    | FileData
+    | Cancel
+    | Cancelled
+    | Error
+    | Ping
+    | Pong
+    | Goodbye
+)

@@ -1,0 +1,1 @@
+"""lazymem-serve: publishes the RAM of snapshots, read-only."""
