@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 PAGE_SIZE = 4096
 """Bytes. x86's base page, and the unit of fetching, holding and verifying."""
@@ -44,6 +44,27 @@ class PageRange:
 
     def __contains__(self, page: int) -> bool:
         return self.start <= page < self.end
+
+
+@dataclass(frozen=True, slots=True)
+class PageRun:
+    """Consecutive pages with their bytes (``count * 4096``), or None where all are zero."""
+
+    pages: PageRange
+    data: bytes | memoryview | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What one answer of a page source brought, not yet verified.
+
+    `runs` cover what was asked for exactly, in ascending order. `leaves`: leaf number to its page digests, those that
+    came along. `page_digests`: start page to 16 bytes a page, what an unhashed snapshot's server vouches for.
+    """
+
+    runs: tuple[PageRun, ...]
+    leaves: Mapping[int, bytes] = field(default_factory=dict)
+    page_digests: Mapping[int, bytes] = field(default_factory=dict)
 
 
 def covering(offset_bytes: int, length_bytes: int) -> PageRange:

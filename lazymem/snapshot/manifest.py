@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from lazymem.errors import SnapshotError
 from lazymem.pages import PAGE_SIZE
-from lazymem.snapshot.digests import ROOT_BYTES
+from lazymem.digests import ROOT_BYTES
 
 FORMAT = "lazymem-snapshot"
 VERSION = 1
@@ -113,7 +113,7 @@ def parse(text: bytes) -> Manifest:
         raise SnapshotError(f'manifest.json is not a snapshot\'s: its "format" is not "{FORMAT}"')
     if document.get("version") != VERSION:
         raise SnapshotError(
-            f"manifest.json has version {document.get('version')!r}, this lazymem reads version {VERSION}: use a newer one"
+            f"manifest.json has version {document.get('version')!r}, this lazymem reads {VERSION}: use a newer one"
         )
     try:
         return _build(document)

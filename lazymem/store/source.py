@@ -1,36 +1,14 @@
 """What the store needs from outside: pages, on demand. The scheduler of `fetch/` fits this without an import.
 
-Also the records in which pages travel between rooms, and the sink into which fetched pages go.
+Also the sink into which fetched pages go. The records that travel are `pages.PageRun` and `pages.Fetched`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Protocol
 
-from lazymem.pages import PageRange
-
-
-@dataclass(frozen=True, slots=True)
-class PageRun:
-    """Consecutive pages with their bytes (``count * 4096``), or None where all are zero."""
-
-    pages: PageRange
-    data: bytes | memoryview | None
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """What one answer of a page source brought, not yet verified.
-
-    `runs` cover what was asked for exactly, in ascending order. `leaves`: leaf number to its page digests, those that
-    came along. `page_digests`: start page to 16 bytes a page, what an unhashed snapshot's server vouches for.
-    """
-
-    runs: tuple[PageRun, ...]
-    leaves: Mapping[int, bytes] = field(default_factory=dict)
-    page_digests: Mapping[int, bytes] = field(default_factory=dict)
+from lazymem.pages import Fetched, PageRange, PageRun
 
 
 class PageSource(Protocol):

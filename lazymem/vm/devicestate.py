@@ -16,7 +16,7 @@ State = Mapping[str, Value]
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field: unsigned integer of 1, 2, 4 or 8 bytes (values are int), or a buffer of any size (values are bytes)."""
+    """One field: an unsigned integer of 1, 2, 4 or 8 bytes (value: int), or a buffer of any size (value: bytes)."""
 
     name: str
     size_bytes: int

@@ -55,7 +55,7 @@ class PublishedFile(enum.IntEnum):
 
 
 class ErrorCode(enum.IntEnum):
-    """Whose fault: 1xx the client's, 2xx the server's or its host's. The names are stable, the numbers are the wire's."""
+    """Whose fault: 1xx the client's, 2xx the server's or its host's. The numbers are the wire's."""
 
     BAD_REQUEST = 100
     NO_SUCH_SNAPSHOT = 101
