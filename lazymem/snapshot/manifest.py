@@ -11,9 +11,9 @@ from typing import Any
 
 from blake3 import blake3
 
+from lazymem.digests import ROOT_BYTES
 from lazymem.errors import SnapshotError
 from lazymem.pages import PAGE_SIZE
-from lazymem.digests import ROOT_BYTES
 
 FORMAT = "lazymem-snapshot"
 VERSION = 1
