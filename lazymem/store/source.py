@@ -35,6 +35,14 @@ class PageSink(Protocol):
         """Whether verifying `pages` needs leaf blocks that are not here yet."""
         ...
 
+    def next_missing(self, start: int, limit: int) -> PageRange | None:
+        """First run of pages neither held nor written at or behind page `start`, cut to at most `limit` pages.
+
+        Accepted pages that are not kept yet may count as missing; the scheduler knows those itself. None: nothing is
+        missing from `start` to the end. Synchronous, no disk; called once a pre-paging request, so O(gap) is fine.
+        """
+        ...
+
     def accept(self, fetched: Fetched) -> None:
         """Verify; afterwards `fetched.runs` may be given to readers. Synchronous, no disk.
 

@@ -1,0 +1,192 @@
+"""Frozen settings, checked once where they enter; whoever gets one may trust it. Pure but for reading the environment.
+
+How a server is named:
+
+    HOST:PORT[/NAME]           ram.example:7411, 192.0.2.7:7411/web
+    [V6]:PORT[/NAME]           [2001:db8::7]:7411/web
+    unix:PATH[:/NAME]          unix:/run/lazymem.sock, unix:/run/lazymem.sock:/web
+
+NAME picks one snapshot of several; without it the server's only one is meant. A socket whose own path holds ``:/``
+cannot be named.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lazymem.errors import UsageError
+
+DEFAULT_PORT = 7411
+
+MAX_NAME_BYTES = 255
+"""A snapshot's name is the name of a folder, and no file system takes a longer one."""
+
+MAX_SOCKET_PATH_BYTES = 107
+"""sun_path holds 108 bytes with its zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class TcpEndpoint:
+    """`host` is a name or an address without brackets."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixEndpoint:
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+Endpoint = TcpEndpoint | UnixEndpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """Where a snapshot is served. An empty name means the server's only one."""
+
+    endpoint: Endpoint
+    name: str = ""
+
+    def __str__(self) -> str:
+        if not self.name:
+            return str(self.endpoint)
+        separator = ":/" if isinstance(self.endpoint, UnixEndpoint) else "/"
+        return f"{self.endpoint}{separator}{self.name}"
+
+
+class Prefetch(enum.Enum):
+    """What is brought before the guest asks for it."""
+
+    NONE = "none"
+    ALL = "all"
+    """What surrounds the guest's own faults first, then the rest, until nothing is missing."""
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """`HOST:PORT`, `[V6]:PORT` or `unix:PATH`. Port 0 is taken (a listener lets the kernel choose).
+
+    Raises:
+        UsageError: with what is wrong with `text`.
+    """
+    if text.startswith("unix:"):
+        return _unix(text, text.removeprefix("unix:"))
+    host, separator, port = text.rpartition(":")
+    if not separator or not host:
+        raise UsageError(f"{text!r} is not HOST:PORT, [V6]:PORT or unix:PATH")
+    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+        raise UsageError(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:{DEFAULT_PORT}")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or any(character in host for character in "[]/\0 "):
+        raise UsageError(f"{text!r} holds no usable host name")
+    if not (port.isascii() and port.isdigit() and int(port[:6]) <= 65535 and len(port) <= 5):
+        raise UsageError(f"{text!r}: the port is {port!r}, not a number up to 65535")
+    return TcpEndpoint(host, int(port))
+
+
+def parse_server(text: str) -> ServerAddress:
+    """What `lazymem-mount` is given: an endpoint and maybe a snapshot's name (spelling: see the module).
+
+    Raises:
+        UsageError: with what is wrong with `text`.
+    """
+    if text.startswith("unix:"):
+        endpoint_text, separator, name = text.rpartition(":/")
+        if not separator or endpoint_text == "unix":
+            endpoint_text, separator, name = text, "", ""
+    else:
+        endpoint_text, separator, name = text.partition("/")
+    endpoint = parse_endpoint(endpoint_text)
+    if separator and not is_snapshot_name(name):
+        raise UsageError(f"{text!r}: {name!r} cannot be a snapshot's name")
+    if isinstance(endpoint, TcpEndpoint) and endpoint.port == 0:
+        raise UsageError(f"{text!r}: port 0 is nobody's")
+    return ServerAddress(endpoint, name)
+
+
+def is_snapshot_name(name: str) -> bool:
+    """Whether a folder, and so a snapshot, can have this name."""
+    return (
+        0 < len(name.encode(errors="replace")) <= MAX_NAME_BYTES
+        and name not in (".", "..")
+        and name.isprintable()
+        and "/" not in name
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSettings:
+    """How the client treats its connections. Seconds."""
+
+    connect_timeout_seconds: float = 10.0
+    """A SYN is sent again after 1, 3 and 7 s; who has not answered by then is not there."""
+    handshake_timeout_seconds: float = 10.0
+    ping_interval_seconds: float = 2.0
+    """A connection silent for so long while something is expected from it is asked whether it lives."""
+    ping_timeout_seconds: float = 5.0
+    """Silence behind a ping after which the peer counts as dead: several round trips of any link, and seconds only."""
+    backoff_base_seconds: float = 0.05
+    backoff_cap_seconds: float = 5.0
+    """A guest stands still meanwhile: after a server's return it waits for this at most."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            check_seconds(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True)
+class MountSettings:
+    """Everything that a mount was told. `state_dir` None: the run's pages go at unmount."""
+
+    server: ServerAddress
+    mountpoint: Path
+    cache_dir: Path
+    state_dir: Path | None = None
+    deadline_seconds: float | None = None
+    prefetch: Prefetch = Prefetch.NONE
+    link: LinkSettings = field(default_factory=LinkSettings)
+
+    def __post_init__(self) -> None:
+        if self.deadline_seconds is not None:
+            check_seconds("--deadline", self.deadline_seconds)
+        if self.state_dir is not None and self.state_dir.absolute() == self.cache_dir.absolute():
+            raise UsageError("--cache and --state are the same folder: one may be deleted at any time, the other never")
+
+
+def check_seconds(name: str, value: float) -> float:
+    """Refuse what is not a time to wait.
+
+    Raises:
+        UsageError: `value` is not a positive, finite number.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{name} is {value!r}, not a positive number of seconds")
+    return value
+
+
+def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """`lazymem` under the XDG cache folder (XDG Base Directory Specification: a relative value is ignored)."""
+    base = environ.get("XDG_CACHE_HOME", "")
+    if not base.startswith("/"):
+        home = environ.get("HOME", "")
+        base = os.path.join(home, ".cache") if home.startswith("/") else "/var/cache"
+    return Path(base, "lazymem")
+
+
+def _unix(text: str, path: str) -> UnixEndpoint:
+    if not path or "\0" in path:
+        raise UsageError(f"{text!r} names no socket")
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise UsageError(f"{text!r}: a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes")
+    return UnixEndpoint(path)

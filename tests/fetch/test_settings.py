@@ -1,0 +1,93 @@
+"""Settings: every spelling of a server, and near-misses refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lazymem.errors import UsageError
+from lazymem.settings import (
+    LinkSettings,
+    MountSettings,
+    ServerAddress,
+    TcpEndpoint,
+    UnixEndpoint,
+    default_cache_dir,
+    parse_endpoint,
+    parse_server,
+)
+
+GOOD = {
+    "localhost:7411": ServerAddress(TcpEndpoint("localhost", 7411)),
+    "192.0.2.7:1/web": ServerAddress(TcpEndpoint("192.0.2.7", 1), "web"),
+    "[::1]:7411": ServerAddress(TcpEndpoint("::1", 7411)),
+    "[2001:db8::7]:65535/a b": ServerAddress(TcpEndpoint("2001:db8::7", 65535), "a b"),
+    "unix:/run/l.sock": ServerAddress(UnixEndpoint("/run/l.sock")),
+    "unix:/run/l.sock:/web": ServerAddress(UnixEndpoint("/run/l.sock"), "web"),
+    "unix:l.sock:/web": ServerAddress(UnixEndpoint("l.sock"), "web"),
+    "unix:/run/a:b.sock": ServerAddress(UnixEndpoint("/run/a:b.sock")),
+}
+
+BAD = [
+    "",
+    "host",
+    ":7411",
+    "host:",
+    "host:x",
+    "host:-1",
+    "host:0",
+    "host:65536",
+    "host:1000000",
+    "host:\u0661",
+    "::1:7411",
+    "[::1:7411",
+    "::1]:7411",
+    "[]:7411",
+    "ho st:1",
+    "host:1/",
+    "host:1/.",
+    "host:1/..",
+    "host:1/a/b",
+    "host:1/a\0",
+    "host:1/" + "n" * 256,
+    "unix:",
+    "unix:a\0b",
+    "unix:/run/l.sock:/",
+    "unix:" + "p" * 108,
+]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_server_is_read_and_printed_as_given(text: str) -> None:
+    assert parse_server(text) == GOOD[text]
+    assert str(parse_server(text)) == text
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_near_misses_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_server(text)
+
+
+def test_listener_may_leave_the_port_to_the_kernel() -> None:
+    assert parse_endpoint("127.0.0.1:0") == TcpEndpoint("127.0.0.1", 0)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_times_are_positive(seconds: float) -> None:
+    with pytest.raises(UsageError):
+        LinkSettings(ping_interval_seconds=seconds)
+    with pytest.raises(UsageError):
+        MountSettings(parse_server("h:1"), Path("/m"), Path("/c"), deadline_seconds=seconds)
+
+
+def test_cache_and_state_are_two_folders() -> None:
+    with pytest.raises(UsageError):
+        MountSettings(parse_server("h:1"), Path("/m"), Path("/c"), state_dir=Path("/c"))
+
+
+def test_cache_folder_follows_xdg() -> None:
+    assert default_cache_dir({"XDG_CACHE_HOME": "/x", "HOME": "/h"}) == Path("/x/lazymem")
+    assert default_cache_dir({"XDG_CACHE_HOME": "relative", "HOME": "/h"}) == Path("/h/.cache/lazymem")
+    assert default_cache_dir({}) == Path("/var/cache/lazymem")
