@@ -1,0 +1,31 @@
+# Two commands do everything, set-up included: `make demo` and `make test`. The second time the set-up takes a second.
+PYTHON ?= python3
+VENV := .venv/bin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: setup ## set up, then resume guests whose RAM is elsewhere, and show what that took
+	@$(VENV)/lazymem demo
+
+test: setup lint ## set up, then lint, type check and run all tests (PYTEST_ARGS=... passes more to pytest)
+	@$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff (rules and format) and mypy in strict mode
+	@$(VENV)/ruff check
+	@$(VENV)/ruff format --check
+	@$(VENV)/mypy
+
+format: setup ## let ruff format the sources
+	@$(VENV)/ruff format
+
+setup: ## system packages where missing, the virtual environment, the install; needs root or sudo only for packages
+	@PYTHON="$(PYTHON)" scripts/setup
+
+clean: ## remove all that make made here: .venv, caches (system packages stay)
+	rm -rf .venv .cache build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
