@@ -1,0 +1,84 @@
+"""Reading `/proc/self/mountinfo`: what is mounted where, without touching a mount that may not answer."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of mountinfo. `device` as "MAJ:MIN"; `peer_group` is the N of "shared:N", None for a private mount."""
+
+    mount_id: int
+    device: str
+    path: str
+    fs_type: str
+    source: str
+    peer_group: int | None
+
+    @property
+    def minor(self) -> int:
+        return int(self.device.split(":")[1])
+
+    @property
+    def is_ours(self) -> bool:
+        return self.fs_type == "fuse.lazymem"
+
+
+def parse(text: str) -> list[Mount]:
+    """Mounts in order; a later one hides an earlier one at the same path (proc(5))."""
+    mounts = []
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split(" ")
+        shared = next((field for field in fields[6:] if field.startswith("shared:")), None)
+        fs_type, source = after.split(" ")[:2]
+        mounts.append(
+            Mount(
+                mount_id=int(fields[0]),
+                device=fields[2],
+                path=_unescape(fields[4]),
+                fs_type=fs_type,
+                source=_unescape(source),
+                peer_group=int(shared.removeprefix("shared:")) if shared else None,
+            )
+        )
+    return mounts
+
+
+def _unescape(path: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        path = path.replace(code, char)
+    return path
+
+
+def current() -> list[Mount]:
+    return parse(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+
+
+def maybe_mount_at(path: str) -> Mount | None:
+    """The topmost mount whose mount point is exactly `path` (absolute, symlinks resolved)."""
+    return next((mount for mount in reversed(current()) if mount.path == path), None)
+
+
+def mount_holding(path: str) -> Mount:
+    """The mount that `path` lies on (longest matching mount point, topmost)."""
+    best: Mount | None = None
+    for mount in current():
+        prefix = mount.path.rstrip("/") + "/"
+        if (path + "/").startswith(prefix) and (best is None or len(mount.path) >= len(best.path)):
+            best = mount
+    if best is None:
+        raise LookupError(path)
+    return best
+
+
+def real_path(path: str) -> str:
+    """`path` absolute, with the symlinks of its parents resolved; the last part is not followed or looked at.
+
+    A dead FUSE mount answers no stat, so the mount point itself is never asked.
+    """
+    absolute = os.path.abspath(path)
+    return os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))

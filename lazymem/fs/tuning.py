@@ -1,0 +1,52 @@
+"""Kernel knobs of one mount: the dirty throttle, read-ahead, background slots.
+
+The kernel lets a FUSE mount hold 1 % of the host's dirty memory and throttles it strictly, which slows a guest's
+writes by a factor of fifty. Lifting that needs root; where it is not permitted we say so and go on. Only our own
+connection's files are written: another one's belong to somebody's guest.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KB = 128
+"""One request of `max_read`: what the kernel guesses around a touch. Guessing further is ours, where it is measured."""
+
+MAX_BACKGROUND = 64
+"""Read-ahead and write-back requests at a time (kernel's default: 12), so that a sweep leaves slots for the guest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    path: Path
+    value: str
+    meaning: str
+
+
+def knobs(major: int, minor: int, *, sysfs: Path = Path("/sys")) -> list[Knob]:
+    """What to write where, for the mount with that device number."""
+    bdi = sysfs / "class/bdi" / f"{major}:{minor}"
+    connection = sysfs / "fs/fuse/connections" / str(minor)
+    return [
+        Knob(bdi / "strict_limit", "0", "the dirty throttle stays on: the guest's writes will be slow"),
+        Knob(bdi / "max_ratio", "100", "the dirty limit stays at 1 %: the guest's writes will be slow"),
+        Knob(bdi / "read_ahead_kb", str(READ_AHEAD_KB), "read-ahead stays as it is"),
+        Knob(connection / "max_background", str(MAX_BACKGROUND), "background slots stay as they are"),
+        Knob(connection / "congestion_threshold", str(MAX_BACKGROUND * 3 // 4), "congestion threshold stays"),
+    ]
+
+
+def apply(wanted: list[Knob]) -> list[Knob]:
+    """Turn the knobs; log and return those that could not be turned."""
+    failed = []
+    for knob in wanted:
+        try:
+            knob.path.write_text(knob.value)
+        except OSError as error:
+            log.warning("%s (%s: %s); run as root to lift it", knob.meaning, knob.path, error.strerror)
+            failed.append(knob)
+    return failed
