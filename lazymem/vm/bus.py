@@ -2,10 +2,10 @@
 
 The contract of every device in `vm/devices`:
 
-- `read`, `write`, `state`, `load_state`, `advance` are called on the vCPU's thread only, one at a time: no locks inside.
+- `read`, `write`, `state`, `load_state`, `advance` are called on the vCPU thread only, one at a time: no locks inside.
   What comes from elsewhere (a key on the serial line) is carried there by `Machine.post`.
 - No device sleeps, opens files or looks at a host clock; time comes from the `Clock` it was given, bytes go out through
-  a callable it was given, and an interrupt line is a callable `raise_irq(level: bool)`, called on every change of level.
+  a callable it was given, and an interrupt line is a callable `raise_irq(level: bool)`, called when the level changes.
 - A device that needs to be called at a moment is also a `vm.clock.Timer`.
 
 Unclaimed ports read as all ones and swallow writes, as on an ISA bus where nobody drives the lines.
