@@ -1,0 +1,57 @@
+"""Child processes of the demo and the system tests: started, watched, and ended by their own id in every case."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lazymem.errors import EnvironmentRefusedError
+
+_END_SECONDS = 5.0
+
+
+@contextmanager
+def child(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A running process whose output goes to the file `log`; ended on the way out, by force when it must be."""
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, some seconds, SIGKILL; no matter whether it still runs."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+def wait_for_path(path: Path, process: subprocess.Popen[bytes], log: Path, timeout_seconds: float = 30) -> None:
+    """Waits until the process has made `path` (a socket, a file).
+
+    Raises:
+        EnvironmentRefusedError: the process ended, or the time is up; with the last lines of its log.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while not path.exists():
+        if process.poll() is not None:
+            raise EnvironmentRefusedError(f"{process.args!r} ended with {process.returncode}: {tail(log)}")
+        if time.monotonic() > deadline:
+            raise EnvironmentRefusedError(f"{process.args!r} did not make {path} in time: {tail(log)}")
+        time.sleep(0.002)
+
+
+def tail(log: Path, characters: int = 2000) -> str:
+    """The end of a log, for an error's text."""
+    return log.read_text(errors="replace")[-characters:].strip() or "(it said nothing)"

@@ -1,0 +1,177 @@
+"""Writes a snapshot folder: whole or absent.
+
+Everything goes into a sibling folder with a name of its own; its files and the folder are synced and only then renamed
+to the name that was asked for. A crash leaves at most that sibling, which no reader takes for a snapshot of that name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from blake3 import blake3
+
+from lazymem.digests import LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, leaf_digest, page_digest, root_digest
+from lazymem.errors import BusyError, SnapshotError
+from lazymem.pages import PAGE_SIZE, ZERO_PAGE
+from lazymem.snapshot.manifest import DIGESTS_NAME, MANIFEST_NAME, RAM_NAME, VMSTATE_NAME, Manifest, VmState
+from lazymem.snapshot.ramcopy import data_extents, write_all
+
+_LEAF_BYTES = LEAF_PAGES * PAGE_SIZE
+
+
+class PendingSnapshot:
+    """A snapshot that is being written; leaving the context before `finish` removes every trace of it.
+
+    Raises:
+        SnapshotError: `target` exists, or its parent does not or may not be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = Path(os.path.abspath(target))
+        refuse_existing(self._target)
+        self.folder = self._target.parent / f".{self._target.name}.partial-{secrets.token_hex(4)}"
+        self._moved_from: Path | None = None
+        self._finished = False
+
+    def __enter__(self) -> PendingSnapshot:
+        try:
+            self.folder.mkdir()
+        except OSError as error:
+            raise SnapshotError(f"cannot write into {self.folder.parent}: {error.strerror}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._finished:
+            return
+        if self._moved_from is not None:
+            # The guest's only RAM: back to where it was before the folder goes.
+            os.rename(self.ram, self._moved_from)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def ram(self) -> Path:
+        return self.folder / RAM_NAME
+
+    @property
+    def digests(self) -> Path:
+        return self.folder / DIGESTS_NAME
+
+    @property
+    def vmstate(self) -> Path:
+        return self.folder / VMSTATE_NAME
+
+    def can_move(self, ram: Path) -> bool:
+        """Whether the RAM file could become the snapshot's by a rename: same file system, no second name."""
+        status = ram.stat()
+        return status.st_dev == self.folder.stat().st_dev and status.st_nlink == 1
+
+    def move_ram(self, ram: Path) -> None:
+        """Takes the RAM file itself; only once nothing maps it any more. Undone unless `finish` follows."""
+        os.rename(ram, self.ram)
+        self._moved_from = ram
+
+    def finish(self, manifest: Manifest) -> None:
+        """Writes the manifest, syncs everything and gives the folder its name.
+
+        Raises:
+            SnapshotError: somebody made a folder of that name meanwhile.
+        """
+        (self.folder / MANIFEST_NAME).write_bytes(manifest.to_json())
+        for path in (*self.folder.iterdir(), self.folder):
+            sync(path)
+        refuse_existing(self._target)
+        try:
+            os.rename(self.folder, self._target)
+        except OSError as error:
+            raise SnapshotError(f"cannot give the snapshot its name {self._target}: {error.strerror}") from error
+        self._finished = True
+        sync(self._target.parent)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises SnapshotError when something of that name is there, a dangling link included."""
+    if os.path.lexists(target):
+        raise SnapshotError(f"{target} exists; a snapshot is only ever written to a new folder")
+    if not target.parent.is_dir():
+        raise SnapshotError(f"{target.parent} is not a folder, so no snapshot can be made in it")
+
+
+def sync(path: Path) -> None:
+    """fsync(2) of a file or a folder."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def write_digests(ram: Path, size_bytes: int, target: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """Writes the digest tree over the RAM file to `target`; returns its root (hex). Holes are not read.
+
+    `advance` gets `size_bytes` in all.
+
+    Raises:
+        BusyError: the file became shorter meanwhile.
+    """
+    shape = TreeShape(size_bytes)
+    upper = bytearray()
+    source = os.open(ram, os.O_RDONLY)
+    try:
+        with target.open("xb") as output:
+            for leaf, has_data in enumerate(_leaves_with_data(source, shape)):
+                digests = _page_digests(source, leaf, shape) if has_data else ZERO_PAGE_DIGEST * shape.leaf_pages(leaf)
+                output.write(digests)
+                upper += leaf_digest(digests)
+                advance(shape.leaf_pages(leaf) * PAGE_SIZE)
+            output.write(upper)
+    finally:
+        os.close(source)
+    return root_digest(size_bytes, upper).hex()
+
+
+def _leaves_with_data(source: int, shape: TreeShape) -> list[bool]:
+    """For each leaf whether any of its 1 MiB is not a hole."""
+    found = [False] * shape.leaves
+    for start, end in data_extents(source, shape.size_bytes):
+        for leaf in range(start // _LEAF_BYTES, -(-end // _LEAF_BYTES)):
+            found[leaf] = True
+    return found
+
+
+def _page_digests(source: int, leaf: int, shape: TreeShape) -> bytes:
+    """The digests of a leaf's pages, one after the other."""
+    length = shape.leaf_pages(leaf) * PAGE_SIZE
+    data = memoryview(os.pread(source, length, leaf * _LEAF_BYTES))
+    if len(data) != length:
+        raise BusyError("the RAM file became shorter while its digests were made")
+    pages = (data[at : at + PAGE_SIZE] for at in range(0, length, PAGE_SIZE))
+    return b"".join(ZERO_PAGE_DIGEST if page == ZERO_PAGE else page_digest(page) for page in pages)
+
+
+def vmstate_record(path: Path) -> VmState:
+    """The manifest's record of a save stream that lies beside it."""
+    hasher = blake3()
+    hasher.update_mmap(path)
+    return VmState(path.name, path.stat().st_size, hasher.hexdigest())
+
+
+def new_ram_id() -> str:
+    """A random name for one RAM (16 bytes, hex)."""
+    return secrets.token_hex(16)
+
+
+def create_like(target: Path, model: os.stat_result) -> int:
+    """A new file that at most those may read who may read `model` (RAM holds secrets); returns its descriptor."""
+    file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.fchmod(file, (model.st_mode & 0o666) | 0o600)
+    return file
+
+
+__all__ = ["PendingSnapshot", "create_like", "new_ram_id", "vmstate_record", "write_all", "write_digests"]
