@@ -32,7 +32,7 @@ def program(name: str, data: bytes) -> Entry:
 
 
 def archive(entries: list[Entry]) -> bytes:
-    """The archive of `entries`, in order, with its trailer. The same entries give the same bytes: no times, no owners."""
+    """The archive of `entries`, in order. The same entries give the same bytes: no times, no owners."""
     parts = [_record(number, entry) for number, entry in enumerate(entries, start=1)]
     parts.append(_record(0, Entry(_TRAILER, 0)))
     return b"".join(parts)

@@ -11,8 +11,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lazymem.pages import is_zero
-
 Advance = Callable[[int], None]
 """Called with the bytes that were dealt with since the last call."""
 
@@ -24,6 +22,8 @@ _CHUNK_BYTES = 8 << 20
 
 _ZERO_CHECK_BYTES = 64 << 10
 """Read copies leave holes where so many bytes are zero: about what one block of a sparse file is worth."""
+
+_ZEROS = bytes(_ZERO_CHECK_BYTES)
 
 _NO_REFLINK = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS})
 _NO_RANGE_COPY = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -110,8 +110,8 @@ def _copy_by_hand(source: int, target: int, start: int, end: int, advance: Advan
         if not data:
             raise OSError(errno.EIO, f"the RAM file ended at {position} bytes while it was copied")
         for at in range(0, len(data), _ZERO_CHECK_BYTES):
-            piece = memoryview(data)[at : at + _ZERO_CHECK_BYTES]
-            if not is_zero(piece):
+            piece = data[at : at + _ZERO_CHECK_BYTES]
+            if piece != _ZEROS[: len(piece)]:
                 write_all(target, piece, position + at)
                 moved += len(piece)
         position += len(data)

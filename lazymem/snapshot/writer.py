@@ -19,7 +19,7 @@ from lazymem.digests import LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, leaf_digest
 from lazymem.errors import BusyError, SnapshotError
 from lazymem.pages import PAGE_SIZE, ZERO_PAGE
 from lazymem.snapshot.manifest import DIGESTS_NAME, MANIFEST_NAME, RAM_NAME, VMSTATE_NAME, Manifest, VmState
-from lazymem.snapshot.ramcopy import data_extents, write_all
+from lazymem.snapshot.ramcopy import data_extents
 
 _LEAF_BYTES = LEAF_PAGES * PAGE_SIZE
 
@@ -148,9 +148,10 @@ def _leaves_with_data(source: int, shape: TreeShape) -> list[bool]:
 def _page_digests(source: int, leaf: int, shape: TreeShape) -> bytes:
     """The digests of a leaf's pages, one after the other."""
     length = shape.leaf_pages(leaf) * PAGE_SIZE
-    data = memoryview(os.pread(source, length, leaf * _LEAF_BYTES))
+    data = os.pread(source, length, leaf * _LEAF_BYTES)
     if len(data) != length:
         raise BusyError("the RAM file became shorter while its digests were made")
+    # Slices of bytes, not of a view: those compare with one memcmp.
     pages = (data[at : at + PAGE_SIZE] for at in range(0, length, PAGE_SIZE))
     return b"".join(ZERO_PAGE_DIGEST if page == ZERO_PAGE else page_digest(page) for page in pages)
 
@@ -172,6 +173,3 @@ def create_like(target: Path, model: os.stat_result) -> int:
     file = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.fchmod(file, (model.st_mode & 0o666) | 0o600)
     return file
-
-
-__all__ = ["PendingSnapshot", "create_like", "new_ram_id", "vmstate_record", "write_all", "write_digests"]
