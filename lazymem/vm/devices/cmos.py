@@ -1,8 +1,8 @@
 """The MC146818 real-time clock and its 128 bytes of CMOS memory.
 
 After Motorola's data sheet. The calendar follows virtual time: it stands while the guest stands, and a resumed guest
-goes on where it was, so that a run can be repeated. Two simplifications: the divider bits do not stop the clock, and the
-first update after a setting comes one second later (the chip: half a second).
+goes on where it was, so that a run can be repeated. Two simplifications: the divider bits do not stop the clock, and
+the first update after a setting comes one second later (the chip: half a second).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CmosRegisters:
     register_b: int = register(1, rtcclock.HOURS_24)
     register_c: int = register(1)
     irq_level: int = flag()
-    base_seconds: int = register(8, maximum=250_000_000_000)
+    base_seconds: int = register(8, maximum=rtcclock.LAST_SECOND)
     base_ns: int = register(8)
     looked_ns: int = register(8)
 

@@ -14,11 +14,13 @@ BINARY, HOURS_24 = 0x04, 0x02
 
 _PM = 0x80
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LAST_SECOND = int((datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC) - _EPOCH).total_seconds())
+"""Two digits of century end here; the calendar starts again at 1970."""
 
 
 def encode(epoch_seconds: int, register_b: int) -> dict[int, int]:
     """The time registers at a moment (seconds since 1970, UTC)."""
-    moment = _EPOCH + timedelta(seconds=epoch_seconds)
+    moment = _EPOCH + timedelta(seconds=epoch_seconds % (LAST_SECOND + 1))
     century, year = divmod(moment.year, 100)
     plain = {
         SECONDS: moment.second,
