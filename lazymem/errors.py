@@ -144,3 +144,10 @@ class MonitorError(LazymemError):
 
     blame = Blame.USER
     exit_code = 17
+
+
+class TemplateWriteError(LazymemError):
+    """A template's bytes never change: many guests map it privately."""
+
+    blame = Blame.USER
+    exit_code = 18

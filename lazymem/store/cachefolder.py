@@ -1,0 +1,124 @@
+"""The cache of one snapshot on disk: ``<cache>/<identity>/`` with its pages, page map and digests. Blocking.
+
+Shared by all mounts of that snapshot at a time, and deletable at any time. A folder appears by one rename, whole, so
+two mounts that make it at once end up in the same one. A folder that is not right in every point is renamed away and
+made again; its bytes are never believed, and are verified again in any case (`pristine`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazymem.errors import StoreError
+from lazymem.store import folders
+from lazymem.store.digestfile import DigestFile
+from lazymem.store.origin import RamOrigin
+from lazymem.store.pagefile import PageFile
+from lazymem.store.pagemap import PageMap
+
+FORMAT = "lazymem-cache"
+VERSION = 1
+
+PAGES_NAME = "pages"
+MAP_NAME = "map"
+DIGESTS_NAME = "digests"
+META_NAME = "meta.json"
+
+_ATTEMPTS = 8
+"""Others may make or replace the folder between our look and our step, each time once at most; more is a fight."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFolder:
+    """An open cache."""
+
+    path: Path
+    pages: PageFile
+    held: PageMap
+    digests: DigestFile
+
+    def close(self) -> None:
+        self.pages.close()
+        self.held.close()
+        self.digests.close()
+
+
+def open_cache(cache: Path, origin: RamOrigin) -> CacheFolder:
+    """Open, or make, the snapshot's folder below `cache` (made if missing).
+
+    Raises:
+        StoreError: the disk refused.
+    """
+    folders.ensure_folder(cache)
+    path = cache / origin.identity.hex()
+    for _ in range(_ATTEMPTS):
+        if not os.path.lexists(path):
+            _create(cache, path, origin)
+        try:
+            return _open(path, origin)
+        except StoreError as error:
+            _set_aside(path, error)
+    raise StoreError(f"the cache {path} does not become usable: remove it")
+
+
+def _meta(origin: RamOrigin) -> dict[str, object]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "identity": origin.identity.hex(),
+        "size_bytes": origin.size_bytes,
+        "root": origin.root.hex() if origin.root else None,
+    }
+
+
+def _create(cache: Path, path: Path, origin: RamOrigin) -> None:
+    """Make the folder under another name, then rename it; whoever comes second finds the first one's."""
+    draft = cache / f".new-{secrets.token_hex(8)}"
+    try:
+        draft.mkdir(mode=folders.FOLDER_MODE)
+        folders.create_file(draft / PAGES_NAME, origin.size_bytes)
+        folders.create_file(draft / MAP_NAME, origin.pages)
+        folders.create_file(draft / DIGESTS_NAME, origin.shape.file_bytes)
+        folders.write_record(draft / META_NAME, _meta(origin))
+        os.rename(draft, path)
+    except OSError as error:
+        folders.remove_folder(draft)
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise StoreError(f"cannot make the cache {path}: {error.strerror}") from error
+
+
+def _open(path: Path, origin: RamOrigin) -> CacheFolder:
+    reason = folders.why_not_ours(path)
+    if reason:
+        raise StoreError(reason)
+    if folders.maybe_record(path / META_NAME) != _meta(origin):
+        raise StoreError("it is of another format, version, or size")
+    with contextlib.ExitStack() as opened:
+        pages = PageFile(folders.open_file(path / PAGES_NAME, origin.size_bytes), str(path / PAGES_NAME))
+        opened.callback(pages.close)
+        held = PageMap(folders.open_file(path / MAP_NAME, origin.pages), origin.pages)
+        opened.callback(held.close)
+        digests = DigestFile(folders.open_file(path / DIGESTS_NAME, origin.shape.file_bytes), origin.shape)
+        opened.pop_all()
+    return CacheFolder(path, pages, held, digests)
+
+
+def _set_aside(path: Path, reason: StoreError) -> None:
+    if not os.path.lexists(path):
+        return
+    aside = path.with_name(f"{path.name}.set-aside-{secrets.token_hex(4)}")
+    try:
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"the cache {path} is not usable ({reason}) and cannot be moved: {error.strerror}") from error
+    log.warning("the cache %s is not usable (%s); moved to %s and begun again", path, reason, aside.name)

@@ -1,0 +1,21 @@
+"""Demand without a scheduler: each one is fetched by itself. For a source on the same host, and for tests."""
+
+from __future__ import annotations
+
+from lazymem.pages import PageRange, PageRun
+from lazymem.store.source import PageSink, PageSource
+
+
+class DirectDemand:
+    """Implements `source.PageDemand`; errors of source and sink go to the reader as they are."""
+
+    def __init__(self, source: PageSource, sink: PageSink) -> None:
+        self._source = source
+        self._sink = sink
+
+    async def demand(self, pages: PageRange) -> list[PageRun]:
+        """Fetch, verify, keep, return."""
+        fetched = await self._source.fetch([pages], want_leaves=self._sink.missing_leaves(pages))
+        self._sink.accept(fetched)
+        await self._sink.keep(fetched)
+        return list(fetched.runs)

@@ -1,0 +1,125 @@
+"""Folders and files of the store on disk: private (0700, 0600), ours, of exactly the size they must have. Blocking."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+from lazymem.errors import StoreError
+
+FOLDER_MODE = 0o700
+FILE_MODE = 0o600
+
+MAX_RECORD_BYTES = 64 * 1024
+"""A meta record has a few hundred bytes; more is not ours."""
+
+
+def ensure_folder(path: Path) -> None:
+    """Make `path` and what is missing above it, private.
+
+    Raises:
+        StoreError: it cannot be made, or is no folder.
+    """
+    try:
+        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def why_not_ours(path: Path) -> str | None:
+    """A reason not to believe what is in folder `path`, or None. A folder that others can write to is not believed."""
+    try:
+        status = path.lstat()
+    except OSError as error:
+        return str(error.strerror)
+    if not stat.S_ISDIR(status.st_mode):
+        return "it is not a folder"
+    if status.st_uid != os.geteuid():
+        return f"it belongs to user {status.st_uid}"
+    if status.st_mode & 0o022:
+        return "others can write to it"
+    return None
+
+
+def create_file(path: Path, size_bytes: int) -> None:
+    """A new sparse file. OSError where that fails or it exists."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    try:
+        os.ftruncate(fd, size_bytes)
+    finally:
+        os.close(fd)
+
+
+def open_file(path: Path, size_bytes: int) -> int:
+    """Descriptor, read and write, of a regular file of ours with exactly that size.
+
+    Raises:
+        StoreError: it is anything else.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise StoreError(f"cannot open {path}: {error.strerror}") from error
+    status = os.fstat(fd)
+    reason = None
+    if not stat.S_ISREG(status.st_mode):
+        reason = "is not a plain file"
+    elif status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        reason = "belongs to others, or they can write to it"
+    elif status.st_size != size_bytes:
+        reason = f"has {status.st_size} bytes, not {size_bytes}"
+    if reason:
+        os.close(fd)
+        raise StoreError(f"{path} {reason}")
+    return fd
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Put a JSON record in place of `path`, whole or not at all, also after a crash of the host."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    try:
+        os.write(fd, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+
+
+def maybe_record(path: Path) -> dict[str, Any] | None:
+    """The JSON record in `path`; None if there is none, or something else is there."""
+    try:
+        with open(path, "rb") as file:
+            record = json.loads(file.read(MAX_RECORD_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def maybe_lock(path: Path) -> int | None:
+    """Descriptor of the file `path` (made if missing) with its exclusive flock, which ends with the process; None if
+    somebody else has it.
+
+    Raises:
+        StoreError: it cannot be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+    except OSError as error:
+        raise StoreError(f"cannot open {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder of ours and all in it; what cannot be removed stays."""
+    shutil.rmtree(path, ignore_errors=True)

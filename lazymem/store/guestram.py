@@ -1,0 +1,280 @@
+"""The guest's RAM as the mount shows it: the snapshot's pages with this run's written pages over them.
+
+Fetched and written pages are in different files, so a fetched page can never replace a written one on disk; what
+remains of rule 1 is that a *read* that waited must not return what was there before a write that ended meanwhile. Each
+waiting read is therefore known here, and each write that ends marks its pages in the reads that overlap; they read
+those pages again before they return.
+
+One write at a time a page: a part of a page is merged with the page's bytes, and nobody may change those in between.
+A write is acknowledged (returns) when its bytes are in the state file and its map says so, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from lazymem.errors import LazymemError, StoreError, TemplateWriteError
+from lazymem.pages import PAGE_SIZE, PageRange, PageRun, covering, runs
+from lazymem.store.pagemap import SET
+from lazymem.store.pristine import PristinePages
+from lazymem.store.rangelocks import RangeLocks
+from lazymem.store.readplan import Place, plan
+from lazymem.store.source import PageDemand
+from lazymem.store.statefolder import StateFolder
+from lazymem.store.stats import StoreStatistics
+
+
+class _Reading:
+    """A read that waits: `stale` are the pages that a write changed since it began."""
+
+    def __init__(self, pages: PageRange) -> None:
+        self.pages = pages
+        self.stale: set[int] = set()
+
+
+class GuestRam:
+    """Reads and writes of one run. Takes `pristine` and `state` over.
+
+    `state` None makes it a template: its bytes never change, writes are refused.
+    """
+
+    def __init__(self, pristine: PristinePages, state: StateFolder | None, demand: PageDemand) -> None:
+        self._pristine = pristine
+        self._state = state
+        self._demand = demand
+        self._locks = RangeLocks()
+        self._readings: set[_Reading] = set()
+        self._reads = self._reads_at_hand = self._demanded_pages = 0
+        self._writes = self._merged_pages = 0
+
+    @property
+    def template(self) -> bool:
+        return self._state is None
+
+    @property
+    def total_pages(self) -> int:
+        return self._pristine.total_pages
+
+    @property
+    def size_bytes(self) -> int:
+        return self.total_pages * PAGE_SIZE
+
+    @property
+    def held_pages(self) -> int:
+        return self._pristine.held_pages
+
+    @property
+    def written_pages(self) -> int:
+        return self._state.written.count if self._state else 0
+
+    def statistics(self) -> StoreStatistics:
+        return StoreStatistics(
+            total_pages=self.total_pages,
+            held_pages=self.held_pages,
+            written_pages=self.written_pages,
+            reads=self._reads,
+            reads_at_hand=self._reads_at_hand,
+            demanded_pages=self._demanded_pages,
+            writes=self._writes,
+            merged_pages=self._merged_pages,
+            dropped_pages=self._pristine.dropped_pages,
+        )
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from byte `offset` on, fewer at the end. No checkpoint when all of them are at hand.
+
+        Waits for missing pages as long as `PageDemand` does.
+
+        Raises:
+            VerificationError, DeadlineError: from the demand, for any of the pages.
+            StoreError: the disk refused written pages.
+        """
+        length = min(length, self.size_bytes - offset)
+        if length <= 0:
+            return b""
+        pages = covering(offset, length)
+        self._reads += 1
+        data = self._maybe_read_nowait(pages)
+        if data is None:
+            data = await self._read_waiting(pages)
+        else:
+            self._reads_at_hand += 1
+        if len(data) == length:
+            return data
+        start = offset - pages.offset_bytes
+        return data[start : start + length]
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Put `data` at byte `offset`; returns when it is in the state file, which outlives this process.
+
+        Parts of missing pages wait for the fetched page. A cancelled write is done wholly or not at all, a failed one
+        may have changed bytes of pages that the guest wrote before.
+
+        Raises:
+            TemplateWriteError: this is a template.
+            StoreError: the disk refused, or `data` reaches beyond the RAM.
+            VerificationError, DeadlineError: from the demand for a page that is written in part.
+        """
+        if self._state is None:
+            raise TemplateWriteError("this mount is a template: its bytes never change")
+        if offset < 0 or offset + len(data) > self.size_bytes:
+            raise StoreError(f"a write of {len(data)} bytes at {offset} reaches beyond the RAM of {self.size_bytes}")
+        if not data:
+            return
+        pages = covering(offset, len(data))
+        async with self._locks.hold(pages):
+            merged_offset, merged = await self._merge(self._state, offset, data)
+            await self._state.ram.write(merged_offset, merged)
+            # No await from here to the end: the write counts in the map, and in waiting reads, at once.
+            self._state.written.set(pages, SET)
+            self._mark_stale(pages)
+            self._writes += 1
+
+    async def sync(self) -> None:
+        """What was written before the call reaches the disk.
+
+        Raises:
+            StoreError: the disk refused.
+        """
+        if self._state is not None:
+            await self._state.ram.sync()
+            await trio.to_thread.run_sync(self._state.written.sync)
+
+    async def close(self) -> None:
+        """Sync (unless the run ends here) and let all files go. No read or write may be open, none may follow."""
+        with trio.CancelScope(shield=True):
+            try:
+                if self._state is not None and not self._state.private:
+                    await self.sync()
+            finally:
+                self._pristine.close()
+                if self._state is not None:
+                    await trio.to_thread.run_sync(self._state.close)
+
+    def _plan(self, pages: PageRange) -> list[tuple[Place, PageRange]]:
+        written = self._state.written.states(pages) if self._state else bytes(pages.count)
+        return plan(pages, self._pristine.states(pages), written)
+
+    def _maybe_read_nowait(self, pages: PageRange) -> bytes | None:
+        pieces = []
+        for place, run in self._plan(pages):
+            piece = self._maybe_piece_nowait(place, run)
+            if piece is None:
+                return None
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _maybe_piece_nowait(self, place: Place, run: PageRange) -> bytes | None:
+        if place is Place.CACHED:
+            return self._pristine.maybe_read_nowait(run)
+        if place is Place.ZERO:
+            return self._pristine.maybe_zeros(run)
+        if place is Place.WRITTEN and self._state is not None:
+            return self._state.ram.maybe_read_nowait(run.offset_bytes, run.length_bytes)
+        return None
+
+    async def _read_waiting(self, pages: PageRange) -> bytes:
+        reading = _Reading(pages)
+        self._readings.add(reading)
+        try:
+            buffer = bytearray(pages.length_bytes)
+            await self._gather(pages, buffer, pages)
+            while reading.stale:
+                again = runs(reading.stale)
+                reading.stale.clear()
+                for run in again:
+                    await self._gather(run, buffer, pages)
+            return bytes(buffer)
+        finally:
+            self._readings.discard(reading)
+
+    async def _gather(self, wanted: PageRange, buffer: bytearray, whole: PageRange) -> None:
+        """Put the bytes of `wanted` at their places in `buffer`, which holds `whole`."""
+
+        def put(run: PageRange, data: bytes | memoryview) -> None:
+            at = run.offset_bytes - whole.offset_bytes
+            buffer[at : at + run.length_bytes] = data
+
+        missing: list[PageRange] = []
+        for place, run in self._plan(wanted):
+            if place is Place.WRITTEN and self._state is not None:
+                put(run, await self._state.ram.read(run.offset_bytes, run.length_bytes))
+            elif place is Place.CACHED:
+                data, wrong = await self._pristine.read(run)
+                put(run, data)
+                missing.extend(wrong)
+            elif place is Place.ZERO:
+                zeros = self._pristine.maybe_zeros(run)
+                if zeros is None:
+                    missing.append(run)
+                else:
+                    put(run, zeros)
+            else:
+                missing.append(run)
+        for page_run in await self._demand_all(missing):
+            put(page_run.pages, page_run.data if page_run.data is not None else bytes(page_run.pages.length_bytes))
+
+    async def _demand_all(self, missing: Sequence[PageRange]) -> list[PageRun]:
+        """Demand all runs at the same time; the first error ends the others."""
+        self._demanded_pages += sum(run.count for run in missing)
+        if len(missing) <= 1:
+            return [found for run in missing for found in await self._demand_exactly(run)]
+        found: list[PageRun] = []
+        errors: list[LazymemError] = []
+
+        async def one(run: PageRange) -> None:
+            try:
+                found.extend(await self._demand_exactly(run))
+            except LazymemError as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for run in missing:
+                nursery.start_soon(one, run)
+        if errors:
+            raise errors[0]
+        return found
+
+    async def _demand_exactly(self, pages: PageRange) -> list[PageRun]:
+        answer = await self._demand.demand(pages)
+        at = pages.start
+        for run in answer:
+            if run.pages.start != at or (run.data is not None and len(run.data) != run.pages.length_bytes):
+                break
+            at = run.pages.end
+        if at != pages.end:
+            # Reading on would show zeros where the snapshot has other bytes.
+            raise StoreError(f"pages {pages.start} to {pages.end - 1} were demanded, and others came")
+        return answer
+
+    async def _merge(self, state: StateFolder, offset: int, data: bytes) -> tuple[int, bytes]:
+        """`data` with what it must bring along to fill pages that are not written yet; and where that goes."""
+        pages = covering(offset, len(data))
+        head = offset - pages.offset_bytes
+        tail = pages.offset_bytes + pages.length_bytes - offset - len(data)
+        ends: dict[int, bytes] = {}
+        wanted = ([pages.start] if head else []) + ([pages.end - 1] if tail else [])
+        for page in dict.fromkeys(wanted):
+            if state.written.all_unset(PageRange(page, 1)):
+                # Nobody writes this page before we let it go, so it stays as it is read here.
+                ends[page] = await self._read_page(page)
+        self._merged_pages += len(ends)
+        if head and pages.start in ends:
+            data = ends[pages.start][:head] + data
+            offset -= head
+        if tail and pages.end - 1 in ends:
+            data += ends[pages.end - 1][PAGE_SIZE - tail :]
+        return offset, data
+
+    async def _read_page(self, page: int) -> bytes:
+        pages = PageRange(page, 1)
+        data = self._maybe_read_nowait(pages)
+        return data if data is not None else await self._read_waiting(pages)
+
+    def _mark_stale(self, pages: PageRange) -> None:
+        for reading in self._readings:
+            overlap = range(max(pages.start, reading.pages.start), min(pages.end, reading.pages.end))
+            reading.stale.update(overlap)

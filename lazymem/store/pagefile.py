@@ -1,0 +1,118 @@
+"""A RAM-sized sparse file: reads that do not block where possible, everything else in threads.
+
+Caveat: buffered, so what the kernel caches of the mount it also caches of this file, until `sync` lets it go. Callers
+write whole pages, but for parts of pages that are in the file already, so direct I/O can come here without changing
+them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import trio
+
+from lazymem.errors import StoreError
+
+READ_THREADS = 8
+"""Reads that wait for the disk at a time. A disk gains little beyond; reads have their own threads, apart from writes,
+so that a fault never waits behind a writer that the kernel holds back for its dirt."""
+
+WRITE_THREADS = 4
+
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class PageFile:
+    """The open file `fd`, taken over. `name` is for errors."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd = fd
+        self._name = name
+        self._nowait = True
+        self._readers = trio.CapacityLimiter(READ_THREADS)
+        self._writers = trio.CapacityLimiter(WRITE_THREADS)
+
+    def maybe_read_nowait(self, offset: int, length: int) -> bytes | None:
+        """`length` bytes if the kernel has them at hand, else None. Never waits for a disk."""
+        if not self._nowait:
+            return None
+        buffer = bytearray(length)
+        try:
+            done = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            # A file system without NOWAIT says so once; any other error shows itself again in `read`.
+            self._nowait = error.errno not in _NO_NOWAIT
+            return None
+        return bytes(buffer) if done == length else None
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes.
+
+        Raises:
+            StoreError: the disk refused, or the file is shorter.
+        """
+        try:
+            return await trio.to_thread.run_sync(pread_all, self._fd, length, offset, limiter=self._readers)
+        except OSError as error:
+            raise StoreError(f"cannot read {self._name}: {error}") from error
+
+    async def write(self, offset: int, data: bytes | memoryview) -> None:
+        """All of `data`, in the kernel's hands on return: it outlives this process. Runs to its end if cancelled.
+
+        Raises:
+            StoreError: the disk refused; part of `data` may be there.
+        """
+        try:
+            await trio.to_thread.run_sync(pwrite_all, self._fd, data, offset, limiter=self._writers)
+        except OSError as error:
+            raise StoreError(f"cannot write {self._name}: {error}") from error
+
+    async def write_many(self, pieces: list[tuple[int, bytes | memoryview]]) -> None:
+        """Several (offset, data), in one thread. Otherwise as `write`."""
+        try:
+            await trio.to_thread.run_sync(_pwrite_pieces, self._fd, pieces, limiter=self._writers)
+        except OSError as error:
+            raise StoreError(f"cannot write {self._name}: {error}") from error
+
+    async def sync(self) -> None:
+        """Bytes reach the disk; afterwards the kernel's second copy of them goes."""
+        try:
+            await trio.to_thread.run_sync(_fsync_and_drop, self._fd, limiter=self._writers)
+        except OSError as error:
+            raise StoreError(f"cannot sync {self._name}: {error}") from error
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def pread_all(fd: int, length: int, offset: int) -> bytes:
+    """Blocking: exactly `length` bytes, or OSError where the file ends before."""
+    data = os.pread(fd, length, offset)
+    while len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            raise OSError(errno.EIO, f"file ends at byte {offset + len(data)}")
+        data += more
+    return data
+
+
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Blocking: all of `data`."""
+    done = os.pwrite(fd, data, offset)
+    while done < len(data):
+        done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+
+
+def _pwrite_pieces(fd: int, pieces: list[tuple[int, bytes | memoryview]]) -> None:
+    for offset, data in pieces:
+        pwrite_all(fd, data, offset)
+
+
+def _fsync_and_drop(fd: int) -> None:
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,122 @@
+"""One byte a page in a sparse file: which pages are held, or written.
+
+Stores are pwrite of single values, never read-modify-write of something shared, so two processes with the same map lose
+nothing; and a full disk is an error, where a store into a mapped hole would be SIGBUS. Look-ups go through a shared
+read-only mapping, at C speed, and see every other process's stores at once. The file outlives a killed process.
+
+Caveat: `count` knows what other processes stored only up to the last `recount`.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+
+from lazymem.errors import StoreError
+from lazymem.pages import PageRange
+
+UNSET = 0
+SET = 1
+SET_ZERO = 2
+"""Held, and every byte of it is zero: nothing stands in the pages file."""
+
+_CHUNK_BYTES = 64 * 1024
+
+
+class PageMap:
+    """States of `pages` pages in the open file `fd`, which has exactly that size. Takes `fd` over."""
+
+    def __init__(self, fd: int, pages: int) -> None:
+        self._fd = fd
+        self._pages = pages
+        self._map = mmap.mmap(fd, pages, mmap.MAP_SHARED, mmap.PROT_READ)
+        self._count = 0
+        self.recount()
+
+    @property
+    def pages(self) -> int:
+        return self._pages
+
+    @property
+    def count(self) -> int:
+        """Pages that are not `UNSET`."""
+        return self._count
+
+    def states(self, pages: PageRange) -> bytes:
+        """One byte a page of `pages`."""
+        return self._map[pages.start : pages.end]
+
+    def all_unset(self, pages: PageRange) -> bool:
+        return not any(self.states(pages))
+
+    def set(self, pages: PageRange, state: int) -> None:
+        """Give all of `pages` one state. Only after their bytes are where the state says.
+
+        Raises:
+            StoreError: the disk refused; the map is as before, or partly changed.
+        """
+        if pages.end > self._pages:
+            raise ValueError(f"pages up to {pages.end} in a map of {self._pages}")
+        before = pages.count - self.states(pages).count(UNSET)
+        try:
+            done = os.pwrite(self._fd, bytes([state]) * pages.count, pages.start)
+        except OSError as error:
+            raise StoreError(f"cannot note pages in the page map: {error}") from error
+        if done != pages.count:
+            raise StoreError("cannot note pages in the page map: short write")
+        self._count += (pages.count if state else 0) - before
+
+    def unset_runs(self, pages: PageRange) -> Iterator[PageRange]:
+        """The runs within `pages` that are `UNSET`, in order; reads the map as it goes."""
+        start = self.first_unset(pages.start, pages.end)
+        while start < pages.end:
+            end = self.first_set(start, pages.end)
+            yield PageRange(start, end - start)
+            start = self.first_unset(end, pages.end)
+
+    def first_unset(self, start: int, end: int) -> int:
+        """First page in ``start ... end - 1`` that is `UNSET`, or `end`."""
+        found = self._map.find(b"\0", start, end)
+        return end if found < 0 else found
+
+    def first_set(self, start: int, end: int) -> int:
+        """First page in ``start ... end - 1`` that is not `UNSET`, or `end`. A long hole costs no copy of it all."""
+        for at in range(start, end, _CHUNK_BYTES):
+            chunk = self._map[at : min(end, at + _CHUNK_BYTES)]
+            rest = chunk.lstrip(b"\0")
+            if rest:
+                return at + len(chunk) - len(rest)
+        return end
+
+    def recount(self) -> int:
+        """Count again, including what other processes stored; holes of the file cost nothing. Also returns `count`."""
+        self._count = sum(len(chunk) - chunk.count(UNSET) for chunk in self._data_chunks())
+        return self._count
+
+    def _data_chunks(self) -> Iterator[bytes]:
+        at = 0
+        while at < self._pages:
+            try:
+                start = os.lseek(self._fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # only a hole up to the end
+                    return
+                raise StoreError(f"cannot read the page map: {error}") from error
+            at = min(os.lseek(self._fd, start, os.SEEK_HOLE), self._pages)
+            for offset in range(start, at, _CHUNK_BYTES):
+                yield os.pread(self._fd, min(_CHUNK_BYTES, at - offset), offset)
+
+    def sync(self) -> None:
+        """Blocking: stores reach the disk."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise StoreError(f"cannot sync the page map: {error}") from error
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._map.close()
+            os.close(fd)

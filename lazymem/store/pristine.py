@@ -1,0 +1,155 @@
+"""The snapshot's own pages, as far as they are here: the verified cache, and the sink that fetched pages go into.
+
+Every page is verified twice: when it is fetched (`accept`), and each time it is read back from the cache's file, which
+others share and anybody may damage. A page that fails the second check is dropped, and fetched again like any other
+that is missing.
+
+Several mounts, in several processes, may use one folder: bytes go into the file before the map says so, and whoever
+comes second writes the same verified bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lazymem.errors import StoreError
+from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, is_zero, runs
+from lazymem.store.cachefolder import CacheFolder
+from lazymem.store.origin import RamOrigin
+from lazymem.store.pagemap import SET, SET_ZERO, UNSET, PageMap
+from lazymem.store.verify import HashedVerifier, UnhashedVerifier, Verifier, wrong_pages
+
+
+class PristinePages:
+    """Implements `source.PageSink`. Takes `cache` over.
+
+    `upper`: the digest tree's upper level, 16 bytes a leaf, for a hashed snapshot; unused for an unhashed one.
+    `written`: this run's written pages, which nobody needs from the source any more.
+
+    Raises:
+        VerificationError: `upper` is not the one under the snapshot's root.
+    """
+
+    def __init__(
+        self, origin: RamOrigin, cache: CacheFolder, upper: bytes = b"", written: PageMap | None = None
+    ) -> None:
+        self._origin = origin
+        self._written = written
+        self._cache = cache
+        self._verifier: Verifier
+        if origin.root is None:
+            self._verifier = UnhashedVerifier(origin.shape, cache.digests)
+        else:
+            self._verifier = HashedVerifier(origin.shape, origin.root, upper, cache.digests)
+            if cache.digests.maybe_upper(origin.root) is None:
+                cache.digests.store_upper(upper)
+        self._dropped_pages = 0
+
+    @property
+    def total_pages(self) -> int:
+        return self._origin.pages
+
+    @property
+    def held_pages(self) -> int:
+        return self._cache.held.count
+
+    @property
+    def dropped_pages(self) -> int:
+        """Cached pages that did not have their digest when they were read back."""
+        return self._dropped_pages
+
+    def states(self, pages: PageRange) -> bytes:
+        """One byte a page: what the cache's map says."""
+        return self._cache.held.states(pages)
+
+    def missing_runs(self, pages: PageRange) -> Iterator[PageRange]:
+        """The runs within `pages` that are not held, in order."""
+        return self._cache.held.unset_runs(pages)
+
+    def next_missing(self, start: int, limit: int) -> PageRange | None:
+        end = self.total_pages
+        while start < end:
+            start = self._cache.held.first_unset(start, end)
+            unwritten = self._written.first_unset(start, end) if self._written else start
+            if unwritten == start < end:
+                stop = self._cache.held.first_set(start, min(start + limit, end))
+                if self._written:
+                    stop = self._written.first_set(start, stop)
+                return PageRange(start, stop - start)
+            start = unwritten
+        return None
+
+    def missing_leaves(self, pages: PageRange) -> bool:
+        return self._verifier.missing_leaves(pages)
+
+    def accept(self, fetched: Fetched) -> None:
+        self._verifier.accept(fetched)
+
+    async def keep(self, fetched: Fetched) -> None:
+        """Write accepted pages to the cache's file, then mark them held.
+
+        Raises:
+            StoreError: the disk refused; pages that are not marked are simply missing.
+        """
+        pieces: list[tuple[int, bytes | memoryview]] = []
+        marks: list[tuple[PageRange, int]] = []
+        for run in fetched.runs:
+            for part, data in _split_zeros(run):
+                marks.append((part, SET if data is not None else SET_ZERO))
+                if data is not None:
+                    pieces.append((part.offset_bytes, data))
+        self._verifier.store(fetched)
+        if pieces:
+            await self._cache.pages.write_many(pieces)
+        for part, state in marks:
+            self._cache.held.set(part, state)
+
+    def maybe_read_nowait(self, pages: PageRange) -> bytes | None:
+        """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
+        data = self._cache.pages.maybe_read_nowait(pages.offset_bytes, pages.length_bytes)
+        return data if data is not None and not self._drop_wrong(pages, data) else None
+
+    def maybe_zeros(self, pages: PageRange) -> bytes | None:
+        """Verified bytes of pages that the map calls `SET_ZERO`, if it is right."""
+        return bytes(pages.length_bytes) if not self._drop_wrong(pages, None) else None
+
+    async def read(self, pages: PageRange) -> tuple[bytes, list[PageRange]]:
+        """Bytes of pages that the map calls `SET`, and the runs among them that are wrong, and dropped."""
+        try:
+            data = await self._cache.pages.read(pages.offset_bytes, pages.length_bytes)
+        except StoreError:
+            # A cache that cannot be read is as good as none: the source has every page.
+            self.drop(pages)
+            self._dropped_pages += pages.count
+            return bytes(pages.length_bytes), [pages]
+        return data, self._drop_wrong(pages, data)
+
+    def drop(self, pages: PageRange) -> None:
+        """Call `pages` missing again; they stay verified against the same digests."""
+        self._cache.held.set(pages, UNSET)
+
+    def _drop_wrong(self, pages: PageRange, data: bytes | None) -> list[PageRange]:
+        wrong = runs(wrong_pages(pages, data, self._verifier.digests_of(pages)))
+        for run in wrong:
+            self.drop(run)
+            self._dropped_pages += run.count
+        return wrong
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+def _split_zeros(run: PageRun) -> Iterator[tuple[PageRange, memoryview | None]]:
+    """`run` as parts that are all zero (None) and parts that are not: zero pages stay holes of the file."""
+    if run.data is None:
+        yield run.pages, None
+        return
+    view = memoryview(run.data)
+    start, zero = 0, is_zero(view[:PAGE_SIZE])
+    for index in range(1, run.pages.count + 1):
+        last = index == run.pages.count
+        now = zero if last else is_zero(view[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
+        if last or now != zero:
+            part = PageRange(run.pages.start + start, index - start)
+            yield part, None if zero else view[start * PAGE_SIZE : index * PAGE_SIZE]
+            start, zero = index, now

@@ -1,0 +1,25 @@
+"""What the store has done since the mount: one frozen record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """Pages as of now; counts since the store was opened.
+
+    `held_pages`: in the cache, by this mount or found there; those that another mount puts there meanwhile are not in
+    it. `reads_at_hand`: reads answered without waiting for disk or source. `dropped_pages`: cached pages that did not
+    have their digest, dropped and fetched again.
+    """
+
+    total_pages: int
+    held_pages: int
+    written_pages: int
+    reads: int
+    reads_at_hand: int
+    demanded_pages: int
+    writes: int
+    merged_pages: int
+    dropped_pages: int

@@ -1,0 +1,236 @@
+"""Rule 3: which digest each page must have, and whether fetched or cached bytes have it. No disk but the digest file's.
+
+Of a hashed snapshot: the upper level was checked against the manifest's root, a leaf is checked against the upper level
+when it comes (from the source or from the cache's file), a page against its leaf. Of one that nobody hashed: the digest
+that the server first vouched for, for ever.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from lazymem.digests import (
+    DIGEST_BYTES,
+    LEAF_PAGES,
+    ZERO_PAGE_DIGEST,
+    TreeShape,
+    leaf_matches,
+    page_digest,
+    root_digest,
+)
+from lazymem.errors import StoreError, VerificationError
+from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
+from lazymem.store.digestfile import NO_DIGEST, DigestFile
+
+RECENT_LEAVES = 1024
+"""4 MiB of checked leaves, for 1 GiB of RAM around the last touches; loading one again: a read and a hash of 4 KiB."""
+
+
+class Verifier(Protocol):
+    """What differs between hashed and unhashed snapshots."""
+
+    def missing_leaves(self, pages: PageRange) -> bool:
+        """Whether leaf blocks must come with the next fetch of `pages`."""
+        ...
+
+    def digests_of(self, pages: PageRange) -> bytes:
+        """16 bytes a page: the digest that it must have, `NO_DIGEST` where that is not known yet."""
+        ...
+
+    def accept(self, fetched: Fetched) -> None:
+        """Check all of an answer and learn its digests.
+
+        Raises:
+            VerificationError: naming the page; nothing was learnt.
+        """
+        ...
+
+    def store(self, fetched: Fetched) -> None:
+        """Put what `accept` learnt from `fetched` into the digest file.
+
+        Raises:
+            StoreError: the disk refused; it stays known in memory.
+        """
+        ...
+
+
+def wrong_pages(pages: PageRange, data: bytes | memoryview | None, digests: bytes) -> list[int]:
+    """Pages whose bytes (None: all zero) do not have their digest (16 bytes a page in `digests`)."""
+    if data is None:
+        if digests == ZERO_PAGE_DIGEST * pages.count:
+            return []
+        found = (ZERO_PAGE_DIGEST for _ in range(pages.count))
+    else:
+        view = memoryview(data)
+        found = (page_digest(view[at : at + PAGE_SIZE]) for at in range(0, pages.length_bytes, PAGE_SIZE))
+    return [
+        pages.start + index
+        for index, digest in enumerate(found)
+        if digest != digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+    ]
+
+
+class HashedVerifier:
+    """For a snapshot with a digest tree. `upper`: 16 bytes a leaf; checked here against `root`.
+
+    Raises:
+        VerificationError: the upper level is not the one under the root.
+    """
+
+    def __init__(self, shape: TreeShape, root: bytes, upper: bytes, file: DigestFile) -> None:
+        if len(upper) != shape.upper_bytes or root_digest(shape.size_bytes, upper) != root:
+            raise VerificationError("the upper level of the digest tree is not the one that the manifest names")
+        self._shape = shape
+        self._upper = upper
+        self._file = file
+        self._recent: OrderedDict[int, bytes] = OrderedDict()
+        # Accepted but not yet in the file: may not be forgotten, or accepting their pages again would fail for ever.
+        self._unstored: dict[int, bytes] = {}
+
+    def missing_leaves(self, pages: PageRange) -> bool:
+        return any(self._maybe_leaf(leaf) is None for leaf in _leaves(pages))
+
+    def digests_of(self, pages: PageRange) -> bytes:
+        return self._digests_of(pages, {})
+
+    def accept(self, fetched: Fetched) -> None:
+        for leaf, digests in fetched.leaves.items():
+            if not 0 <= leaf < self._shape.leaves or not leaf_matches(self._upper, leaf, digests):
+                raise VerificationError(f"the digests of leaf {leaf} are not the snapshot's")
+        for run in _sound_runs(fetched, self._shape):
+            _check_run(run, self._digests_of(run.pages, fetched.leaves))
+        for leaf, digests in fetched.leaves.items():
+            if leaf not in self._recent:
+                self._unstored[leaf] = bytes(digests)
+
+    def store(self, fetched: Fetched) -> None:
+        leaves = set(fetched.leaves) | {leaf for run in fetched.runs for leaf in _leaves(run.pages)}
+        for leaf in leaves & self._unstored.keys():
+            digests = self._unstored[leaf]
+            self._file.store_page_digests(leaf * LEAF_PAGES, digests)
+            self._unstored.pop(leaf, None)
+            self._remember(leaf, digests)
+
+    def _digests_of(self, pages: PageRange, fresh: Mapping[int, bytes]) -> bytes:
+        parts = []
+        for leaf in _leaves(pages):
+            first = leaf * LEAF_PAGES
+            inside = PageRange(max(pages.start, first), min(pages.end, first + LEAF_PAGES) - max(pages.start, first))
+            digests = fresh[leaf] if leaf in fresh else self._maybe_leaf(leaf)
+            if digests is None:
+                parts.append(NO_DIGEST * inside.count)
+            else:
+                at = (inside.start - first) * DIGEST_BYTES
+                parts.append(bytes(digests[at : at + inside.count * DIGEST_BYTES]))
+        return b"".join(parts)
+
+    def _maybe_leaf(self, leaf: int) -> bytes | None:
+        digests = self._unstored.get(leaf)
+        if digests is None:
+            digests = self._recent.get(leaf)
+            if digests is not None:
+                self._recent.move_to_end(leaf)
+        return digests if digests is not None else self._maybe_load(leaf)
+
+    def _maybe_load(self, leaf: int) -> bytes | None:
+        """From the file; another mount may have put it there meanwhile."""
+        try:
+            digests = self._file.page_digests(PageRange(leaf * LEAF_PAGES, self._shape.leaf_pages(leaf)))
+        except StoreError:  # as good as not there: the source has it too
+            return None
+        if digests.startswith(NO_DIGEST) or not leaf_matches(self._upper, leaf, digests):
+            return None
+        self._remember(leaf, digests)
+        return digests
+
+    def _remember(self, leaf: int, digests: bytes) -> None:
+        self._recent[leaf] = digests
+        while len(self._recent) > RECENT_LEAVES:
+            self._recent.popitem(last=False)
+
+
+class UnhashedVerifier:
+    """For a snapshot without digests: each page's first vouched digest is the one, whatever comes later."""
+
+    def __init__(self, shape: TreeShape, file: DigestFile) -> None:
+        self._shape = shape
+        self._file = file
+        self._unstored: dict[int, bytes] = {}
+
+    def missing_leaves(self, pages: PageRange) -> bool:
+        return False
+
+    def digests_of(self, pages: PageRange) -> bytes:
+        stored = self._file.page_digests(pages)
+        if not self._unstored:
+            return stored
+        return b"".join(
+            self._unstored.get(page, stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
+            for index, page in enumerate(range(pages.start, pages.end))
+        )
+
+    def accept(self, fetched: Fetched) -> None:
+        vouched = dict(self._vouched(fetched))
+        learnt: dict[int, bytes] = {}
+        for run in _sound_runs(fetched, self._shape):
+            known = self.digests_of(run.pages)
+            expected = []
+            for index, page in enumerate(range(run.pages.start, run.pages.end)):
+                earlier = known[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+                digest = self._settle(page, earlier, vouched.get(page, ZERO_PAGE_DIGEST if run.data is None else None))
+                expected.append(digest)
+                if earlier == NO_DIGEST:
+                    learnt[page] = digest
+            _check_run(run, b"".join(expected))
+        self._unstored.update(learnt)
+
+    def _vouched(self, fetched: Fetched) -> Iterator[tuple[int, bytes]]:
+        for start, digests in fetched.page_digests.items():
+            if len(digests) % DIGEST_BYTES:
+                raise VerificationError(f"digests from page {start} on have {len(digests)} bytes")
+            for index in range(len(digests) // DIGEST_BYTES):
+                yield start + index, bytes(digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
+
+    def _settle(self, page: int, earlier: bytes, now: bytes | None) -> bytes:
+        """The digest of `page`, from what was vouched for before and what is now (None: nothing)."""
+        if earlier == NO_DIGEST:
+            if now is None or now == NO_DIGEST:
+                raise VerificationError(f"page {page} came without the digest that its server must vouch for")
+            return now
+        if now is not None and now != earlier:
+            raise VerificationError(
+                f"page {page} is not what its server first vouched for: the RAM file changed while it was served"
+            )
+        return earlier
+
+    def store(self, fetched: Fetched) -> None:
+        for run in fetched.runs:
+            digests = self.digests_of(run.pages)
+            self._file.store_page_digests(run.pages.start, digests)
+            for page in range(run.pages.start, run.pages.end):
+                self._unstored.pop(page, None)
+
+
+def _leaves(pages: PageRange) -> range:
+    return range(pages.start // LEAF_PAGES, (pages.end - 1) // LEAF_PAGES + 1)
+
+
+def _sound_runs(fetched: Fetched, shape: TreeShape) -> Iterator[PageRun]:
+    """The runs, each checked to lie inside the RAM and to have as many bytes as pages."""
+    for run in fetched.runs:
+        if run.pages.end > shape.pages:
+            raise VerificationError(f"page {run.pages.end - 1} is outside a RAM of {shape.pages} pages")
+        if run.data is not None and len(run.data) != run.pages.length_bytes:
+            raise VerificationError(f"page {run.pages.start} and on: {len(run.data)} bytes for {run.pages.count} pages")
+        yield run
+
+
+def _check_run(run: PageRun, digests: bytes) -> None:
+    wrong = wrong_pages(run.pages, run.data, digests)
+    if wrong:
+        at = (wrong[0] - run.pages.start) * DIGEST_BYTES
+        lacking = digests[at : at + DIGEST_BYTES] == NO_DIGEST
+        reason = "came without its leaf of digests" if lacking else "does not have the snapshot's bytes"
+        raise VerificationError(f"page {wrong[0]} {reason}")
