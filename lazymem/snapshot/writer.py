@@ -25,7 +25,7 @@ _LEAF_BYTES = LEAF_PAGES * PAGE_SIZE
 
 
 class PendingSnapshot:
-    """A snapshot that is being written; leaving the context before `finish` removes every trace of it.
+    """A snapshot that is being written; leaving the context before `publish` (or `keep`) removes it.
 
     Raises:
         SnapshotError: `target` exists, or its parent does not or may not be written.
@@ -35,8 +35,7 @@ class PendingSnapshot:
         self._target = Path(os.path.abspath(target))
         refuse_existing(self._target)
         self.folder = self._target.parent / f".{self._target.name}.partial-{secrets.token_hex(4)}"
-        self._moved_from: Path | None = None
-        self._finished = False
+        self._kept = False
 
     def __enter__(self) -> PendingSnapshot:
         try:
@@ -48,12 +47,8 @@ class PendingSnapshot:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._finished:
-            return
-        if self._moved_from is not None:
-            # The guest's only RAM: back to where it was before the folder goes.
-            os.rename(self.ram, self._moved_from)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not self._kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def ram(self) -> Path:
@@ -73,25 +68,32 @@ class PendingSnapshot:
         return status.st_dev == self.folder.stat().st_dev and status.st_nlink == 1
 
     def move_ram(self, ram: Path) -> None:
-        """Takes the RAM file itself; only once nothing maps it any more. Undone unless `finish` follows."""
+        """Takes the RAM file itself; only once nothing maps it any more, and after `keep`."""
         os.rename(ram, self.ram)
-        self._moved_from = ram
 
-    def finish(self, manifest: Manifest) -> None:
-        """Writes the manifest, syncs everything and gives the folder its name.
-
-        Raises:
-            SnapshotError: somebody made a folder of that name meanwhile.
-        """
+    def seal(self, manifest: Manifest) -> None:
+        """Writes the manifest and syncs all there is; only the name (and a RAM file to be moved) is left to do."""
         (self.folder / MANIFEST_NAME).write_bytes(manifest.to_json())
         for path in (*self.folder.iterdir(), self.folder):
             sync(path)
+
+    def keep(self) -> None:
+        """From here on the folder stays, come what may: it is about to hold a guest's only copy."""
+        self._kept = True
+
+    def publish(self) -> None:
+        """Gives the sealed folder its name.
+
+        Raises:
+            SnapshotError: somebody made something of that name meanwhile.
+        """
+        sync(self.folder)
         refuse_existing(self._target)
         try:
             os.rename(self.folder, self._target)
         except OSError as error:
             raise SnapshotError(f"cannot give the snapshot its name {self._target}: {error.strerror}") from error
-        self._finished = True
+        self._kept = True
         sync(self._target.parent)
 
 

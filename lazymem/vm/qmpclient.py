@@ -54,6 +54,7 @@ class QmpClient:
         self._path = path
         self._timeout_seconds = timeout_seconds
         self._events: list[Event] = []
+        self._last_id = 0
         self._pending = bytearray()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_seconds)
@@ -97,7 +98,8 @@ class QmpClient:
             CommandError: the emulator refused it.
             MonitorError: no answer in time, or the connection ended.
         """
-        request: dict[str, Any] = {"execute": name}
+        self._last_id += 1
+        request: dict[str, Any] = {"execute": name, "id": self._last_id}
         if arguments:
             request["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
@@ -149,7 +151,8 @@ class QmpClient:
     def _next_answer(self, deadline: float) -> dict[str, Any]:
         while True:
             message = self._next_message(deadline)
-            if "return" in message or "error" in message:
+            # Another id: the answer to a command that an interrupt took us away from.
+            if ("return" in message or "error" in message) and message.get("id", self._last_id) == self._last_id:
                 return message
             if "event" in message:
                 self._keep_event(message)

@@ -1,0 +1,111 @@
+"""`lazymem snapshot`: makes a snapshot folder from a running guest, whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from lazymem.cli.progress import reporting
+from lazymem.errors import LazymemError, StoreError
+from lazymem.vm.taking import Options, Result, take_snapshot
+
+_EPILOG = """examples:
+  lazymem snapshot /run/vm/qmp.sock /srv/snapshots/web            save the guest; the emulator ends
+  lazymem snapshot /run/vm/qmp.sock /srv/snapshots/web --resume   save it and let it run on
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options, as_json = _parse(arguments)
+    try:
+        with _interrupts_once(), reporting(quiet=as_json) as reporter:
+            result = take_snapshot(options, reporter)
+    except LazymemError as error:
+        return _failed(error)
+    except OSError as error:
+        # What is left of OSErrors here is the local disk: full, read-only, broken.
+        return _failed(StoreError(f"cannot write the snapshot: {error}"))
+    except KeyboardInterrupt:
+        made = "the snapshot was complete already" if os.path.lexists(options.target) else "no snapshot was made"
+        print(f"lazymem snapshot: interrupted; {made}, the guest goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(asdict(result)) if as_json else describe(result))
+    return 0
+
+
+def _failed(error: LazymemError) -> int:
+    print(f"lazymem snapshot: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
+    parser = argparse.ArgumentParser(
+        prog="lazymem snapshot",
+        description="Save a running guest (QEMU >= 7.2 or lazymem-vm) whose RAM is a file into the new folder DIR.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("monitor", metavar="QMP_SOCKET", type=Path, help="the emulator's monitor, a unix socket")
+    parser.add_argument("target", metavar="DIR", type=Path, help="the folder to make; it must not exist")
+    parser.add_argument("--resume", action="store_true", help="let the guest run on (without it, the emulator ends)")
+    parser.add_argument(
+        "--disks-handled",
+        action="store_true",
+        help="the guest's writable disks are saved by you, at the same moment; each resume will say so",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    found = parser.parse_args(arguments)
+    return Options(found.monitor, found.target, found.resume, found.disks_handled), found.json
+
+
+@contextmanager
+def _interrupts_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end the work once; a second one must not disturb the clearing up."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, interrupt) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe(result: Result) -> str:
+    """The result for people, one fact a line."""
+    lines = [
+        f"snapshot    {result.directory}",
+        f"RAM         {_mib(result.ram_bytes)}, {_mib(result.ram_stored_bytes)} stored ({result.ram_way})",
+        f"vmstate     {_mib(result.vmstate_bytes)}",
+    ]
+    if result.pause_seconds is not None:
+        lines.append(f"guest stood {result.pause_seconds * 1000:.0f} ms and runs on")
+    elif result.resumed:
+        lines.append("guest       as it was before: paused")
+    else:
+        lines.append("guest       ended")
+    if result.uncovered_disks:
+        lines.append(f"NOTE        disks not in the snapshot, as you said: {', '.join(result.uncovered_disks)}")
+    return "\n".join(lines)
+
+
+def _mib(count_bytes: int) -> str:
+    return f"{count_bytes / (1 << 20):.1f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
