@@ -74,8 +74,9 @@ class Connection:
 
     def __init__(self, role: Role) -> None:
         self._role = role
+        self._peer = role.peer
         self._states = ConnectionStates()
-        self._buffer = ReceiveBuffer(role.peer)
+        self._buffer = ReceiveBuffer(self._peer)
         self._ended = False
         self._broken: str | None = None
         self._hello: Hello | None = None
@@ -89,7 +90,7 @@ class Connection:
 
     @property
     def their_state(self) -> State:
-        return self._states[self._role.peer]
+        return self._states[self._peer]
 
     @property
     def welcome(self) -> Welcome | None:
@@ -145,19 +146,19 @@ class Connection:
             message = self._buffer.next_message()
             if message is None:
                 return self._no_message()
-            wrong = self._note(message, self._role.peer)
+            wrong = self._note(message, self._peer)
             if wrong is not None:
                 raise RemoteProtocolError(f"the peer sent {wrong}")
         except RemoteProtocolError as error:
             self._broken = str(error)
-            self._states.close(self._role.peer)
+            self._states.close(self._peer)
             raise
         return message
 
     def _no_message(self) -> Event:
         if not self._ended:
             return NEED_DATA
-        self._states.close(self._role.peer)
+        self._states.close(self._peer)
         return CONNECTION_CLOSED
 
     def _note(self, message: Message, sender: Role) -> str | None:

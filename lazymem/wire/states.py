@@ -22,11 +22,15 @@ class State(enum.Enum):
     CLOSED = "closed"
     """Nothing more may be sent."""
 
+    __hash__ = object.__hash__  # as in `Role`
+
 
 class Move(enum.Enum):
     """What a message means for the states: its frame type, apart from an ERROR about the whole connection."""
 
     FATAL_ERROR = "ERROR with id 0"
+
+    __hash__ = object.__hash__
 
 
 MoveKey = FrameType | Move
@@ -73,6 +77,8 @@ REACTIONS: dict[Role, dict[tuple[State, MoveKey], State]] = {
 }
 """By the side that reacts, its state, and what its peer sent."""
 
+_CAUSES_REACTION = frozenset(move for moves in REACTIONS.values() for _, move in moves)
+
 
 class ConnectionStates:
     """The states of both sides, as one of them sees them."""
@@ -93,9 +99,9 @@ class ConnectionStates:
     def advance(self, sender: Role, move: MoveKey) -> None:
         """Note a message that `problem` let through."""
         self._state[sender] = MOVES[sender][self._state[sender]][move]
-        reaction = REACTIONS[sender.peer].get((self._state[sender.peer], move))
-        if reaction is not None:
-            self._state[sender.peer] = reaction
+        if move in _CAUSES_REACTION:
+            peer = sender.peer
+            self._state[peer] = REACTIONS[peer].get((self._state[peer], move), self._state[peer])
 
     def close(self, role: Role) -> None:
         """`role` ended its direction of the stream, or broke the protocol."""

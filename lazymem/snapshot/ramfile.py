@@ -1,0 +1,100 @@
+"""Reading a RAM file: without waiting where the host has the page in memory, and without reading holes.
+
+Knows bytes only; whether they are the right ones is `vouching`'s subject.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+from lazymem.errors import VerificationError
+from lazymem.pages import PAGE_SHIFT, PageRange
+
+_WOULD_WAIT = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS)
+_MOUNTINFO = "/proc/self/mountinfo"
+
+
+class RamFile:
+    """A RAM file that is open for reading. Any thread may call any method."""
+
+    def __init__(self, fd: int) -> None:
+        """Takes the descriptor over."""
+        self._fd = fd
+        self._in_memory = _is_memory_file_system(os.fstat(fd).st_dev)
+
+    def signature(self) -> tuple[int, int, int, int, int]:
+        """What `stat` says of the file; a write through any path moves it (a mapped one sooner or later)."""
+        found = os.fstat(self._fd)
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    def read_nowait(self, pages: PageRange) -> bytearray | None:
+        """The pages' bytes if no disk has to be waited for, else None."""
+        buffer = bytearray(pages.length_bytes)
+        try:
+            count = os.preadv(self._fd, [buffer], pages.offset_bytes, 0 if self._in_memory else os.RWF_NOWAIT)
+        except OSError as error:
+            if error.errno in _WOULD_WAIT:
+                return None
+            raise
+        return buffer if count == len(buffer) else None
+
+    def read(self, pages: PageRange) -> bytearray:
+        """The pages' bytes; may wait for a disk.
+
+        Raises:
+            VerificationError: the file is shorter than when it was published.
+            OSError: the disk failed.
+        """
+        buffer = bytearray(pages.length_bytes)
+        view = memoryview(buffer)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [view[done:]], pages.offset_bytes + done)
+            if not count:
+                raise VerificationError(f"the RAM file ends before page {pages.end}: it was cut while served")
+            done += count
+        return buffer
+
+    def segments(self, pages: PageRange) -> Iterator[tuple[PageRange, bool]]:
+        """`pages` cut into pieces that are (True) data, or (False) lie in a hole whole. May wait for a disk."""
+        start = pages.start
+        while start < pages.end:
+            offset = start << PAGE_SHIFT
+            data = self._seek(offset, os.SEEK_DATA)
+            first = pages.end if data is None else min(pages.end, data >> PAGE_SHIFT)
+            if data is None or first > start:
+                yield PageRange(start, first - start), False
+                start = first
+                continue
+            # From `data` on, since a file system's blocks may be smaller than a page.
+            hole = self._seek(data, os.SEEK_HOLE)
+            end = pages.end if hole is None else min(pages.end, max(start + 1, -(-hole >> PAGE_SHIFT)))
+            yield PageRange(start, end - start), True
+            start = end
+
+    def _seek(self, offset: int, whence: int) -> int | None:
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole behind
+                return None
+            raise
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _is_memory_file_system(device: int) -> bool:
+    """tmpfs refuses RWF_NOWAIT, but reading it waits for no disk (short of swap)."""
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open(_MOUNTINFO, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                fields = line.split()
+                if fields[2] == wanted:
+                    return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
+    except OSError:  # no /proc: then reads go through a thread, which is only slower
+        pass
+    return False

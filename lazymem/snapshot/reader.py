@@ -1,0 +1,284 @@
+"""A snapshot folder, opened for reading: RAM pages that were checked, digests, and the small files.
+
+`open_snapshot` takes the time of a few small reads whatever the RAM's size. Files are opened once and stay open, so a
+folder that is renamed or deleted meanwhile goes on being served.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import stat
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from blake3 import blake3
+
+from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, page_digest
+from lazymem.errors import SnapshotError, VerificationError
+from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE, PageRange, PageRun
+from lazymem.snapshot import manifest as manifests
+from lazymem.snapshot.manifest import MAX_MANIFEST_BYTES, MAX_RAM_BYTES, Manifest
+from lazymem.snapshot.ramfile import RamFile
+from lazymem.snapshot.vouching import FirstReadVouching, TreeVouching, zero_digests
+
+WORKING_SET_NAME = "working-set"
+
+
+@dataclass(frozen=True, slots=True)
+class VouchedRun:
+    """Pages that passed, all zero (`data` None) or none of them. `digests`: 16 bytes a page."""
+
+    pages: PageRange
+    data: memoryview | None
+    digests: bytes
+
+
+class SmallFile:
+    """vmstate or working-set: opened once, its size fixed. `size_bytes` 0 stands for: there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = _open_regular(path, missing_is_fine=True)
+        self.size_bytes = 0 if self._fd is None else os.fstat(self._fd).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes; fewer only at the end. May wait for a disk.
+
+        Raises:
+            VerificationError: the file is shorter than when it was opened.
+            OSError: the disk failed.
+        """
+        length = max(0, min(length, self.size_bytes - offset))
+        parts = []
+        while length and self._fd is not None:
+            part = os.pread(self._fd, length, offset)
+            if not part:
+                raise VerificationError(f"{self.path.name} was cut while the snapshot is served")
+            parts.append(part)
+            length -= len(part)
+            offset += len(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        if self._fd is not None:
+            os.close(self._fd)
+
+
+class SnapshotReader:
+    """Made by `open_snapshot`. Any thread may call any method."""
+
+    def __init__(self, folder: Path, ram: RamFile, manifest_bytes: bytes, manifest: Manifest | None) -> None:
+        """Takes `ram` over, also when it fails."""
+        self.folder = folder
+        self.manifest = manifest
+        self.manifest_bytes = manifest_bytes
+        self._ram = ram
+        with ExitStack() as files:
+            files.callback(ram.close)
+            self._signature = ram.signature()
+            self.ram_bytes = self._signature[2]
+            self.shape = TreeShape(self.ram_bytes)
+            self._vouching = self._open_vouching()
+            files.callback(self._vouching.close)
+            self.vmstate = SmallFile(folder / _vmstate_name(manifest))
+            files.callback(self.vmstate.close)
+            self.working_set = SmallFile(folder / WORKING_SET_NAME)
+            files.callback(self.working_set.close)
+            self._check_vmstate()
+            self._files = files.pop_all()
+        self.identity = self._make_identity()
+
+    def _open_vouching(self) -> TreeVouching | FirstReadVouching:
+        if self.manifest is None:
+            return FirstReadVouching(self.total_pages, self.unchanged)
+        root = bytes.fromhex(self.manifest.ram_root)
+        return TreeVouching(self.folder / manifests.DIGESTS_NAME, self.shape, root)
+
+    def _make_identity(self) -> bytes:
+        """An unhashed RAM file is like no other: not even the same file served by another process is known equal."""
+        if self.manifest is not None:
+            return self.manifest.identity
+        return blake3(repr(self._signature).encode() + secrets.token_bytes(32)).digest(32)
+
+    def _check_vmstate(self) -> None:
+        expected = self.manifest.vmstate if self.manifest else None
+        if expected is not None and expected.size != self.vmstate.size_bytes:
+            raise SnapshotError(
+                f"{self.vmstate.path} has {self.vmstate.size_bytes} bytes, its manifest says {expected.size}"
+            )
+
+    @property
+    def hashed(self) -> bool:
+        return self.manifest is not None
+
+    @property
+    def total_pages(self) -> int:
+        return self.ram_bytes >> PAGE_SHIFT
+
+    def unchanged(self) -> bool:
+        """Whether the RAM file's stat signature is still the one that it was opened with."""
+        return self._ram.signature() == self._signature
+
+    # ---- pages
+
+    def read_nowait(self, pages: PageRange) -> Sequence[VouchedRun] | None:
+        """`pages` as runs, checked, if that needs no disk; else None (and nothing is lost).
+
+        Raises:
+            VerificationError: a page is not what it was; the text names it.
+            OSError: the disk failed.
+        """
+        if not self._vouching.ready(pages):
+            return None
+        data = self._ram.read_nowait(pages)
+        return None if data is None else self._vouched(pages, data)
+
+    def read(self, pages: PageRange) -> list[VouchedRun]:
+        """`pages` as runs, checked; holes are not read. May wait for a disk. Raises as `read_nowait`."""
+        found: list[VouchedRun] = []
+        for piece, is_data in self._ram.segments(pages):
+            if is_data:
+                found.extend(self._vouched(piece, self._ram.read(piece)))
+            else:
+                digests = zero_digests(piece.count)
+                self._check(piece, digests)
+                found.append(VouchedRun(piece, None, digests))
+        return found
+
+    def read_pages(self, pages: PageRange) -> list[PageRun]:
+        """`pages` as plain runs: what a local page source gives on. May wait for a disk. Raises as `read_nowait`."""
+        return [PageRun(run.pages, run.data) for run in self.read(pages)]
+
+    def _vouched(self, pages: PageRange, data: bytearray) -> list[VouchedRun]:
+        view = memoryview(data)
+        found: list[bytes] = []
+        borders = [0]  # pages at which zero and other pages take turns
+        was_zero = None
+        for index in range(pages.count):
+            at = index * PAGE_SIZE
+            zero = data.startswith(ZERO_PAGE, at)
+            found.append(ZERO_PAGE_DIGEST if zero else page_digest(view[at : at + PAGE_SIZE]))
+            if zero is not was_zero:
+                if index:
+                    borders.append(index)
+                was_zero = zero
+        digests = b"".join(found)
+        self._check(pages, digests)
+        borders.append(pages.count)
+        return [
+            VouchedRun(
+                PageRange(pages.start + first, end - first),
+                None if found[first] is ZERO_PAGE_DIGEST else view[first * PAGE_SIZE : end * PAGE_SIZE],
+                digests[first * DIGEST_BYTES : end * DIGEST_BYTES],
+            )
+            for first, end in itertools.pairwise(borders)
+        ]
+
+    def _check(self, pages: PageRange, digests: bytes) -> None:
+        refused = self._vouching.first_refused(pages, digests)
+        if refused is not None:
+            raise VerificationError(f"page {refused} of {self.folder.name} is not what it was: the file was changed")
+
+    # ---- digests
+
+    def leaf_nowait(self, leaf: int) -> bytes | None:
+        """The page digests below `leaf` if they are in memory. Hashed snapshots only."""
+        ready = self._vouching.ready(PageRange(leaf * LEAF_PAGES, 1))
+        return self.leaf(leaf) if ready else None
+
+    def leaf(self, leaf: int) -> bytes:
+        """The page digests below `leaf`. Hashed snapshots only. May wait for a disk.
+
+        Raises:
+            VerificationError: the digests file was changed.
+        """
+        return self._hashed_tree().leaf(leaf)
+
+    def upper(self, first: int, count: int) -> bytes:
+        """`count` leaf digests from leaf `first` on. Hashed snapshots only."""
+        return self._hashed_tree().upper[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
+
+    def _hashed_tree(self) -> TreeVouching:
+        if not isinstance(self._vouching, TreeVouching):
+            raise SnapshotError(f"{self.folder.name} has no digest tree")
+        return self._vouching
+
+    # ---- end
+
+    def close(self) -> None:
+        """Close all files. Nothing may be read afterwards."""
+        self._files.close()
+
+    def __enter__(self) -> SnapshotReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_snapshot(path: str | os.PathLike[str]) -> SnapshotReader:
+    """Open the snapshot folder `path`: with a manifest, or just `pc.ram` (and perhaps `vmstate`).
+
+    Raises:
+        SnapshotError: not a snapshot, or its parts do not fit together; one line that says which.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise SnapshotError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+    manifest_bytes = _manifest_bytes(folder / manifests.MANIFEST_NAME)
+    manifest = manifests.parse(manifest_bytes) if manifest_bytes else None
+    ram_path = folder / (manifest.ram.file if manifest else manifests.RAM_NAME)
+    fd = _open_regular(ram_path, missing_is_fine=False)
+    assert fd is not None
+    ram = RamFile(fd)
+    try:
+        _check_ram_size(ram_path, os.fstat(fd).st_size, manifest)
+    except SnapshotError:
+        ram.close()
+        raise
+    return SnapshotReader(folder, ram, manifest_bytes, manifest)
+
+
+def _check_ram_size(path: Path, size: int, manifest: Manifest | None) -> None:
+    if manifest and size != manifest.ram.size:
+        raise SnapshotError(f"{path} has {size} bytes, its manifest says {manifest.ram.size}")
+    if not 0 < size <= MAX_RAM_BYTES or size % PAGE_SIZE:
+        raise SnapshotError(f"{path} has {size} bytes, which is not a multiple of {PAGE_SIZE} above 0")
+
+
+def _vmstate_name(manifest: Manifest | None) -> str:
+    return manifest.vmstate.file if manifest and manifest.vmstate else manifests.VMSTATE_NAME
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    """manifest.json's bytes, empty if there is none; one byte more than allowed at most, for `parse` to refuse."""
+    fd = _open_regular(path, missing_is_fine=True)
+    if fd is None:
+        return b""
+    with os.fdopen(fd, "rb") as file:
+        text = file.read(MAX_MANIFEST_BYTES + 1)
+    if not text:
+        raise SnapshotError(f"{path} is empty")
+    return text
+
+
+def _open_regular(path: Path, *, missing_is_fine: bool) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang the open
+    except FileNotFoundError as error:
+        if missing_is_fine:
+            return None
+        raise SnapshotError(f"{path.parent} is not a snapshot: it has no {path.name}") from error
+    except OSError as error:
+        raise SnapshotError(f"cannot open {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise SnapshotError(f"{path} is not a regular file")
+    return fd
