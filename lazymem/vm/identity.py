@@ -1,0 +1,174 @@
+"""Rule 6: a device state is bound to its RAM. What is checked beside a RAM file before a guest may use it.
+
+Three places a RAM file can be in:
+
+- on a lazymem mount: the mount says by an extended attribute which RAM it is and whether this run wrote to it;
+- in a snapshot's own folder (a manifest beside it): its bytes must stay, so only private maps, and only while the bytes
+  are the manifest's;
+- alone: nothing is known, and nothing can be checked but the sizes.
+
+Caveat: a raw QEMU asks none of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, TreeShape, leaf_digest, page_digest, root_digest
+from lazymem.errors import IdentityError, RamFileError, SnapshotError
+from lazymem.pages import PAGE_SIZE
+from lazymem.snapshot.manifest import (
+    DIGESTS_NAME,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Block,
+    Manifest,
+    parse,
+    vmstate_digest,
+)
+
+RUN_ATTRIBUTE = "user.lazymem.run"
+
+
+@dataclass(frozen=True, slots=True)
+class MountRun:
+    """What a lazymem mount says of a RAM file. `identity` hex; `template`: many map it privately, none may write."""
+
+    identity: str
+    written_pages: int
+    template: bool
+
+
+def maybe_mount_run(ram: Path) -> MountRun | None:
+    """None: not on a lazymem mount.
+
+    Raises:
+        IdentityError: the attribute is there and makes no sense: never taken for "not a mount".
+    """
+    try:
+        raw = os.getxattr(ram, RUN_ATTRIBUTE)
+    except OSError:
+        return None
+    try:
+        told = json.loads(raw)
+        return MountRun(str(told["identity"]), int(told["written_pages"]), told["template"] is True)
+    except (ValueError, KeyError, TypeError) as error:
+        raise IdentityError(f"{ram}: its mount's {RUN_ATTRIBUTE} cannot be read: {error}") from error
+
+
+def maybe_manifest(ram: Path, block: str) -> Manifest | None:
+    """The manifest beside `ram`, when it is about this very file.
+
+    Raises:
+        SnapshotError: there is one and it is broken.
+    """
+    try:
+        with (ram.parent / MANIFEST_NAME).open("rb") as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SnapshotError(f"cannot read {ram.parent / MANIFEST_NAME}: {error.strerror}") from error
+    manifest = parse(text)
+    return manifest if any(entry.file == ram.name and entry.name == block for entry in manifest.blocks) else None
+
+
+def check_may_share(ram: Path, block: str) -> None:
+    """Whether a guest may write to `ram` (share=on). Asked before the file is opened.
+
+    Raises:
+        RamFileError: it is a snapshot's own, or a template.
+    """
+    ram = ram.resolve()
+    run = maybe_mount_run(ram)
+    if run is not None:
+        if run.template:
+            raise RamFileError(f"{ram} is a template for many guests: use share=off")
+        return
+    with contextlib.suppress(SnapshotError):
+        if maybe_manifest(ram, block) is None:
+            return
+    raise RamFileError(
+        f"{ram} is a snapshot's own {block}, and a guest with share=on would destroy the snapshot: "
+        "use share=off, a lazymem-mount of it, or a copy of the file elsewhere"
+    )
+
+
+def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[str], None]) -> None:
+    """Whether the device state `stream` belongs to `ram` as it is now. May read all of `ram`: not on trio's thread.
+
+    `notice` gets lines that a person should read on each resume.
+
+    Raises:
+        IdentityError: another snapshot's RAM, or RAM that was written since.
+        SnapshotError: the manifest beside it is broken.
+    """
+    ram = ram.resolve()
+    run = maybe_mount_run(ram)
+    if run is not None and run.written_pages:
+        raise IdentityError(
+            f"a guest has written {run.written_pages} pages of {ram} in this run, so the saved state is of other RAM: "
+            "mount the snapshot anew"
+        )
+    manifest = maybe_manifest(ram, block)
+    if manifest is None:
+        return
+    if run is not None and run.identity != manifest.identity.hex():
+        raise IdentityError(f"{ram} is RAM of another snapshot than the manifest beside it")
+    _check_stream(manifest, stream)
+    entry = next(entry for entry in manifest.blocks if entry.name == block)
+    if run is None and _changed_since(ram):
+        notice(f"{ram} is newer than its manifest: reading all of it against its digests")
+        _verify_all(ram, manifest, entry)
+    if manifest.disks_handled:
+        notice(
+            "this snapshot does not cover the guest's writable disks; who made it said that he sees to them: "
+            "make sure that they are as they were then"
+        )
+
+
+def _check_stream(manifest: Manifest, stream: bytes) -> None:
+    if manifest.vmstate is None:
+        raise IdentityError("the snapshot beside the RAM file has no device state, so this one is not its")
+    if len(stream) != manifest.vmstate.size or vmstate_digest(stream) != manifest.vmstate.digest:
+        raise IdentityError(
+            "the device state is not that of the snapshot beside the RAM file "
+            f"(made {manifest.created or 'at an unknown time'}): it is another one's, or was altered"
+        )
+
+
+def _changed_since(ram: Path) -> bool:
+    """A snapshot's RAM file is finished before its manifest is written."""
+    try:
+        return os.stat(ram).st_mtime_ns > os.stat(ram.parent / MANIFEST_NAME).st_mtime_ns
+    except OSError as error:
+        raise SnapshotError(f"cannot stat the snapshot of {ram}: {error.strerror}") from error
+
+
+def _verify_all(ram: Path, manifest: Manifest, entry: Block) -> None:
+    shape = TreeShape(entry.size)
+    digests_path = ram.parent / DIGESTS_NAME
+    try:
+        digests = digests_path.read_bytes() if digests_path.stat().st_size == shape.file_bytes else b""
+        leaves = digests[shape.upper_offset :]
+        if not digests or root_digest(entry.size, leaves).hex() != manifest.ram_root:
+            raise IdentityError(f"{digests_path} is not the digest tree of the snapshot's manifest")
+        with ram.open("rb", buffering=0) as file:
+            for leaf in range(shape.leaves):
+                _verify_leaf(ram, file.read(shape.leaf_pages(leaf) * PAGE_SIZE), leaf, leaves)
+    except OSError as error:
+        raise SnapshotError(f"cannot read the snapshot of {ram}: {error.strerror}") from error
+
+
+def _verify_leaf(ram: Path, data: bytes, leaf: int, leaves: bytes) -> None:
+    pages = b"".join(page_digest(data[at : at + PAGE_SIZE]) for at in range(0, len(data), PAGE_SIZE))
+    if leaf_digest(pages) != leaves[leaf * DIGEST_BYTES : (leaf + 1) * DIGEST_BYTES]:
+        first = leaf * LEAF_PAGES * PAGE_SIZE
+        raise IdentityError(
+            f"{ram} was written since the snapshot was made (in the MiB at {first:#x}): the saved state is of other RAM"
+        )

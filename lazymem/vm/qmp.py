@@ -1,0 +1,125 @@
+"""The QEMU machine protocol's messages: a line in, a request or an error out; answers and events as lines. Pure.
+
+Source: QEMU's docs/interop/qmp-spec. What is checked is what QEMU checks, and an error reads as QEMU's does, since
+clients show it to people.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_LINE_BYTES = 64 * 1024
+"""Our longest command is a migrate with a path: 4 KiB. A client that sends more without a line's end is cut off."""
+
+_KNOWN_MEMBERS = {"execute", "arguments", "id"}
+
+
+class QmpError(Exception):
+    """The answer to a command is an error. `kind` is QMP's class."""
+
+    def __init__(self, description: str, kind: str = "GenericError") -> None:
+        super().__init__(description)
+        self.description = description
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command. `has_id`: the answer repeats `request_id`, which may be any JSON value."""
+
+    command: str
+    arguments: Mapping[str, Any]
+    request_id: Any = None
+    has_id: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A command's arguments: name to Python type (str, bool, int, list)."""
+
+    required: Mapping[str, type] = field(default_factory=dict)
+    optional: Mapping[str, type] = field(default_factory=dict)
+
+
+_JSON_NAMES: dict[type, str] = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}
+
+
+def parse(line: bytes) -> Request:
+    """A request, with its form checked but not whether the command exists.
+
+    Raises:
+        QmpError: not a command.
+    """
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise QmpError(f"JSON parse error, {error}") from error
+    if not isinstance(document, dict):
+        raise QmpError("QMP input must be a JSON object")
+    unexpected = sorted(set(document) - _KNOWN_MEMBERS)
+    if unexpected:
+        raise QmpError(f"QMP input member '{unexpected[0]}' is unexpected")
+    if "execute" not in document:
+        raise QmpError("QMP input lacks member 'execute'")
+    if not isinstance(document["execute"], str):
+        raise QmpError("QMP input member 'execute' must be a string")
+    arguments = document.get("arguments", {})
+    if not isinstance(arguments, dict):
+        raise QmpError("QMP input member 'arguments' must be an object")
+    return Request(document["execute"], arguments, document.get("id"), "id" in document)
+
+
+def request_id(line: bytes) -> tuple[Any, bool]:
+    """The id of a line that `parse` refused, where it has one: (id, True), else (None, False)."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError):
+        return None, False
+    if isinstance(document, dict) and "id" in document:
+        return document["id"], True
+    return None, False
+
+
+def check(arguments: Mapping[str, Any], signature: Signature) -> None:
+    """Every required argument, no unknown one, each of its type.
+
+    Raises:
+        QmpError: with QEMU's words.
+    """
+    known = {**signature.required, **signature.optional}
+    for name, value in arguments.items():
+        if name not in known:
+            raise QmpError(f"Parameter '{name}' is unexpected")
+        wanted = known[name]
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise QmpError(f"Invalid parameter type for '{name}', expected: {_JSON_NAMES[wanted]}")
+    for name in signature.required:
+        if name not in arguments:
+            raise QmpError(f"Parameter '{name}' is missing")
+
+
+def greeting(version: Mapping[str, Any]) -> bytes:
+    """What the monitor says first. No capabilities: nothing is out of band, since nothing here is slow in band."""
+    return _line({"QMP": {"version": dict(version), "capabilities": []}})
+
+
+def answer(result: Any, request_id: Any, has_id: bool) -> bytes:
+    return _line({"return": result, **({"id": request_id} if has_id else {})})
+
+
+def error_answer(error: QmpError, request_id: Any, has_id: bool) -> bytes:
+    body = {"class": error.kind, "desc": error.description}
+    return _line({"error": body, **({"id": request_id} if has_id else {})})
+
+
+def event(name: str, data: Mapping[str, Any], time_ns: int) -> bytes:
+    """`time_ns`: Unix time in nanoseconds."""
+    stamp = {"seconds": time_ns // 1_000_000_000, "microseconds": time_ns // 1000 % 1_000_000}
+    return _line({"event": name, **({"data": dict(data)} if data else {}), "timestamp": stamp})
+
+
+def _line(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document).encode() + b"\r\n"
