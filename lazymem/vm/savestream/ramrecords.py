@@ -59,7 +59,8 @@ class RamReader:
 
     def _record(self, offset: int, flags: int) -> None:
         cursor = self._cursor
-        kind = flags & ~RamFlag.CONTINUE
+        # ~ of an IntFlag keeps known bits only, and so would let unknown ones through.
+        kind = flags & ~int(RamFlag.CONTINUE)
         if kind not in (RamFlag.ZERO, RamFlag.PAGE):
             raise cursor.refuse(f"a page record with unknown flags {flags:#x}")
         if not flags & RamFlag.CONTINUE:
