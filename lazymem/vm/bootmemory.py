@@ -86,7 +86,8 @@ def e820_map(regions: Sequence[RamRegion]) -> list[tuple[int, int, int]]:
         if region.address >= KERNEL_AREA:
             entries.append((region.address, region.size, E820_RAM))
             continue
-        entries.append((region.address, min(region.end, LOW_RAM_END) - region.address, E820_RAM))
+        if region.address < LOW_RAM_END:
+            entries.append((region.address, min(region.end, LOW_RAM_END) - region.address, E820_RAM))
         if region.end > KERNEL_AREA:
             entries.append((KERNEL_AREA, region.end - KERNEL_AREA, E820_RAM))
     entries.append((LOW_RAM_END, KERNEL_AREA - LOW_RAM_END, E820_RESERVED))
