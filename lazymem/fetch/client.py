@@ -1,0 +1,328 @@
+"""The client of one server: two lanes, one identity, connections that come back. Fits `store.source.PageSource`.
+
+Demand and guesses have a connection each, so that on ours side nothing demanded queues behind a guess (rule 5). The
+background one is opened when the first guess is made. A lost server stalls requests and never fails them (rule 7);
+a server that publishes other RAM at the same address is not the one that was lost, and is refused as long as it does.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import trio
+
+from lazymem.digests import DIGEST_BYTES, TreeShape
+from lazymem.errors import (
+    IdentityError,
+    LazymemError,
+    RemoteProtocolError,
+    ServerRefusedError,
+    ServerUnreachableError,
+)
+from lazymem.fetch.backoff import Backoff
+from lazymem.fetch.lane import Lane
+from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest
+from lazymem.fetch.session import Session, open_session
+from lazymem.fetch.stats import LinkCounters, LinkStatistics
+from lazymem.fetch.transport import Transport, dial
+from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
+from lazymem.settings import LinkSettings, ServerAddress
+from lazymem.wire.messages import PublishedFile, Welcome
+
+Dial = Callable[[], Awaitable[Transport]]
+OnFetched = Callable[[Fetched | LazymemError], None]
+
+INLINE_DECODE_PAGES = 32
+"""zstd gives back 128 KiB in about 80 us; the way to a thread and back costs as much. Larger answers go there."""
+
+R = TypeVar("R", DigestRequest, FileRequest)
+
+FILE_PIECE_BYTES = 1 << 20
+"""One READ_FILE: the wire's largest answer."""
+
+
+class FetchHandle:
+    """One fetch that was started."""
+
+    __slots__ = ("_client", "_request")
+
+    def __init__(self, client: Client, request: FetchRequest) -> None:
+        self._client = client
+        self._request = request
+
+    def cancel(self) -> None:
+        """The answer is not wanted any more; `on_done` is not called. After the end: nothing."""
+        self._client._cancel(self._request)
+
+    def promote(self) -> None:
+        """It was a guess, and now a reader waits: if it is not on the background connection, it changes the lane."""
+        self._client._promote(self._request)
+
+
+class Client:
+    """Made by `connect`. All methods belong to trio's thread."""
+
+    def __init__(
+        self, session: Session, address: ServerAddress, link: LinkSettings, counters: LinkCounters, dial_once: Dial
+    ) -> None:
+        self.welcome: Welcome = session.welcome
+        self._address = address
+        self._name = address.name or session.welcome.name
+        self._link = link
+        self._dial = dial_once
+        self._counters = counters
+        self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
+        rng = random.Random()
+        self._demand = Lane("demand", self._connect, self._backoff(rng), session)
+        self._background = Lane("background", self._connect, self._backoff(rng), on_lost=self._rescue_promoted)
+
+    # ---- what is published
+
+    @property
+    def identity(self) -> bytes:
+        """32 bytes; equal for equal RAM only."""
+        return self.welcome.identity
+
+    @property
+    def total_pages(self) -> int:
+        return self.welcome.ram_bytes >> PAGE_SHIFT
+
+    @property
+    def best_round_trip_seconds(self) -> float:
+        """Shortest time that a handshake or ping took."""
+        return min(self._demand.best_round_trip_seconds, self._background.best_round_trip_seconds)
+
+    @property
+    def wire_received_bytes(self) -> int:
+        return self._counters.wire_received_bytes
+
+    # ---- pages
+
+    def start_fetch(
+        self, ranges: Sequence[PageRange], *, want_leaves: bool, background: bool, on_done: OnFetched
+    ) -> FetchHandle:
+        """Send a fetch now, from the calling task; `on_done` gets the answer, or the error that ended it.
+
+        `ranges`: ascending, not overlapping, inside the RAM. Waits without limit for a lost server.
+        """
+
+        def ended(request: FetchRequest, maybe_error: LazymemError | None) -> None:
+            self._ended(request, maybe_error, on_done)
+
+        request = FetchRequest(ranges, want_leaves, background, ended)
+        (self._background if background else self._demand).submit(request)
+        return FetchHandle(self, request)
+
+    async def fetch(
+        self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False
+    ) -> Fetched:
+        """As `PageSource.fetch`. A cancelled call cancels the request at the server too.
+
+        Raises:
+            VerificationError: the server itself says that the bytes changed.
+            RemoteProtocolError: data that does not decode.
+            ServerRefusedError, LocalProtocolError: the server refuses the request for good.
+        """
+        result: list[Fetched | LazymemError] = []
+        arrived = trio.Event()
+
+        def on_done(answer: Fetched | LazymemError) -> None:
+            result.append(answer)
+            arrived.set()
+
+        handle = self.start_fetch(ranges, want_leaves=want_leaves, background=background, on_done=on_done)
+        try:
+            await arrived.wait()
+        finally:
+            handle.cancel()
+        if isinstance(result[0], LazymemError):
+            raise result[0]
+        return result[0]
+
+    def _ended(self, request: FetchRequest, maybe_error: LazymemError | None, on_done: OnFetched) -> None:
+        if maybe_error is not None:
+            on_done(maybe_error)
+        elif request.compressed_pages <= INLINE_DECODE_PAGES or self._nursery is None:
+            on_done(_decoded(request))
+        else:
+            self._nursery.start_soon(self._decode_in_thread, request, on_done)
+
+    async def _decode_in_thread(self, request: FetchRequest, on_done: OnFetched) -> None:
+        on_done(await trio.to_thread.run_sync(_decoded, request))
+
+    def _cancel(self, request: FetchRequest) -> None:
+        self._demand.cancel(request)
+        self._background.cancel(request)
+
+    def _promote(self, request: FetchRequest) -> None:
+        request.background = False
+        if self._background.take_unsent(request):
+            self._demand.submit(request)
+
+    def _rescue_promoted(self) -> None:
+        for request in self._background.requests:
+            if not request.background and self._background.take_unsent(request):
+                self._demand.submit(request)
+
+    # ---- what stands beside the pages
+
+    async def fetch_upper(self) -> bytes:
+        """The upper level of a hashed snapshot's digest tree: 16 bytes a leaf. Not verified.
+
+        Raises:
+            RemoteProtocolError: not of the size that the RAM needs.
+        """
+        leaves = TreeShape(self.welcome.ram_bytes).leaves
+        request = await self._complete(lambda on_done: DigestRequest(leaves, on_done))
+        if len(request.data) != leaves * DIGEST_BYTES:
+            raise RemoteProtocolError(f"the server sent {len(request.data)} bytes of leaf digests for {leaves} leaves")
+        return bytes(request.data)
+
+    async def read_file(self, file: PublishedFile, size_limit: int) -> bytes:
+        """A whole published file, at most `size_limit` bytes.
+
+        Raises:
+            ServerRefusedError: there is none, or it is larger.
+            RemoteProtocolError: it ends before its size.
+        """
+        size = self._published_bytes(file)
+        if size > size_limit:
+            raise ServerRefusedError(f"the server's {file.name.lower()} has {size} bytes, more than {size_limit}")
+        pieces = [
+            await self.read_file_piece(file, offset, min(FILE_PIECE_BYTES, size - offset))
+            for offset in range(0, size, FILE_PIECE_BYTES)
+        ]
+        return b"".join(pieces)
+
+    async def read_file_piece(self, file: PublishedFile, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes (at most 1 MiB) of a published file.
+
+        Raises:
+            ServerRefusedError: there is no such file.
+            RemoteProtocolError: the file ends before.
+        """
+        request = await self._complete(lambda on_done: FileRequest(file, offset, length, on_done))
+        if len(request.data) != length:
+            raise RemoteProtocolError(
+                f"the server's {file.name.lower()} ends {length - len(request.data)} bytes before its size"
+            )
+        return request.data
+
+    async def _complete(self, make: Callable[[Callable[[LazymemError | None], None]], R]) -> R:
+        done = trio.Event()
+        errors: list[LazymemError] = []
+
+        def on_done(maybe_error: LazymemError | None) -> None:
+            if maybe_error is not None:
+                errors.append(maybe_error)
+            done.set()
+
+        request = make(on_done)
+        self._demand.submit(request)
+        try:
+            await done.wait()
+        finally:
+            self._demand.cancel(request)
+        if errors:
+            raise errors[0]
+        return request
+
+    def _published_bytes(self, file: PublishedFile) -> int:
+        return {
+            PublishedFile.MANIFEST: len(self.welcome.manifest),
+            PublishedFile.VMSTATE: self.welcome.vmstate_bytes,
+            PublishedFile.WORKING_SET: self.welcome.working_set_bytes,
+        }[file]
+
+    # ---- the connections
+
+    def statistics(self) -> LinkStatistics:
+        best = self.best_round_trip_seconds
+        return LinkStatistics(
+            connection=f"{self._address}: {self._demand.state}",
+            connected=self._demand.connected,
+            reconnects=self._demand.reconnects + self._background.reconnects,
+            wire_received_bytes=self._counters.wire_received_bytes,
+            wire_sent_bytes=self._counters.wire_sent_bytes,
+            open_requests=self._demand.open_requests + self._background.open_requests,
+            round_trip_seconds=None if best == math.inf else best,
+        )
+
+    def close(self) -> None:
+        """End the connections; requests that are open are never answered."""
+        self._scope.cancel()
+
+    async def _run(self) -> None:
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._demand.run)
+                nursery.start_soon(self._background.run)
+
+    async def _connect(self) -> Session:
+        """One try at a session with the same RAM as the first one's."""
+        session = await open_session(await self._dial(), self._name, self._link, self._counters)
+        if session.welcome.identity == self.identity and session.welcome.ram_bytes == self.welcome.ram_bytes:
+            return session
+        session.close()
+        raise IdentityError(f"{self._address} publishes another snapshot now than the one that this mount is of")
+
+    def _backoff(self, rng: random.Random) -> Backoff:
+        return Backoff(self._link.backoff_base_seconds, self._link.backoff_cap_seconds, rng)
+
+
+async def connect(
+    nursery: trio.Nursery,
+    address: ServerAddress,
+    link: LinkSettings | None = None,
+    *,
+    dial_once: Dial | None = None,
+) -> Client:
+    """Connect for the first time; the connections then live in `nursery` until `close` or its end.
+
+    A server that is full is asked again for `link.connect_timeout_seconds`; everything else fails at once.
+
+    Raises:
+        ServerUnreachableError: nobody there, or gone before its welcome.
+        ServerRefusedError: no such snapshot, several and none named, full, another wire version.
+        RemoteProtocolError: whoever listens there speaks something else.
+    """
+    link = link or LinkSettings()
+
+    async def dial_address() -> Transport:
+        return await dial(address.endpoint, link)
+
+    dial_once = dial_once or dial_address
+    counters = LinkCounters()
+    backoff = Backoff(link.backoff_base_seconds, link.backoff_cap_seconds, random.Random())
+    give_up_at = trio.current_time() + link.connect_timeout_seconds
+    while True:
+        try:
+            session = await open_session(await dial_once(), address.name, link, counters)
+            break
+        except ServerRefusedError as error:
+            if not error.temporary or trio.current_time() > give_up_at:
+                raise _located(error, address) from error
+        except (ServerUnreachableError, RemoteProtocolError) as error:
+            raise _located(error, address) from error
+        await trio.sleep(backoff.next_delay())
+    client = Client(session, address, link, counters, dial_once)
+    nursery.start_soon(client._run)
+    return client
+
+
+def _located(error: LazymemError, address: ServerAddress) -> LazymemError:
+    """The same error, saying which server."""
+    text = str(error)
+    return error if str(address.endpoint) in text else type(error)(f"{address}: {text}")
+
+
+def _decoded(request: FetchRequest) -> Fetched | LazymemError:
+    try:
+        return request.fetched()
+    except RemoteProtocolError as error:
+        return error

@@ -1,0 +1,99 @@
+"""Which guesses to send next: what somebody asked `prefetch` for first, then the strategy's own. Synchronous.
+
+Guesses enter the in-flight table here, in the moment in which they are sent; what is on its way already is left out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import trio
+
+from lazymem.fetch.inflight import InFlightTable, Want
+from lazymem.fetch.keeper import Sink
+from lazymem.fetch.prefetch import Prefetcher
+from lazymem.pages import PageRange
+
+MAX_GUESS_RANGES = 64
+"""Of one request: 768 bytes of it, and where so many holes are between missing pages, little is missing."""
+
+
+class Asked:
+    """One call of `prefetch`: what is left to send, and how many of its requests are out."""
+
+    def __init__(self, ranges: Sequence[PageRange]) -> None:
+        self.left = deque(ranges)
+        self.flights = 0
+        self.settled = trio.Event()
+
+    def check(self) -> None:
+        if not self.left and not self.flights:
+            self.settled.set()
+
+
+class GuessQueue:
+    """Asked-for ranges, in order, before the guesses of `maybe_prefetcher`."""
+
+    def __init__(self, table: InFlightTable, sink: Sink, maybe_prefetcher: Prefetcher | None) -> None:
+        self.maybe_prefetcher = maybe_prefetcher
+        self._table = table
+        self._sink = sink
+        self._asked: deque[Asked] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether there may be something to guess."""
+        return bool(self._asked) or self.maybe_prefetcher is not None
+
+    def ask(self, ranges: Sequence[PageRange]) -> Asked:
+        asked = Asked(ranges)
+        self._asked.append(asked)
+        return asked
+
+    def stop(self) -> None:
+        """No more guesses; calls of `prefetch` end when their open requests do."""
+        self.maybe_prefetcher = None
+        for asked in self._asked:
+            asked.left.clear()
+            asked.check()
+        self._asked.clear()
+
+    def take(self, pages: int) -> tuple[list[Want], Asked | None]:
+        """Wants of at most `pages` pages for one request, ascending. Empty: nothing to guess now."""
+        while self._asked:
+            asked = self._asked[0]
+            wants = self._gather(pages, lambda limit, left=asked.left: self._next_left(left, limit))  # type: ignore[misc]
+            if wants:
+                asked.flights += 1
+                return wants, asked
+            self._asked.popleft()
+            asked.check()
+        if self.maybe_prefetcher is not None:
+            return self._gather(pages, self.maybe_prefetcher.next_range), None
+        return [], None
+
+    def _gather(self, pages: int, next_range: Callable[[int], PageRange | None]) -> list[Want]:
+        wants: list[Want] = []
+        room = pages
+        while room > 0 and len(wants) < MAX_GUESS_RANGES:
+            guess = next_range(room)
+            if guess is None:
+                break
+            for piece in self._table.free(guess)[: MAX_GUESS_RANGES - len(wants)]:
+                wants.append(self._table.add_background(piece))
+                room -= piece.count
+        wants.sort(key=lambda want: want.pages.start)
+        return wants
+
+    def _next_left(self, left: deque[PageRange], limit: int) -> PageRange | None:
+        """The next missing run of what is left, taken out of it."""
+        while left:
+            pages = left.popleft()
+            found = self._sink.next_missing(pages.start, min(limit, pages.count))
+            if found is None or found.start >= pages.end:
+                continue
+            found = PageRange(found.start, min(found.end, pages.end) - found.start)
+            if found.end < pages.end:
+                left.appendleft(PageRange(found.end, pages.end - found.end))
+            return found
+        return None

@@ -1,0 +1,247 @@
+"""The in-flight table: which pages are wanted, on their way, or here and not yet kept, and who waits for them. Pure.
+
+Invariants (the Hypothesis test holds them):
+
+- a page is in at most one want (rule 4: one fetch a page at a time);
+- a want is in the table from its creation until it is kept, failed or abandoned, and never after;
+- a demand is open as long as one of its wants has neither arrived nor failed; when the last one settles, or one
+  fails, its `wake` is called exactly once, unless it left before.
+
+A want that waits is always a demanded one: guessed ranges enter the table when they are sent (`add_background`), so a
+demand never has to take pages out of a queue of guesses. A demand for pages of a guess that was sent joins it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+
+from lazymem.errors import LazymemError
+from lazymem.pages import PAGE_SHIFT, PageRange, PageRun
+
+
+class State(enum.Enum):
+    WAITING = enum.auto()
+    """Nothing was sent for it."""
+    SENT = enum.auto()
+    HERE = enum.auto()
+    """Verified and in memory; leaves the table when the sink has kept it."""
+    GONE = enum.auto()
+    """Out of the table: kept, failed or abandoned."""
+
+
+class Want:
+    """Consecutive pages that travel together. `runs` (of the whole request) is set once they are here."""
+
+    __slots__ = ("attempts", "background", "demands", "error", "pages", "runs", "state")
+
+    def __init__(self, pages: PageRange, background: bool) -> None:
+        self.pages = pages
+        self.background = background
+        self.state = State.SENT if background else State.WAITING
+        self.attempts = 0
+        self.demands: list[Demand] = []
+        self.runs: Sequence[PageRun] = ()
+        self.error: LazymemError | None = None
+
+
+class Demand:
+    """One reader's pages. `open` counts the wants that it still waits for; `error` is the first failure."""
+
+    __slots__ = ("error", "open", "pages", "wake", "wants")
+
+    def __init__(self, pages: PageRange, wake: Callable[[], None]) -> None:
+        self.pages = pages
+        self.wake = wake
+        self.wants: list[Want] = []
+        self.open = 0
+        self.error: LazymemError | None = None
+
+    def collect(self) -> list[PageRun]:
+        """The demanded pages, in order, once nothing is open. Raises the failure, if there was one."""
+        if self.error is not None:
+            raise self.error
+        assert self.open == 0
+        if len(self.wants) == 1 and self.wants[0].pages == self.pages:
+            return cut_runs(self.wants[0].runs, self.pages)
+        found: list[PageRun] = []
+        for want in self.wants:
+            start, end = max(want.pages.start, self.pages.start), min(want.pages.end, self.pages.end)
+            found += cut_runs(want.runs, PageRange(start, end - start))
+        return found
+
+
+class InFlightTable:
+    """All wants by page."""
+
+    def __init__(self) -> None:
+        self._by_page: dict[int, Want] = {}
+        self._waiting: dict[Want, None] = {}
+        self.in_flight_pages = 0
+        self.background_in_flight_pages = 0
+        self.unkept_pages = 0
+
+    def __len__(self) -> int:
+        """Pages in the table."""
+        return len(self._by_page)
+
+    @property
+    def waiting(self) -> list[Want]:
+        """Demanded wants that nothing was sent for, oldest first."""
+        return list(self._waiting)
+
+    @property
+    def has_waiting(self) -> bool:
+        return bool(self._waiting)
+
+    def find(self, page: int) -> Want | None:
+        return self._by_page.get(page)
+
+    def demand(self, pages: PageRange, wake: Callable[[], None]) -> Demand:
+        """Enter a reader: join the wants that exist, make waiting ones for the other pages."""
+        demand = Demand(pages, wake)
+        for piece, maybe_want in self._pieces(pages):
+            want = maybe_want or self._enter(Want(piece, background=False))
+            demand.wants.append(want)
+            if want.state is not State.HERE:
+                want.demands.append(demand)
+                demand.open += 1
+        return demand
+
+    def leave(self, demand: Demand) -> list[Want]:
+        """A reader is gone. Wants that nobody waits for now: waiting ones are dropped, sent ones returned.
+
+        The caller may `abandon` what is returned, or let it arrive.
+        """
+        orphans: list[Want] = []
+        for want in demand.wants:
+            if demand not in want.demands:
+                continue
+            want.demands.remove(demand)
+            if want.demands or want.background:
+                continue
+            if want.state is State.WAITING:
+                self._forget(want)
+            else:
+                orphans.append(want)
+        demand.open = 0
+        return orphans
+
+    def free(self, pages: PageRange) -> list[PageRange]:
+        """The parts of `pages` that are in no want."""
+        return [piece for piece, maybe_want in self._pieces(pages) if maybe_want is None]
+
+    def add_background(self, pages: PageRange) -> Want:
+        """Enter a guess that is being sent. `pages` must be `free`."""
+        return self._enter(Want(pages, background=True))
+
+    def sent(self, want: Want) -> None:
+        assert want.state is State.WAITING
+        del self._waiting[want]
+        want.state = State.SENT
+        self.in_flight_pages += want.pages.count
+
+    def requeue(self, want: Want) -> None:
+        """What was sent brought nothing usable: it waits again, as demanded, with one more attempt counted."""
+        self._unsend(want)
+        want.attempts += 1
+        want.background = False
+        want.state = State.WAITING
+        self._waiting[want] = None
+
+    def arrived(self, want: Want, runs: Sequence[PageRun]) -> None:
+        """Verified pages are here: wake the readers that waited for nothing else."""
+        self._unsend(want)
+        want.state = State.HERE
+        want.runs = runs
+        self.unkept_pages += want.pages.count
+        demands, want.demands = want.demands, []
+        for demand in demands:
+            demand.open -= 1
+            if not demand.open and demand.error is None:
+                demand.wake()
+
+    def kept(self, want: Want) -> None:
+        """The sink has the pages (or never will): readers ask the sink from now on."""
+        assert want.state is State.HERE
+        self._forget(want)
+
+    def failed(self, want: Want, error: LazymemError) -> None:
+        """Nothing will come: wake everybody who waits, with the error."""
+        self._forget(want)
+        want.error = error
+        demands, want.demands = want.demands, []
+        for demand in demands:
+            demand.open -= 1
+            if demand.error is None:
+                demand.error = error
+                demand.wake()
+
+    def abandon(self, want: Want) -> None:
+        """Nobody waits and it was cancelled."""
+        assert not want.demands
+        self._forget(want)
+
+    def _pieces(self, pages: PageRange) -> list[tuple[PageRange, Want | None]]:
+        """`pages` cut where the want changes, in order."""
+        get = self._by_page.get
+        if pages.count == 1:
+            return [(pages, get(pages.start))]
+        found: list[tuple[PageRange, Want | None]] = []
+        start, current = pages.start, get(pages.start)
+        for page in range(pages.start + 1, pages.end):
+            want = get(page)
+            if want is not current:
+                found.append((PageRange(start, page - start), current))
+                start, current = page, want
+        found.append((PageRange(start, pages.end - start), current))
+        return found
+
+    def _enter(self, want: Want) -> Want:
+        for page in range(want.pages.start, want.pages.end):
+            assert page not in self._by_page
+            self._by_page[page] = want
+        if want.state is State.WAITING:
+            self._waiting[want] = None
+        else:
+            self.in_flight_pages += want.pages.count
+            self.background_in_flight_pages += want.pages.count
+        return want
+
+    def _unsend(self, want: Want) -> None:
+        assert want.state is State.SENT
+        self.in_flight_pages -= want.pages.count
+        if want.background:
+            self.background_in_flight_pages -= want.pages.count
+
+    def _forget(self, want: Want) -> None:
+        if want.state is State.WAITING:
+            del self._waiting[want]
+        elif want.state is State.SENT:
+            self._unsend(want)
+        else:
+            assert want.state is State.HERE
+            self.unkept_pages -= want.pages.count
+        for page in range(want.pages.start, want.pages.end):
+            del self._by_page[page]
+        want.state = State.GONE
+
+
+def cut_runs(runs: Sequence[PageRun], pages: PageRange) -> list[PageRun]:
+    """The part of ascending, gapless `runs` that covers `pages`; no byte is copied."""
+    if len(runs) == 1 and runs[0].pages == pages:
+        return [runs[0]]
+    found: list[PageRun] = []
+    for run in runs:
+        start, end = max(run.pages.start, pages.start), min(run.pages.end, pages.end)
+        if start >= end:
+            continue
+        if start == run.pages.start and end == run.pages.end:
+            found.append(run)
+            continue
+        data = run.data
+        if data is not None:
+            at = (start - run.pages.start) << PAGE_SHIFT
+            data = memoryview(data)[at : at + ((end - start) << PAGE_SHIFT)]
+        found.append(PageRun(PageRange(start, end - start), data))
+    return found

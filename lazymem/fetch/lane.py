@@ -1,0 +1,271 @@
+"""One lane to the server: a connection that comes back by itself, and the requests that outlive it.
+
+Shared state: `_requests` holds every request that was submitted and not ended; a part of one is either in `_unsent` or,
+by its id, in `_open` of the present session. Every change happens without an await in between, so the reader task, the
+submitting tasks and a reconnect never see half of one.
+
+Where cancellation leaves things: a cancelled request is out of `_requests` at once; its open ids stay in `_open` as
+None until the server's last word on them, and what still comes for them is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from lazymem.errors import LazymemError, LocalProtocolError
+from lazymem.fetch.backoff import Backoff
+from lazymem.fetch.requests import Part, Request, maybe_again, refusal
+from lazymem.fetch.session import Session
+from lazymem.wire.messages import Cancel, Cancelled, Error, Message
+
+logger = logging.getLogger(__name__)
+
+Connect = Callable[[], Awaitable[Session]]
+"""Dial, shake hands, check the identity; raises LazymemError."""
+
+MAX_REQUESTS = 4096
+"""Requests of one lane at a time. The scheduler stays far below; whoever exceeds it has a leak."""
+
+STABLE_SECONDS = 10.0
+"""A connection that lived so long had no part in the failures before it: the next wait is a first one again."""
+
+
+class Lane:
+    """`run` keeps the connection; `submit` and `cancel` are called from any task and never wait."""
+
+    def __init__(
+        self,
+        name: str,
+        connect: Connect,
+        backoff: Backoff,
+        maybe_session: Session | None = None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`maybe_session` is an open one to start with; `on_lost` is called after each end of a connection."""
+        self.name = name
+        self._on_lost = on_lost
+        self.reconnects = 0
+        self._connect = connect
+        self._backoff = backoff
+        self._first_session = maybe_session
+        self._session: Session | None = None
+        self._requests: dict[Request, None] = {}
+        self._unsent: deque[tuple[Request, Part]] = deque()
+        self._open: dict[int, tuple[Request, Part] | None] = {}
+        self._next_id = 1
+        self._wanted = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._lost_since: float | None = None
+        self._last_error: LazymemError | None = None
+        self._best_round_trip = math.inf
+        if maybe_session is not None:
+            self._wanted.set()
+            self._attach(maybe_session)
+
+    @property
+    def connected(self) -> bool:
+        return self._session is not None
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def best_round_trip_seconds(self) -> float:
+        """Of all this lane's connections; infinite before the first."""
+        maybe_session = self._session
+        best = self._best_round_trip
+        return best if maybe_session is None else min(best, maybe_session.best_round_trip_seconds)
+
+    @property
+    def state(self) -> str:
+        """For people: connected, idle, or since when and why not."""
+        if self._session is not None:
+            return "connected"
+        if self._lost_since is None:
+            return "not connected yet"
+        return f"trying to reconnect for {trio.current_time() - self._lost_since:.0f} s: {self._last_error}"
+
+    def submit(self, request: Request) -> None:
+        """Send now if there is a connection with room, else as soon as there is."""
+        assert len(self._requests) < MAX_REQUESTS
+        self._requests[request] = None
+        self._wanted.set()
+        if self._session is not None:
+            self._queue(request, self._session)
+            self._pump(self._session)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Everything submitted and not ended."""
+        return list(self._requests)
+
+    def cancel(self, request: Request) -> None:
+        """Forget the request: its `end` is not called any more. Unknown or ended ones are ignored."""
+        if request not in self._requests:
+            return
+        self._drop(request)
+        if self._session is not None:
+            self._pump(self._session)
+
+    def take_unsent(self, request: Request) -> bool:
+        """Whether the request is here and nothing of it is on a connection; if so it is forgotten here."""
+        if request not in self._requests or any(entry and entry[0] is request for entry in self._open.values()):
+            return False
+        self._drop(request)
+        return True
+
+    async def run(self) -> None:
+        """Connect when first needed, and again whenever the connection is lost, for ever."""
+        await self._wanted.wait()
+        while True:
+            try:
+                session = self._first_session or await self._connect()
+                self._first_session = None
+                await self._serve(session)
+            except LazymemError as error:
+                self._note_loss(error)
+            await trio.sleep(self._backoff.next_delay())
+
+    async def _serve(self, session: Session) -> None:
+        """Until the session is over, which raises. Its cause leaves the nursery by hand, so that it comes ungrouped."""
+        cause: LazymemError | None = None
+        started_at = trio.current_time()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                if self._session is None:
+                    self._attach(session)
+                try:
+                    await session.run(self._on_message)
+                except LazymemError as error:
+                    cause = error
+                nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
+            self._detach()
+        if trio.current_time() - started_at > STABLE_SECONDS:
+            self._backoff.reset()
+        if cause is not None:
+            raise cause
+
+    # ---- the connection comes and goes
+
+    def _attach(self, session: Session) -> None:
+        if self._lost_since is not None:
+            self.reconnects += 1
+            logger.warning("%s connection is back after %.1f s", self.name, trio.current_time() - self._lost_since)
+        self._lost_since = None
+        self._session = session
+        for request in list(self._requests):
+            self._queue(request, session)
+        self._pump(session)
+
+    def _detach(self) -> None:
+        if self._session is not None:
+            self._best_round_trip = self.best_round_trip_seconds
+            self._session.close()
+        self._session = None
+        self._open.clear()
+        self._unsent.clear()
+        for request in self._requests:
+            request.open_parts = 0
+        self._on_lost()
+
+    def _note_loss(self, error: LazymemError) -> None:
+        """Log when it breaks and when the reason changes, not at every try."""
+        if self._lost_since is None:
+            self._lost_since = trio.current_time()
+            logger.warning("%s connection lost, trying again until it is back: %s", self.name, error)
+        elif str(error) != str(self._last_error):
+            logger.warning("%s connection: still trying: %s", self.name, error)
+        self._last_error = error
+
+    # ---- requests
+
+    def _queue(self, request: Request, session: Session) -> None:
+        parts = request.parts(session.welcome.limits)
+        request.open_parts = len(parts)
+        if not parts:
+            self._end(request, None)
+            return
+        for part in parts:
+            self._unsent.append((request, part))
+
+    def _pump(self, session: Session) -> None:
+        """Send what the server takes now."""
+        while self._unsent and session.may_request():
+            request, part = self._unsent.popleft()
+            request_id = self._next_id
+            self._next_id += 1
+            self._open[request_id] = (request, part)
+            try:
+                session.send(request.message(request_id, part))
+            except LocalProtocolError as error:
+                del self._open[request_id]
+                self._end(request, error)
+
+    def _on_message(self, message: Message) -> None:
+        request_id: int = message.id  # type: ignore[union-attr]  # the connection lets only answers through
+        entry = self._open[request_id]
+        kind = type(message)
+        if kind is Error or kind is Cancelled:
+            del self._open[request_id]
+            if kind is Error and entry is not None:
+                self._refused(entry[0], message)  # type: ignore[arg-type]
+        elif entry is None:
+            if getattr(message, "final", True):
+                del self._open[request_id]
+        elif entry[0].take(message):
+            del self._open[request_id]
+            self._backoff.reset()
+            request = entry[0]
+            request.open_parts -= 1
+            if not request.open_parts:
+                self._end(request, None)
+        if self._unsent and self._session is not None:
+            self._pump(self._session)
+
+    def _refused(self, request: Request, error: Error) -> None:
+        if not maybe_again(error):
+            self._end(request, refusal(error))
+            return
+        logger.warning("%s connection: a request is refused for now and tried again: %s", self.name, error.text)
+        self._drop(request)
+        self._requests[request] = None
+        request.open_parts = 0
+        if self._nursery is not None and self._session is not None:
+            self._nursery.start_soon(self._resend_later, request, self._session)
+
+    async def _resend_later(self, request: Request, session: Session) -> None:
+        """Lives in the session's nursery: after a reconnect everything is sent again anyway."""
+        await trio.sleep(self._backoff.next_delay())
+        if request in self._requests and not request.open_parts:
+            self._queue(request, session)
+            self._pump(session)
+
+    def _end(self, request: Request, maybe_error: LazymemError | None) -> None:
+        if request in self._requests:
+            if maybe_error is None:
+                del self._requests[request]
+            else:
+                self._drop(request)
+            request.end(maybe_error)
+
+    def _drop(self, request: Request) -> None:
+        """Out of every list; what is open of it is cancelled at the server."""
+        del self._requests[request]
+        if len(self._unsent):
+            self._unsent = deque(entry for entry in self._unsent if entry[0] is not request)
+        if not request.open_parts:
+            return
+        for request_id, entry in list(self._open.items()):
+            if entry is not None and entry[0] is request:
+                self._open[request_id] = None
+                if self._session is not None:
+                    self._session.send(Cancel(request_id))

@@ -1,0 +1,228 @@
+"""Requests that outlive connections: what is still to be asked for, what came, what to do at the end. Pure.
+
+A lane asks a request for its `parts` (each one wire request inside the server's limits), builds the message of each
+under an id, hands over what comes, and ends it once no part is open. After a lost connection it asks for the parts
+again and gets only what has not come yet. The wire's connection has already checked that an answer is for what was
+asked, in order and complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from lazymem.errors import (
+    LazymemError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    ServerRefusedError,
+    VerificationError,
+)
+from lazymem.fetch.plan import split
+from lazymem.pages import Fetched, PageRange, PageRun
+from lazymem.wire.messages import (
+    Digests,
+    Error,
+    ErrorCode,
+    Fetch,
+    FetchDigests,
+    FetchFlag,
+    FileData,
+    Level,
+    Limits,
+    Message,
+    Pages,
+    PublishedFile,
+    ReadFile,
+)
+from lazymem.wire.pagedata import decode_pages
+
+Part = tuple[PageRange, ...]
+"""What one wire request asks for; its meaning is its request's (pages, leaves, bytes)."""
+
+_AGAIN = frozenset({ErrorCode.IO_ERROR, ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN, ErrorCode.TOO_MANY_REQUESTS})
+"""Errors that somebody on the other side may put right, while the guest waits (rule 7)."""
+
+_REFUSED = frozenset({ErrorCode.NO_SUCH_SNAPSHOT, ErrorCode.UNSUPPORTED_VERSION, ErrorCode.NO_SUCH_FILE})
+
+
+class Request(Protocol):
+    """What a lane needs of a request."""
+
+    background: bool
+    open_parts: int
+    """Parts that were handed out and are not answered yet; the lane counts."""
+
+    def parts(self, limits: Limits) -> list[Part]:
+        """What has not come yet, cut to the server's limits. Empty: everything is here."""
+        ...
+
+    def message(self, request_id: int, part: Part) -> Message: ...
+
+    def take(self, answer: Message) -> bool:
+        """Note an answer; whether it was its part's last."""
+        ...
+
+    def end(self, maybe_error: LazymemError | None) -> None:
+        """Called once: all is here, or nothing more will come."""
+        ...
+
+
+class FetchRequest:
+    """Pages by ranges. `on_done` is called once, with itself and maybe an error; `fetched` decodes what came."""
+
+    def __init__(
+        self,
+        ranges: Sequence[PageRange],
+        want_leaves: bool,
+        background: bool,
+        on_done: Callable[[FetchRequest, LazymemError | None], None],
+    ) -> None:
+        self.ranges = tuple(ranges)
+        self.background = background
+        self.open_parts = 0
+        self._want_leaves = want_leaves
+        self._on_done = on_done
+        self._frames: list[Pages] = []
+        self._leaves: dict[int, bytes] = {}
+
+    def parts(self, limits: Limits) -> list[Part]:
+        rest = subtract(self.ranges, [frame.pages for frame in self._frames]) if self._frames else self.ranges
+        if len(rest) == 1 and rest[0].count <= limits.max_request_pages:
+            return [rest]
+        return split(rest, limits.max_request_pages, limits.max_request_ranges)
+
+    def message(self, request_id: int, part: Part) -> Message:
+        flags = FetchFlag.WANT_DIGESTS if self._want_leaves else FetchFlag.NONE
+        if self.background:
+            flags |= FetchFlag.BACKGROUND
+        return Fetch(request_id, part, flags)
+
+    def take(self, answer: Message) -> bool:
+        if type(answer) is Pages:
+            self._frames.append(answer)
+            return answer.final
+        assert type(answer) is Digests
+        self._leaves[answer.index] = answer.data
+        return False
+
+    def end(self, maybe_error: LazymemError | None) -> None:
+        self._on_done(self, maybe_error)
+
+    @property
+    def compressed_pages(self) -> int:
+        """How many pages `fetched` has to decompress."""
+        return sum(frame.pages.count for frame in self._frames if frame.encoding == 2)
+
+    def fetched(self) -> Fetched:
+        """Decode. May run in a thread: nothing else looks at the request any more.
+
+        Raises:
+            RemoteProtocolError: compressed data that does not decode to its pages.
+        """
+        frames = self._frames
+        if len(frames) > 1:
+            frames.sort(key=lambda frame: frame.pages.start)
+        runs = tuple([PageRun(frame.pages, decode_pages(frame)) for frame in frames])
+        digests = {frame.pages.start: frame.digests for frame in frames if frame.digests}
+        return Fetched(runs, self._leaves, digests)
+
+
+class DigestRequest:
+    """Leaf digests (the upper level) from leaf 0 on; `data` once it ended without an error."""
+
+    background = False
+
+    def __init__(self, leaves: int, on_done: Callable[[LazymemError | None], None]) -> None:
+        self.open_parts = 0
+        self.data = bytearray()
+        self._leaves = leaves
+        self._on_done = on_done
+        self._pieces: dict[int, bytes] = {}
+
+    def parts(self, limits: Limits) -> list[Part]:
+        self._pieces.clear()
+        return [(piece,) for piece in PageRange(0, self._leaves).pieces(_UPPER_LEAVES)]
+
+    def message(self, request_id: int, part: Part) -> Message:
+        return FetchDigests(request_id, Level.UPPER, part[0].start, part[0].count)
+
+    def take(self, answer: Message) -> bool:
+        assert type(answer) is Digests
+        self._pieces[answer.index] = answer.data
+        return answer.final
+
+    def end(self, maybe_error: LazymemError | None) -> None:
+        for index in sorted(self._pieces):
+            self.data += self._pieces[index]
+        self._on_done(maybe_error)
+
+
+_UPPER_LEAVES = 65536
+"""1 MiB of leaf digests: the wire's largest frame of them."""
+
+
+class FileRequest:
+    """One piece of a published file; `data` once it ended without an error."""
+
+    background = False
+
+    def __init__(
+        self, file: PublishedFile, offset: int, length: int, on_done: Callable[[LazymemError | None], None]
+    ) -> None:
+        self.open_parts = 0
+        self.data = b""
+        self._file = file
+        self._offset = offset
+        self._length = length
+        self._on_done = on_done
+
+    def parts(self, limits: Limits) -> list[Part]:
+        return [(PageRange(self._offset, self._length),)]
+
+    def message(self, request_id: int, part: Part) -> Message:
+        return ReadFile(request_id, self._file, self._offset, self._length)
+
+    def take(self, answer: Message) -> bool:
+        assert type(answer) is FileData
+        self.data = answer.data
+        return True
+
+    def end(self, maybe_error: LazymemError | None) -> None:
+        self._on_done(maybe_error)
+
+
+def subtract(ranges: Sequence[PageRange], taken: Sequence[PageRange]) -> tuple[PageRange, ...]:
+    """The parts of ascending `ranges` that are in none of `taken` (any order, each inside one of the ranges)."""
+    rest: list[PageRange] = []
+    taken = sorted(taken)
+    for pages in ranges:
+        start = pages.start
+        for gone in taken:
+            if gone.end <= start or gone.start >= pages.end:
+                continue
+            if gone.start > start:
+                rest.append(PageRange(start, gone.start - start))
+            start = gone.end
+        if start < pages.end:
+            rest.append(PageRange(start, pages.end - start))
+    return tuple(rest)
+
+
+def maybe_again(error: Error) -> bool:
+    """Whether the same request may be answered better a little later."""
+    return error.code in _AGAIN
+
+
+def refusal(error: Error) -> LazymemError:
+    """A server's error as ours, by whose fault it is; `temporary` where trying again may help."""
+    text = error.text or error.code.name.lower().replace("_", " ")
+    if error.code == ErrorCode.PAGE_CHANGED:
+        return VerificationError(f"the server refuses bytes that changed: {text}")
+    if error.code in _AGAIN or error.code in _REFUSED:
+        refused = ServerRefusedError(f"the server says: {text}")
+        refused.temporary = error.code in _AGAIN
+        return refused
+    if error.code == ErrorCode.BAD_REQUEST:
+        return LocalProtocolError(f"the server calls a request of ours bad: {text}")
+    return RemoteProtocolError(f"the server sent error {error.code}: {text}")

@@ -1,0 +1,346 @@
+"""Demand and guesses put together: fits `store.source.PageDemand`, given a source and a sink.
+
+Tasks: readers in `demand`; the source's reader task, which calls `_answered`; the keeper. All shared state is the
+in-flight table and `_flights`, and every change of them happens without an await in between.
+
+What cancellation leaves behind: a cancelled reader is out of the table at once. A want that nobody waits for any more
+is dropped if it was not sent; if all wants of a request are orphans, the request is cancelled at the source.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from time import perf_counter
+
+import trio
+
+from lazymem.digests import DIGEST_BYTES
+from lazymem.errors import DeadlineError, LazymemError, RemoteProtocolError, VerificationError
+from lazymem.fetch.guesses import Asked, GuessQueue
+from lazymem.fetch.inflight import Demand, InFlightTable, State, Want, cut_runs
+from lazymem.fetch.keeper import Keeper, Sink
+from lazymem.fetch.plan import Budget, Load, background_allowance, merged, plan_demand
+from lazymem.fetch.prefetch import Prefetcher
+from lazymem.fetch.starter import Handle, Source, starter_of
+from lazymem.fetch.stats import FetchStatistics, WaitHistogram
+from lazymem.fetch.window import BackgroundWindow
+from lazymem.pages import Fetched, PageRange, PageRun
+
+logger = logging.getLogger(__name__)
+
+INLINE_VERIFY_PAGES = 64
+"""Verified at once in a quarter of a millisecond; of larger answers others get a turn after each so many pages."""
+
+MAX_ATTEMPTS = 2
+"""A wrong answer is asked for once more, since memory and wires do flip bits; a source that insists is not believed."""
+
+
+class _Flight:
+    """One request that is out."""
+
+    __slots__ = ("asked", "background", "delivered_before", "handle", "sent_at", "wants")
+
+    def __init__(self, wants: Sequence[Want], background: bool, delivered_before: int, asked: Asked | None) -> None:
+        self.wants = tuple(wants)
+        self.background = background
+        self.handle: Handle | None = None
+        self.sent_at = trio.current_time()
+        self.delivered_before = delivered_before
+        self.asked = asked
+
+    @property
+    def pages(self) -> int:
+        return sum(want.pages.count for want in self.wants)
+
+
+class Scheduler:
+    """`source` and `sink` are `store.source.PageSource` and `PageSink`; tasks live in `nursery`.
+
+    `deadline_seconds`: of each demand; None waits for ever. Without a prefetcher only `prefetch` brings guesses.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sink: Sink,
+        nursery: trio.Nursery,
+        *,
+        budget: Budget | None = None,
+        deadline_seconds: float | None = None,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        self._source = source
+        self._sink = sink
+        self._nursery = nursery
+        self._starter = starter_of(source, nursery)
+        self._budget = budget or Budget()
+        self._deadline = deadline_seconds
+        self._table = InFlightTable()
+        self._flights: dict[Want, _Flight] = {}
+        self._demand_flights = 0
+        self._guesses = GuessQueue(self._table, sink, prefetcher)
+        self._window = BackgroundWindow()
+        self._keeper: Keeper[_Flight] = Keeper(sink, self._kept)
+        self._waits = WaitHistogram()
+        self._faults = self._failures = self._demand_pages = self._background_pages = 0
+        nursery.start_soon(self._keeper.run)
+        self._fill_background()
+
+    # ---- readers
+
+    async def demand(self, pages: PageRange) -> list[PageRun]:
+        """As `PageDemand.demand`: verified runs that cover `pages` exactly, in order.
+
+        Raises:
+            DeadlineError: the user's deadline passed.
+            VerificationError, RemoteProtocolError: the source insists on wrong bytes.
+            ServerRefusedError: the server refuses these pages for good.
+        """
+        started_at = perf_counter()
+        self._faults += 1
+        arrived = trio.Event()
+        demand = self._table.demand(pages, arrived.set)
+        if demand.open:
+            self._promote(demand)
+            if self._table.has_waiting:
+                self._send_demands()
+            if self._guesses.maybe_prefetcher is not None:
+                self._guesses.maybe_prefetcher.faulted(pages)
+            try:
+                await self._wait(arrived, pages)
+            finally:
+                if demand.open or demand.error is not None:
+                    self._leave(demand)
+        self._waits.add(perf_counter() - started_at)
+        return demand.collect()
+
+    async def _wait(self, arrived: trio.Event, pages: PageRange) -> None:
+        if self._deadline is None:
+            await arrived.wait()
+            return
+        with trio.move_on_after(self._deadline) as scope:
+            await arrived.wait()
+        if scope.cancelled_caught:
+            self._failures += 1
+            raise DeadlineError(f"page {pages.start} did not come within {self._deadline:g} s")
+
+    def _promote(self, demand: Demand) -> None:
+        for want in demand.wants:
+            if want.background and want.state is State.SENT:
+                handle = self._flights[want].handle
+                if handle is not None:
+                    handle.promote()
+
+    def _leave(self, demand: Demand) -> None:
+        for flight in {self._flights[want] for want in self._table.leave(demand) if want in self._flights}:
+            if flight.background or any(want.demands for want in flight.wants):
+                continue
+            if flight.handle is not None:
+                flight.handle.cancel()
+            self._land(flight)
+            for want in flight.wants:
+                self._table.abandon(want)
+            self._send_demands()
+
+    # ---- requests out
+
+    def _load(self) -> Load:
+        table = self._table
+        return Load(self._demand_flights, table.background_in_flight_pages, table.unkept_pages)
+
+    def _send_demands(self) -> None:
+        for send in plan_demand(self._table.waiting, self._load(), self._budget):
+            for want in send.wants:
+                self._table.sent(want)
+            self._send(send.wants, background=False)
+
+    def _send(self, wants: Sequence[Want], background: bool, asked: Asked | None = None) -> None:
+        flight = _Flight(wants, background, self._starter.wire_received_bytes, asked)
+        for want in wants:
+            self._flights[want] = flight
+        if not background:
+            self._demand_flights += 1
+
+        def on_done(answer: Fetched | LazymemError) -> None:
+            self._answered(flight, answer)
+
+        ranges = merged(want.pages for want in wants)
+        want_leaves = any(self._sink.missing_leaves(pages) for pages in ranges)
+        flight.handle = self._starter.start_fetch(
+            ranges, want_leaves=want_leaves, background=background, on_done=on_done
+        )
+
+    def _land(self, flight: _Flight) -> None:
+        for want in flight.wants:
+            del self._flights[want]
+        if not flight.background:
+            self._demand_flights -= 1
+
+    # ---- answers in
+
+    def _answered(self, flight: _Flight, answer: Fetched | LazymemError) -> None:
+        """Called by the source. Readers run only after it returns, so behind a demand nothing else is done here."""
+        if isinstance(answer, LazymemError):
+            self._rejected(flight, answer)
+        elif flight.pages <= INLINE_VERIFY_PAGES:
+            self._verify(flight, answer)
+        else:
+            self._nursery.start_soon(self._verify_in_pieces, flight, answer)
+            return
+        self._go_on(flight)
+
+    def _go_on(self, flight: _Flight) -> None:
+        if self._table.has_waiting:
+            self._send_demands()
+        if flight.background:
+            self._fill_background()
+
+    def _verify(self, flight: _Flight, fetched: Fetched) -> None:
+        try:
+            _check_cover(fetched, flight)
+            self._sink.accept(fetched)
+        except (VerificationError, RemoteProtocolError) as error:
+            self._rejected(flight, error)
+        else:
+            self._arrived(flight, fetched)
+
+    async def _verify_in_pieces(self, flight: _Flight, fetched: Fetched) -> None:
+        """All pieces or none count; readers that left meanwhile may have taken the flight with them."""
+        try:
+            _check_cover(fetched, flight)
+            for piece in _pieces(fetched, INLINE_VERIFY_PAGES):
+                self._sink.accept(piece)
+                await trio.lowlevel.checkpoint()
+        except (VerificationError, RemoteProtocolError) as error:
+            if flight.wants[0] in self._flights:
+                self._rejected(flight, error)
+        else:
+            if flight.wants[0] in self._flights:
+                self._arrived(flight, fetched)
+        self._go_on(flight)
+
+    def _arrived(self, flight: _Flight, fetched: Fetched) -> None:
+        self._land(flight)
+        for want in flight.wants:
+            self._table.arrived(want, fetched.runs)
+        pages = flight.pages
+        if flight.background:
+            self._background_pages += pages
+            delivered = self._starter.wire_received_bytes - flight.delivered_before
+            elapsed = trio.current_time() - flight.sent_at
+            self._window.note(delivered, elapsed, self._starter.best_round_trip_seconds)
+        else:
+            self._demand_pages += pages
+        self._keeper.put(flight, fetched)
+
+    def _rejected(self, flight: _Flight, error: LazymemError) -> None:
+        """Wrong bytes: ask again for what a reader waits for, each want by itself; give up on guesses."""
+        self._land(flight)
+        again = isinstance(error, VerificationError | RemoteProtocolError)
+        logger.warning("fetch of %d pages from page %d on: %s", flight.pages, flight.wants[0].pages.start, error)
+        for want in flight.wants:
+            if again and want.demands and want.attempts + 1 < MAX_ATTEMPTS:
+                self._table.requeue(want)
+            else:
+                self._failures += len(want.demands)
+                self._table.failed(want, error)
+        self._settle(flight)
+
+    def _kept(self, flight: _Flight, maybe_error: LazymemError | None) -> None:
+        for want in flight.wants:
+            self._table.kept(want)
+            if self._guesses.maybe_prefetcher is not None and maybe_error is None:
+                self._guesses.maybe_prefetcher.brought(want.pages)
+        if maybe_error is not None:
+            self._stop_guessing(maybe_error)
+        self._settle(flight)
+        self._send_demands()
+        self._fill_background()
+
+    def _settle(self, flight: _Flight) -> None:
+        if flight.asked is not None:
+            flight.asked.flights -= 1
+            flight.asked.check()
+            flight.asked = None
+
+    def _stop_guessing(self, error: LazymemError) -> None:
+        """The cache cannot be written: readers get their pages all the same, but guesses would come again and again."""
+        logger.error("fetched pages cannot be kept, so nothing is brought ahead of the guest any more: %s", error)
+        self._guesses.stop()
+
+    # ---- guesses
+
+    async def prefetch(self, ranges: Sequence[PageRange]) -> None:
+        """Bring what is missing of `ranges`, behind every demand; returns when it is kept, or failed for good.
+
+        Pages that are on their way already are not waited for. A cancelled call takes back what was not sent.
+        """
+        asked = self._guesses.ask(ranges)
+        self._fill_background()
+        asked.check()
+        try:
+            await asked.settled.wait()
+        finally:
+            asked.left.clear()
+
+    def _fill_background(self) -> None:
+        """Send guesses while the plan allows some."""
+        while self._guesses:
+            piece = self._window.piece_pages
+            allowed = background_allowance(self._table.has_waiting, self._load(), self._budget, self._window.pages)
+            if allowed < piece:
+                return
+            wants, maybe_asked = self._guesses.take(piece)
+            if not wants:
+                return
+            self._send(wants, background=True, asked=maybe_asked)
+
+    # ---- for people
+
+    async def wait_kept(self) -> None:
+        """Until every page that arrived is in the sink: before the sink is closed."""
+        await self._keeper.wait_idle()
+
+    def statistics(self) -> FetchStatistics:
+        table = self._table
+        link = getattr(self._source, "statistics", None)
+        return FetchStatistics(
+            demand_faults=self._faults,
+            wait_p50_seconds=self._waits.quantile(0.5),
+            wait_p99_seconds=self._waits.quantile(0.99),
+            demand_pages=self._demand_pages,
+            background_pages=self._background_pages,
+            in_flight_pages=table.in_flight_pages,
+            background_in_flight_pages=table.background_in_flight_pages,
+            unkept_pages=table.unkept_pages,
+            queued_demands=len(table.waiting),
+            failures=self._failures,
+            prefetching=bool(self._guesses) and table.background_in_flight_pages > 0,
+            link=link() if callable(link) else None,
+        )
+
+
+def _check_cover(fetched: Fetched, flight: _Flight) -> None:
+    """A source that brings other pages than the asked ones must not leave holes in what readers get."""
+    asked = merged(want.pages for want in flight.wants)
+    if merged(run.pages for run in fetched.runs) != asked:
+        raise RemoteProtocolError(f"the source brought other pages than the asked ones (from page {asked[0].start} on)")
+
+
+def _pieces(fetched: Fetched, max_pages: int) -> Iterator[Fetched]:
+    """The same answer in parts of one run each, of at most so many pages; leaves go with the first."""
+    leaves = fetched.leaves
+    digests = fetched.page_digests
+    for run in fetched.runs:
+        for pages in run.pages.pieces(max_pages):
+            (cut,) = cut_runs((run,), pages)
+            yield Fetched((cut,), leaves, _cut_digests(digests, run.pages, pages))
+            leaves = {}
+
+
+def _cut_digests(digests: Mapping[int, bytes], whole: PageRange, part: PageRange) -> dict[int, bytes]:
+    if whole.start not in digests:
+        return {}
+    first = (part.start - whole.start) * DIGEST_BYTES
+    return {part.start: digests[whole.start][first : first + part.count * DIGEST_BYTES]}

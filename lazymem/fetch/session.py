@@ -1,0 +1,229 @@
+"""One handshake'd connection: frames out at once, messages in, and a dead peer noticed within seconds.
+
+Tasks: whoever calls `run` receives; a writer sends what the kernel did not take at once; a pinger watches. The first of
+them that fails ends all. `send` is called from any task and never waits: what is unsent is bounded by the requests
+that the server lets us have open, times the largest request frame (12 KiB).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from lazymem.errors import LazymemError, RemoteProtocolError, ServerUnreachableError
+from lazymem.fetch.requests import refusal
+from lazymem.fetch.stats import LinkCounters
+from lazymem.fetch.transport import Transport
+from lazymem.settings import LinkSettings
+from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ClientConnection, Event
+from lazymem.wire.messages import Error, Goodbye, Hello, Message, Ping, Pong, Welcome
+
+
+class Session:
+    """Made by `open_session`."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        connection: ClientConnection,
+        welcome: Welcome,
+        link: LinkSettings,
+        counters: LinkCounters,
+    ) -> None:
+        self.welcome = welcome
+        self.draining = False
+        """The server said goodbye: no new requests."""
+        self.best_round_trip_seconds = math.inf
+        self._transport = transport
+        self._connection = connection
+        self._link = link
+        self._counters = counters
+        self._unsent: deque[bytes | memoryview] = deque()
+        self._something_unsent = trio.Event()
+        self._last_received = trio.current_time()
+        self._ping_id = 0
+        self._ping_sent_at: float | None = None
+        self._cause: LazymemError | None = None
+        self._scope = trio.CancelScope()
+
+    @property
+    def open_requests(self) -> int:
+        return self._connection.open_requests
+
+    def may_request(self) -> bool:
+        """Whether the server takes one more request now."""
+        if self.draining or self._cause is not None:
+            return False
+        return self._connection.open_requests < self.welcome.limits.max_requests
+
+    def send(self, message: Message) -> None:
+        """Put a message on its way; most often the kernel has it when this returns.
+
+        A broken connection is not reported here: `run` raises.
+
+        Raises:
+            LocalProtocolError: the message is not allowed; nothing was sent.
+        """
+        data = self._connection.send(message)
+        self._counters.wire_sent_bytes += len(data)
+        if self._cause is not None:
+            return
+        if self._unsent:
+            self._unsent.append(data)
+            return
+        try:
+            taken = self._transport.send_nowait(data)
+        except ServerUnreachableError as error:
+            self._fail(error)
+            return
+        if taken < len(data):
+            self._unsent.append(memoryview(data)[taken:])
+            self._something_unsent.set()
+
+    async def run(self, on_message: Callable[[Message], None]) -> None:
+        """Serve until the connection ends; always raises, unless cancelled. The transport is closed afterwards.
+
+        Raises:
+            ServerUnreachableError: the connection went away, or fell silent.
+            RemoteProtocolError: the peer broke the protocol.
+            ServerRefusedError: the server ended the connection and said why.
+        """
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._guarded, self._write)
+                    nursery.start_soon(self._guarded, self._watch)
+                    await self._guarded(self._receive, on_message)
+        finally:
+            self.close()
+        raise self._cause or ServerUnreachableError("connection closed")
+
+    def close(self) -> None:
+        """Drop the connection; `run` raises."""
+        self._transport.close()
+        self._scope.cancel()
+
+    def _fail(self, error: LazymemError) -> None:
+        """Keep the first cause and end `run`."""
+        if self._cause is None:
+            self._cause = error
+        self._scope.cancel()
+
+    async def _guarded(self, task: Callable[..., object], *arguments: object) -> None:
+        """Run one of the tasks; its failure ends all, and only the first counts."""
+        try:
+            await task(*arguments)  # type: ignore[misc]
+        except LazymemError as error:
+            self._fail(error)
+
+    async def _receive(self, on_message: Callable[[Message], None]) -> None:
+        connection, transport = self._connection, self._transport
+        while True:
+            event = connection.next_event()
+            while event is not NEED_DATA:
+                self._handle(event, on_message)
+                event = connection.next_event()
+            data = await transport.receive()
+            self._counters.wire_received_bytes += len(data)
+            self._last_received = trio.current_time()
+            connection.receive_data(data)
+
+    def _handle(self, event: Event, on_message: Callable[[Message], None]) -> None:
+        kind = type(event)
+        if event is CONNECTION_CLOSED:
+            raise ServerUnreachableError("the server closed the connection")
+        if kind is Ping:
+            self.send(Pong(event.id))  # type: ignore[union-attr]
+        elif kind is Pong:
+            self._note_pong(event)  # type: ignore[arg-type]
+        elif kind is Goodbye:
+            self.draining = True
+        elif kind is Error and event.id == 0:  # type: ignore[union-attr]
+            raise refusal(event)  # type: ignore[arg-type]
+        else:
+            on_message(event)  # type: ignore[arg-type]
+        if self.draining and not self._connection.open_requests:
+            raise ServerUnreachableError("the server said goodbye")
+
+    def _note_pong(self, pong: Pong) -> None:
+        if self._ping_sent_at is None or pong.id != self._ping_id:
+            raise RemoteProtocolError(f"the peer sent PONG {pong.id}, which answers no PING")
+        self.best_round_trip_seconds = min(self.best_round_trip_seconds, trio.current_time() - self._ping_sent_at)
+        self._ping_sent_at = None
+
+    async def _write(self) -> None:
+        while True:
+            await self._something_unsent.wait()
+            while self._unsent:
+                await self._transport.send_all(self._unsent[0])
+                self._unsent.popleft()
+            self._something_unsent = trio.Event()
+
+    async def _watch(self) -> None:
+        """Ping when nothing came for an interval; no byte for the timeout after that: dead."""
+        link = self._link
+        while True:
+            await trio.sleep_until(self._last_received + link.ping_interval_seconds)
+            if trio.current_time() < self._last_received + link.ping_interval_seconds:
+                continue
+            asked_at = trio.current_time()
+            if self._ping_sent_at is None:
+                self._ping_id += 1
+                self._ping_sent_at = asked_at
+                self.send(Ping(self._ping_id))
+            await trio.sleep_until(asked_at + link.ping_timeout_seconds)
+            if self._last_received < asked_at:
+                raise ServerUnreachableError(
+                    f"the server was silent for {trio.current_time() - self._last_received:.1f} s"
+                )
+
+
+async def open_session(transport: Transport, name: str, link: LinkSettings, counters: LinkCounters) -> Session:
+    """Say hello and wait for the welcome. The transport is closed on every failure, also on cancellation.
+
+    Raises:
+        ServerUnreachableError: cut, or silent for `link.handshake_timeout_seconds`.
+        ServerRefusedError: the server said no.
+        RemoteProtocolError: it speaks nonsense.
+    """
+    connection = ClientConnection()
+    try:
+        with trio.fail_after(link.handshake_timeout_seconds):
+            hello = connection.send(Hello(name))
+            asked_at = trio.current_time()
+            await transport.send_all(hello)
+            welcome = await _welcome(transport, connection, counters)
+    except trio.TooSlowError as error:
+        transport.close()
+        raise ServerUnreachableError(
+            f"connected, but no welcome within {link.handshake_timeout_seconds:g} s"
+        ) from error
+    except BaseException:
+        transport.close()
+        raise
+    counters.wire_sent_bytes += len(hello)
+    session = Session(transport, connection, welcome, link, counters)
+    session.best_round_trip_seconds = trio.current_time() - asked_at
+    return session
+
+
+async def _welcome(transport: Transport, connection: ClientConnection, counters: LinkCounters) -> Welcome:
+    while True:
+        event = connection.next_event()
+        if event is NEED_DATA:
+            data = await transport.receive()
+            counters.wire_received_bytes += len(data)
+            connection.receive_data(data)
+        elif event is CONNECTION_CLOSED:
+            raise ServerUnreachableError("the server closed the connection before its welcome")
+        elif isinstance(event, Welcome):
+            return event
+        elif isinstance(event, Error):
+            raise refusal(event)
+        elif isinstance(event, Goodbye):
+            raise ServerUnreachableError(f"the server said goodbye: {event.reason}")
+        else:
+            raise RemoteProtocolError(f"the peer sent {type(event).__name__} before its welcome")

@@ -1,0 +1,116 @@
+"""How the scheduler starts a fetch without waiting for it: the client does it itself, any other source by a task."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import trio
+
+from lazymem.errors import LazymemError
+from lazymem.fetch.backoff import Backoff
+from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
+
+logger = logging.getLogger(__name__)
+
+OnFetched = Callable[[Fetched | LazymemError], None]
+
+BACKOFF_BASE_SECONDS = 0.05
+BACKOFF_CAP_SECONDS = 5.0
+
+
+class Source(Protocol):
+    """The store's `PageSource`, by its shape."""
+
+    @property
+    def total_pages(self) -> int: ...
+
+    async def fetch(
+        self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False
+    ) -> Fetched: ...
+
+
+class Handle(Protocol):
+    """A fetch that was started."""
+
+    def cancel(self) -> None:
+        """`on_done` is not called any more."""
+        ...
+
+    def promote(self) -> None:
+        """A reader waits for this guess now."""
+        ...
+
+
+@runtime_checkable
+class FetchStarter(Protocol):
+    """What the scheduler needs of a source. `on_done` is called once, in trio's thread, never from `start_fetch`."""
+
+    def start_fetch(
+        self, ranges: Sequence[PageRange], *, want_leaves: bool, background: bool, on_done: OnFetched
+    ) -> Handle: ...
+
+    @property
+    def best_round_trip_seconds(self) -> float: ...
+
+    @property
+    def wire_received_bytes(self) -> int: ...
+
+
+class _TaskHandle:
+    def __init__(self, scope: trio.CancelScope) -> None:
+        self._scope = scope
+
+    def cancel(self) -> None:
+        self._scope.cancel()
+
+    def promote(self) -> None:
+        pass
+
+
+class TaskStarter:
+    """A task a fetch, for sources that can only be awaited. Temporary errors are tried again for ever (rule 7)."""
+
+    best_round_trip_seconds = math.inf
+
+    def __init__(self, source: Source, nursery: trio.Nursery) -> None:
+        self._source = source
+        self._nursery = nursery
+        self._rng = random.Random()
+        self.wire_received_bytes = 0
+
+    def start_fetch(
+        self, ranges: Sequence[PageRange], *, want_leaves: bool, background: bool, on_done: OnFetched
+    ) -> Handle:
+        scope = trio.CancelScope()
+
+        async def fetch() -> None:
+            with scope:
+                on_done(await self._fetch(ranges, want_leaves, background))
+
+        self._nursery.start_soon(fetch)
+        return _TaskHandle(scope)
+
+    async def _fetch(self, ranges: Sequence[PageRange], want_leaves: bool, background: bool) -> Fetched | LazymemError:
+        backoff = Backoff(BACKOFF_BASE_SECONDS, BACKOFF_CAP_SECONDS, self._rng)
+        while True:
+            asked_at = trio.current_time()
+            try:
+                fetched = await self._source.fetch(ranges, want_leaves=want_leaves, background=background)
+            except LazymemError as error:
+                if not error.temporary:
+                    return error
+                logger.warning("fetch of page %d failed and is tried again: %s", ranges[0].start, error)
+                await trio.sleep(backoff.next_delay())
+                continue
+            self.best_round_trip_seconds = min(self.best_round_trip_seconds, trio.current_time() - asked_at)
+            self.wire_received_bytes += sum(run.pages.count for run in fetched.runs if run.data) << PAGE_SHIFT
+            return fetched
+
+
+def starter_of(source: Source, nursery: trio.Nursery) -> FetchStarter:
+    """The source itself if it can start fetches, else tasks around it."""
+    return source if isinstance(source, FetchStarter) else TaskStarter(source, nursery)

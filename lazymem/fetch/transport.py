@@ -1,0 +1,142 @@
+"""A byte stream to the server that can also send without a task switch: TCP or unix socket.
+
+The demand path sends from the reader's own task, so a transport takes bytes synchronously when the kernel has room
+(`send_nowait`). trio's own socket always passes its scheduler once, which costs more than the system call. OSErrors end
+here: callers see `ServerUnreachableError`.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Protocol
+
+import trio
+
+from lazymem.errors import ServerUnreachableError
+from lazymem.settings import Endpoint, LinkSettings, UnixEndpoint
+
+RECEIVE_BYTES = 256 * 1024
+"""One read of the socket: large enough that a bulk answer costs few system calls, small beside the wire's bounds."""
+
+_KEEPALIVE_PROBES = 3
+
+
+class Transport(Protocol):
+    """One connected byte stream. One task may receive while others send."""
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        """Hand over what fits now; returns how many bytes that was (0: would block).
+
+        Raises:
+            ServerUnreachableError: the stream is broken.
+        """
+        ...
+
+    async def send_all(self, data: bytes | memoryview) -> None:
+        """Hand over everything. Only one task at a time. Raises as `send_nowait`."""
+        ...
+
+    async def receive(self) -> bytes:
+        """The next bytes; empty at the end of the stream. Raises as `send_nowait`."""
+        ...
+
+    def close(self) -> None:
+        """Drop the stream. Every task that waits in it gets an error. May be called twice."""
+        ...
+
+
+class SocketTransport:
+    """A connected, non-blocking socket; owns it."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.setblocking(False)
+        self._socket = connected
+
+    def send_nowait(self, data: bytes | memoryview) -> int:
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise _lost(error) from error
+
+    async def send_all(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                await trio.lowlevel.wait_writable(self._socket)
+                view = view[self.send_nowait(view) :]
+        except (trio.ClosedResourceError, OSError) as error:
+            raise _lost(error) from error
+
+    async def receive(self) -> bytes:
+        try:
+            while True:
+                await trio.lowlevel.wait_readable(self._socket)
+                try:
+                    return self._socket.recv(RECEIVE_BYTES)
+                except BlockingIOError:
+                    continue
+        except (trio.ClosedResourceError, OSError, ValueError) as error:  # ValueError: closed, so its number is -1
+            raise _lost(error) from error
+
+    def close(self) -> None:
+        if self._socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+
+async def dial(endpoint: Endpoint, link: LinkSettings) -> Transport:
+    """Connect a socket.
+
+    Raises:
+        ServerUnreachableError: no answer in `link.connect_timeout_seconds`, or refused.
+    """
+    try:
+        with trio.fail_after(link.connect_timeout_seconds):
+            if isinstance(endpoint, UnixEndpoint):
+                return await _dial_unix(endpoint.path)
+            stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+            connected = socket.socket(fileno=stream.socket.detach())
+            _tune(connected, link)
+            return SocketTransport(connected)
+    except trio.TooSlowError as error:
+        raise ServerUnreachableError(f"{endpoint}: no connection within {link.connect_timeout_seconds:g} s") from error
+    except OSError as error:
+        raise ServerUnreachableError(f"{endpoint}: {_reason(error)}") from error
+
+
+async def _dial_unix(path: str) -> Transport:
+    unix = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        await unix.connect(path)
+    except BaseException:
+        unix.close()
+        raise
+    return SocketTransport(socket.socket(fileno=unix.detach()))
+
+
+def _tune(tcp: socket.socket, link: LinkSettings) -> None:
+    """No Nagle; the kernel too notices a dead peer, also while only it has something to send."""
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    interval = max(1, round(link.ping_interval_seconds))
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval)
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    timeout_seconds = link.ping_interval_seconds + link.ping_timeout_seconds
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(timeout_seconds * 1000))
+
+
+def _lost(error: Exception) -> ServerUnreachableError:
+    return ServerUnreachableError(f"connection lost: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """One cause in words; open_tcp_stream wraps those of several addresses into one."""
+    cause: BaseException = error
+    while isinstance(cause.__cause__, OSError | BaseExceptionGroup) or isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__ or cause
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return str(cause) or type(cause).__name__

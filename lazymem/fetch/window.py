@@ -1,0 +1,55 @@
+"""How much may be guessed at a time, so that a demand waits behind at most one bandwidth-delay product of it. Pure.
+
+The window is twice the product of the best round trip and the delivery rate: what is out beyond one product stands in
+queues on the way, and that is what a demand can meet there (rule 5). While the link is not full a rate sample is about
+window / round trip, so the window doubles each round trip until the link is.
+
+Source of the rate samples and the gain: Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 2016.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lazymem.pages import PAGE_SHIFT
+
+MIN_WINDOW_PAGES = 16
+"""64 KiB: 52 ms of a 10 Mb/s line, and enough for a rate to be seen."""
+
+MAX_WINDOW_PAGES = 2048
+"""8 MiB: twice the product of 1 Gb/s and 32 ms. More would be memory for links that no guest should be resumed over."""
+
+MAX_PIECE_PAGES = 64
+"""256 KiB a request: verified in one go in a quarter of a millisecond, and 2 ms of a gigabit link."""
+
+MIN_QUEUE_SECONDS = 0.002
+"""Where the round trip is shorter than that, the rate is the two processors', and this keeps both of them busy."""
+
+GAIN = 2.0
+RATE_DECAY = 0.97
+"""Each sample: a slower link is believed after some thirty of them."""
+
+
+class BackgroundWindow:
+    """Fed with what was delivered; says how many pages may be out."""
+
+    def __init__(self) -> None:
+        self._rate = 0.0  # wire bytes a second
+        self._pages = MIN_WINDOW_PAGES * 2
+
+    @property
+    def pages(self) -> int:
+        return self._pages
+
+    @property
+    def piece_pages(self) -> int:
+        """Size of one request: four in a window."""
+        return min(MAX_PIECE_PAGES, max(MIN_WINDOW_PAGES // 4, self._pages // 4))
+
+    def note(self, delivered_bytes: int, elapsed_seconds: float, best_round_trip_seconds: float) -> None:
+        """A guess is here: `delivered_bytes` came over the link, of anything, between its sending and now."""
+        if not elapsed_seconds > 0 or not math.isfinite(best_round_trip_seconds):
+            return
+        self._rate = max(self._rate * RATE_DECAY, delivered_bytes / elapsed_seconds)
+        in_flight = self._rate * max(GAIN * best_round_trip_seconds, MIN_QUEUE_SECONDS)
+        self._pages = min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, int(in_flight) >> PAGE_SHIFT))

@@ -1,0 +1,71 @@
+"""Peers over memory streams, and what the fetch room's tests ask of answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import trio
+import trio.testing
+
+from lazymem.errors import ServerUnreachableError
+from lazymem.fetch.client import Client, connect
+from lazymem.fetch.transport import Transport
+from lazymem.pages import PageRun
+from lazymem.settings import LinkSettings, parse_server
+from tests.support.memorytransport import MemoryStream, MemoryTransport
+from tests.support.peer import Peer, make_ram
+
+ADDRESS = parse_server("ram.example:7411")
+
+
+class Network:
+    """Dials `peer` over memory streams; a test exchanges or removes it, and cuts connections."""
+
+    def __init__(self, nursery: trio.Nursery, peer: Peer | None) -> None:
+        self.peer = peer
+        self.dials = 0
+        self.lines: list[MemoryStream] = []
+        self._nursery = nursery
+
+    async def dial(self) -> Transport:
+        await trio.lowlevel.checkpoint()
+        self.dials += 1
+        if self.peer is None:
+            raise ServerUnreachableError("connection refused")
+        ours, theirs = trio.testing.memory_stream_pair()
+        self.lines.append(theirs)
+        self._nursery.start_soon(self.peer.serve, theirs)
+        return MemoryTransport(ours)
+
+    async def connect(self, link: LinkSettings | None = None) -> Client:
+        return await connect(self._nursery, ADDRESS, link, dial_once=self.dial)
+
+    async def cut(self) -> None:
+        """End every connection, from the server's side."""
+        lines, self.lines = self.lines, []
+        for line in lines:
+            await line.aclose()
+
+
+@pytest.fixture
+def peer() -> Peer:
+    return Peer(make_ram())
+
+
+@pytest.fixture
+def network(nursery: trio.Nursery, peer: Peer) -> Network:
+    return Network(nursery, peer)
+
+
+def joined(runs: Sequence[PageRun]) -> bytes:
+    """The bytes of runs, one after the other."""
+    return b"".join(run.pages.length_bytes * b"\0" if run.data is None else bytes(run.data) for run in runs)
+
+
+Joined = Callable[[Sequence[PageRun]], bytes]
+
+
+@pytest.fixture(name="joined")
+def joined_fixture() -> Joined:
+    return joined
