@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lazymem.errors import EnvironmentRefusedError
+from lazymem.errors import EnvironmentRefusedError, MonitorError
+from lazymem.vm.qmpclient import QmpClient
 
 _END_SECONDS = 5.0
 
@@ -50,6 +51,23 @@ def wait_for_path(path: Path, process: subprocess.Popen[bytes], log: Path, timeo
         if time.monotonic() > deadline:
             raise EnvironmentRefusedError(f"{process.args!r} did not make {path} in time: {tail(log)}")
         time.sleep(0.002)
+
+
+def open_monitor(path: Path, process: subprocess.Popen[bytes], log: Path, timeout_seconds: float = 30) -> QmpClient:
+    """The emulator's monitor, as soon as it listens.
+
+    Raises:
+        LazymemError: the emulator ended, or the time is up.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        wait_for_path(path, process, log, max(0.0, deadline - time.monotonic()))
+        try:
+            return QmpClient(path)
+        except MonitorError as error:
+            # Between bind(2) and listen(2) the socket has its name and refuses.
+            if not isinstance(error.__cause__, ConnectionRefusedError) or time.monotonic() > deadline:
+                raise
 
 
 def tail(log: Path, characters: int = 2000) -> str:

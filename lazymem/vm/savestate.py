@@ -36,18 +36,18 @@ class StreamReceiver:
 
     def __init__(self, target: Path, beside: Path, for_user: int) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self.path = self._choose_path(beside)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(self.path))
-        os.chmod(self.path, 0o600)
-        if os.geteuid() == 0 and for_user != 0:
-            os.chown(self.path, for_user, -1)
-        self._listener.listen(1)
         self._failure: OSError | None = None
         self._target = target
         self._connection: socket.socket | None = None
-        self._thread = threading.Thread(target=self._receive, name="save stream", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        self.path = self._choose_path(beside)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._listen(for_user)
+        except BaseException:
+            # Whatever it was, an interrupt included: the socket has a name that nobody else would remove.
+            self._close()
+            raise
 
     def __enter__(self) -> StreamReceiver:
         return self
@@ -55,11 +55,25 @@ class StreamReceiver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _listen(self, for_user: int) -> None:
+        self._listener.bind(str(self.path))
+        os.chmod(self.path, 0o600)
+        if os.geteuid() == 0 and for_user != 0:
+            os.chown(self.path, for_user, -1)
+        self._listener.listen(1)
+        thread = threading.Thread(target=self._receive, name="save stream", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def _close(self) -> None:
         # Shutting down wakes accept and recv in the thread; closing alone would not.
         for sock in (self._listener, self._connection):
             if sock is not None:
                 _shut_down(sock)
-        self._thread.join()
+        if self._thread:
+            self._thread.join()
         self._listener.close()
         self.path.unlink(missing_ok=True)
         if self._folder:
@@ -72,6 +86,7 @@ class StreamReceiver:
             OSError: the stream could not be received or written.
             MonitorError: it is not closed in time.
         """
+        assert self._thread is not None
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
             raise MonitorError(f"the emulator did not end its save stream within {timeout_seconds:.0f} s")
