@@ -7,7 +7,6 @@ descriptor over. Nothing here touches the mount from the event loop: mount and u
 from __future__ import annotations
 
 import array
-import ctypes
 import errno
 import os
 import shutil
@@ -20,6 +19,7 @@ import pyfuse3
 
 from lazymem.errors import EnvironmentRefusedError, MountError
 from lazymem.fs import mountinfo
+from lazymem.fs.syscalls import system_call
 
 MAX_READ_BYTES = 128 * 1024
 """Largest READ the kernel may send. A guest that touches one page inside a huge-page hint waits for the whole request
@@ -85,7 +85,7 @@ def _mount_as_root(path: str, source: str, options: MountOptions) -> int:
     data = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,{options.kernel_text()}"
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME | options.flags
     try:
-        _call("mount", source.encode(), os.fsencode(path), b"fuse.lazymem", flags, data.encode())
+        system_call("mount", source.encode(), os.fsencode(path), b"fuse.lazymem", flags, data.encode())
     except OSError as error:
         os.close(descriptor)
         if error.errno == errno.EPERM:
@@ -147,7 +147,7 @@ def unmount(path: str, *, lazy: bool = False) -> bool:
     if os.geteuid() != 0:
         return _unmount_by_helper(path, lazy=lazy)
     try:
-        _call("umount2", os.fsencode(path), _UMOUNT_NOFOLLOW | (2 if lazy else 0))
+        system_call("umount2", os.fsencode(path), _UMOUNT_NOFOLLOW | (2 if lazy else 0))
     except OSError as error:
         if error.errno == errno.EBUSY:
             return False
@@ -178,12 +178,3 @@ def abort(device_minor: int) -> None:
         (_CONNECTIONS / str(device_minor) / "abort").write_text("1")
     except OSError as error:
         raise MountError(f"cannot abort FUSE connection {device_minor}: {error.strerror}") from error
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _call(name: str, *arguments: bytes | int) -> None:
-    if getattr(_libc, name)(*arguments) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))

@@ -7,9 +7,13 @@ connection's files are written: another one's belong to somebody's guest.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from lazymem.fs.syscalls import system_call
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,15 @@ def knobs(major: int, minor: int, *, sysfs: Path = Path("/sys")) -> list[Knob]:
         Knob(connection / "max_background", str(MAX_BACKGROUND), "background slots stay as they are"),
         Knob(connection / "congestion_threshold", str(MAX_BACKGROUND * 3 // 4), "congestion threshold stays"),
     ]
+
+
+def ensure_fusectl() -> None:
+    """Mount the kernel's control files for FUSE connections where no init system did. Without the right to, do nothing:
+    `apply` then names what it could not turn."""
+    connections = Path("/sys/fs/fuse/connections")
+    if os.geteuid() == 0 and not os.path.ismount(connections):
+        with contextlib.suppress(OSError):
+            system_call("mount", b"none", os.fsencode(connections), b"fusectl", 0, b"")
 
 
 def apply(wanted: list[Knob]) -> list[Knob]:

@@ -1,0 +1,74 @@
+"""One daemon a mount point: a lock that a daemon holds for its whole life, also after its mount has gone.
+
+So a mount right after an unmount waits until the old daemon has stored what the guest wrote.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from lazymem.errors import BusyError, EnvironmentRefusedError
+
+_POLL_SECONDS = 0.02
+
+
+def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where locks live: /run/lazymem for root, the XDG runtime folder for others, else a private folder in /tmp."""
+    if os.geteuid() == 0:
+        return Path("/run/lazymem")
+    base = environ.get("XDG_RUNTIME_DIR", "")
+    return Path(base, "lazymem") if base.startswith("/") else Path(f"/tmp/lazymem-{os.geteuid()}")
+
+
+class MountLock:
+    """The lock of one mount point (`mountinfo.real_path`)."""
+
+    def __init__(self, path: str, folder: Path | None = None) -> None:
+        self._folder = folder if folder is not None else runtime_dir()
+        # The name must fit one path component whatever the mount point's length.
+        name = hashlib.blake2b(os.fsencode(path), digest_size=16).hexdigest()
+        self._file = self._folder / f"{name}.lock"
+        self._path = path
+        self._descriptor = -1
+
+    def acquire(self, wait_seconds: float) -> None:
+        """Take the lock; blocking, for use before the event loop runs. It goes with the process.
+
+        Raises:
+            BusyError: another daemon of this mount point still lives after `wait_seconds`.
+            EnvironmentRefusedError: the lock's folder is not ours.
+        """
+        self._make_folder()
+        self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    os.close(self._descriptor)
+                    raise BusyError(
+                        f"the daemon of an earlier mount on {self._path} is still storing what its guest wrote "
+                        f"(waited {wait_seconds:g} s): try again once it has ended"
+                    ) from error
+                time.sleep(_POLL_SECONDS)
+            else:
+                return
+
+    def release(self) -> None:
+        """Let go. The file stays: to remove it would let two daemons lock two files of one name."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _make_folder(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = os.lstat(self._folder)
+        if info.st_uid != os.geteuid() or not stat.S_ISDIR(info.st_mode):
+            raise EnvironmentRefusedError(f"{self._folder} is not this user's own folder: remove it")

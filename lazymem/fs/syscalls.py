@@ -1,0 +1,19 @@
+"""System calls that Python's library lacks: mount(2), umount2(2)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def system_call(name: str, *arguments: bytes | int) -> None:
+    """Call libc's `name`, which returns 0 or sets errno.
+
+    Raises:
+        OSError: with the call's errno.
+    """
+    if getattr(_libc, name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

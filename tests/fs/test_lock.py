@@ -1,0 +1,51 @@
+"""One daemon a mount point."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lazymem.errors import BusyError, EnvironmentRefusedError
+from lazymem.fs.lock import MountLock
+
+
+def test_second_daemon_waits_then_gives_up(tmp_path: Path) -> None:
+    first, second = MountLock("/mnt/ram", tmp_path), MountLock("/mnt/ram", tmp_path)
+    first.acquire(0)
+    with pytest.raises(BusyError, match=r"/mnt/ram is still storing"):
+        second.acquire(0.05)
+    first.release()
+    second.acquire(0)
+    second.release()
+
+
+def test_other_mount_points_are_free(tmp_path: Path) -> None:
+    first, other = MountLock("/mnt/a", tmp_path), MountLock("/mnt/b", tmp_path)
+    first.acquire(0)
+    other.acquire(0)
+    first.release()
+    other.release()
+
+
+def test_a_dead_daemon_holds_nothing(tmp_path: Path) -> None:
+    code = f"""
+import os, pathlib
+from lazymem.fs.lock import MountLock
+MountLock("/mnt/ram", pathlib.Path({str(tmp_path)!r})).acquire(0)
+os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    lock = MountLock("/mnt/ram", tmp_path)
+    lock.acquire(0)
+    lock.release()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder away needs root")
+def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "locks"
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    with pytest.raises(EnvironmentRefusedError, match=r"not this user's own"):
+        MountLock("/mnt/ram", folder).acquire(0)
