@@ -1,4 +1,4 @@
-"""Ports and memory-mapped registers: which device answers an access. A device sees offsets into its own range only.
+"""Ports: which device answers an access. A device sees offsets into its own range only.
 
 The contract of every device in `vm/devices`:
 
@@ -20,7 +20,7 @@ PORTS = 1 << 16
 
 
 class Device(Protocol):
-    """Registers that a guest reaches by ports or memory-mapped accesses of 1, 2 or 4 bytes (MMIO: also 8)."""
+    """Registers that a guest reaches by ports, in accesses of 1, 2 or 4 bytes."""
 
     def read(self, offset: int, size: int) -> int:
         """The value at `offset`, an unsigned integer of `size` bytes (higher bits are cut off by the bus)."""
@@ -45,42 +45,38 @@ class InterruptController(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
-    base: int
-    size: int
+class _Target:
     device: Device
+    offset: int
 
 
 class Bus:
     """The port space. Building it is the machine's work; afterwards it does not change."""
 
     def __init__(self) -> None:
-        self._ports: dict[int, _Range] = {}
+        self._ports: dict[int, _Target] = {}
 
-    def map_ports(self, base: int, count: int, device: Device) -> None:
-        """Give ports ``base`` to ``base + count - 1`` to `device`.
+    def map_ports(self, base: int, count: int, device: Device, *, first_offset: int = 0) -> None:
+        """Give ports ``base`` to ``base + count - 1`` to `device`, as its offsets from `first_offset` on.
 
         Raises:
             ValueError: outside the port space, or a port is taken: a bug in the machine's map.
         """
         if count < 1 or base < 0 or base + count > PORTS:
             raise ValueError(f"ports {base:#x}+{count} are outside the port space")
-        taken = [port for port in range(base, base + count) if port in self._ports]
-        if taken:
-            raise ValueError(f"port {taken[0]:#x} is mapped twice")
-        entry = _Range(base, count, device)
-        self._ports.update((port, entry) for port in range(base, base + count))
+        for port in range(base, base + count):
+            if port in self._ports:
+                raise ValueError(f"port {port:#x} is mapped twice")
+        self._ports.update({base + at: _Target(device, first_offset + at) for at in range(count)})
 
     def read_port(self, port: int, size: int) -> int:
         """IN: an access belongs to the device at its first port."""
         mask = (1 << (8 * size)) - 1
-        entry = self._ports.get(port)
-        if entry is None:
-            return mask
-        return entry.device.read(port - entry.base, size) & mask
+        target = self._ports.get(port)
+        return mask if target is None else target.device.read(target.offset, size) & mask
 
     def write_port(self, port: int, size: int, value: int) -> None:
         """OUT."""
-        entry = self._ports.get(port)
-        if entry is not None:
-            entry.device.write(port - entry.base, size, value & ((1 << (8 * size)) - 1))
+        target = self._ports.get(port)
+        if target is not None:
+            target.device.write(target.offset, size, value & ((1 << (8 * size)) - 1))
