@@ -1,0 +1,210 @@
+"""`lazymem-serve`: puts catalog, listeners and sessions together.
+
+For tests and other programs, inside a trio nursery::
+
+    serving = await nursery.start(partial(serve, [folder], ["127.0.0.1:0"]))
+    serving.addresses           # ("127.0.0.1:40123",): where it really listens
+    serving.stop("reason")      # goodbye to all clients; `serve` returns when they are answered
+
+`snapshots` are folders or ``NAME=FOLDER`` texts, or an open `Catalog`; `listeners` are ``HOST:PORT`` or ``unix:PATH``
+texts, or an open `Listeners`. Cancelling `serve` cuts all connections at once, as a crash would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from lazymem.errors import LazymemError
+from lazymem.wire.connection import ServerConnection
+from lazymem.wire.messages import Error, ErrorCode
+from lazymem_server.catalog import Catalog
+from lazymem_server.limits import ServerLimits
+from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
+from lazymem_server.session import Counters, Session, say_last
+
+log = logging.getLogger("lazymem.server")
+
+EXIT_INTERRUPTED = 130
+
+
+class Serving:
+    """A server that runs. What `serve` hands to the one that started it."""
+
+    def __init__(self, catalog: Catalog, listeners: Listeners, limits: ServerLimits) -> None:
+        self.counters = Counters()
+        self._catalog = catalog
+        self._limits = limits
+        self._sockets = listeners.sockets
+        self.addresses = tuple(spoken_address(listener) for listener in listeners.sockets)
+        self._threads = trio.CapacityLimiter(limits.max_threads)
+        self._sessions: dict[Session, str] = {}
+        self._accepting = trio.CancelScope()
+        self._stop_reason: str | None = None
+
+    @property
+    def clients(self) -> int:
+        """Connections at this moment."""
+        return len(self._sessions)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self._catalog)
+
+    def stop(self, reason: str = "the server is ending") -> None:
+        """Accept no more, say goodbye to all clients, end when their open requests are answered."""
+        self._stop_reason = reason
+        self._accepting.cancel()
+        for session in self._sessions:
+            session.stop(reason)
+
+    async def run(self, *, task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop`, or until cancelled."""
+        async with trio.open_nursery() as nursery:
+            streams = [trio.SocketListener(trio.socket.from_stdlib_socket(found)) for found in self._sockets]
+            task_status.started(self)
+            with self._accepting:
+                await trio.serve_listeners(self._client, streams, handler_nursery=nursery)
+            nursery.cancel_scope.deadline = trio.current_time() + self._limits.goodbye_seconds
+
+    async def _client(self, stream: trio.SocketStream) -> None:
+        host, peer = _peer(stream)
+        tune(stream, self._limits.socket_unsent_bytes)
+        if self._is_full(host):
+            log.warning("%s: refused, too many clients", peer)
+            frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))
+            await say_last(stream, frame)
+            await trio.aclose_forcefully(stream)
+            return
+        session = Session(stream, self._catalog, self._limits, self._threads, self.counters, peer)
+        self._sessions[session] = host
+        try:
+            if self._stop_reason is not None:
+                session.stop(self._stop_reason)
+            await session.run()
+        except Exception:  # a bug met by one client must not end the others' connections
+            log.exception("%s: lazymem-serve failed", peer)
+        finally:
+            del self._sessions[session]
+
+    def _is_full(self, host: str) -> bool:
+        if len(self._sessions) >= self._limits.max_clients:
+            return True
+        return Counter(self._sessions.values())[host] >= self._limits.max_clients_per_host
+
+
+def _peer(stream: trio.SocketStream) -> tuple[str, str]:
+    """The client's host, for counting, and its address, for the log."""
+    try:
+        name = stream.socket.getpeername()
+    except OSError:
+        return "", "a client that left"
+    if isinstance(name, tuple):
+        return str(name[0]), f"{name[0]} port {name[1]}"
+    return "unix", "a local client"
+
+
+async def serve(
+    snapshots: Iterable[str | Path] | Catalog,
+    listeners: Iterable[str] | Listeners = (DEFAULT_LISTEN,),
+    *,
+    limits: ServerLimits | None = None,
+    task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until `Serving.stop` or cancellation; see the top of this module. Closes what it opened.
+
+    Raises:
+        LazymemError: a snapshot or a listener cannot be opened; nothing was published.
+    """
+    with contextlib.ExitStack() as stack:
+        if not isinstance(snapshots, Catalog):
+            snapshots = stack.enter_context(Catalog(snapshots))
+        if not isinstance(listeners, Listeners):
+            addresses = [parse_listen(text) for text in listeners]
+            listeners = stack.enter_context(Listeners())
+            listeners.open(addresses)
+        await Serving(snapshots, listeners, limits or ServerLimits()).run(task_status=task_status)
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit code."""
+    options = _parser().parse_args(argv)
+    level = logging.WARNING if options.quiet else logging.INFO
+    logging.basicConfig(stream=sys.stderr, level=level, format="lazymem-serve: %(message)s")
+    try:
+        with Catalog(options.snapshot) as catalog, Listeners() as listeners:
+            adopted = listeners.adopt()
+            if options.listen or not adopted:
+                listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
+            return trio.run(_serve_until_signal, catalog, listeners, options.json)
+    except LazymemError as error:
+        print(f"lazymem-serve: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+async def _serve_until_signal(catalog: Catalog, listeners: Listeners, as_json: bool) -> int:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            serving: Serving = await nursery.start(partial(serve, catalog, listeners))
+            _announce(serving, as_json)
+            number = await anext(signals)
+            _notify("STOPPING=1")
+            serving.stop()
+    return EXIT_INTERRUPTED if number == signal.SIGINT else 0
+
+
+def _announce(serving: Serving, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"listening": serving.addresses, "snapshots": serving.names}), flush=True)
+    else:
+        print(f"serving {', '.join(serving.names)} on {', '.join(serving.addresses)}", flush=True)
+    _notify("READY=1")
+
+
+def _notify(state: str) -> None:
+    import sdnotify  # type: ignore[import-untyped]  # only needed here; outside of systemd it does nothing
+
+    sdnotify.SystemdNotifier().notify(state)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lazymem-serve",
+        description="Publish the RAM of snapshots, read-only, for lazymem-mount to resume guests from.",
+        epilog="example: lazymem-serve --listen 0.0.0.0:7411 /var/lib/lazymem/web db=/srv/snapshots/db-3",
+    )
+    parser.add_argument(
+        "snapshot",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        help="a snapshot folder, or one that just holds pc.ram; published by its base name unless NAME is given",
+    )
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDRESS",
+        help=f"HOST:PORT (port 0: any free one) or unix:PATH (mode 0600); may be repeated; default {DEFAULT_LISTEN}, "
+        "or the sockets that systemd hands over",
+    )
+    parser.add_argument("--json", action="store_true", help="print the line that says it is ready as JSON")
+    parser.add_argument("--quiet", action="store_true", help="log only what went wrong")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""One open request and what is still to be answered. A job makes its answer a step at a time, as the client takes it.
+
+A step is tried without waiting for a disk first (`step_nowait`); only if that fails does it go to a thread (`step`). A
+job is in one place at a time, so neither needs a lock. Knows no sockets and no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from lazymem.digests import DIGEST_BYTES, LEAF_PAGES
+from lazymem.errors import VerificationError
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.snapshot.reader import SmallFile, SnapshotReader, VouchedRun
+from lazymem.wire.messages import (
+    Capability,
+    Digests,
+    Encoding,
+    Error,
+    ErrorCode,
+    Fetch,
+    FetchDigests,
+    FetchFlag,
+    FileData,
+    Level,
+    Pages,
+    PublishedFile,
+    ReadFile,
+)
+from lazymem.wire.pagedata import encode_pages
+from lazymem_server.limits import ServerLimits
+
+Answer = Pages | Digests | FileData | Error
+
+UPPER_STEP = 4096
+"""Leaf digests of one frame: 64 KiB, as guessed pages have it."""
+
+
+class Job(Protocol):
+    id: int
+    background: bool
+    done: bool
+    """The last answer was made."""
+
+    def step_nowait(self) -> list[Answer] | None:
+        """The next answers, or None if a disk has to be waited for."""
+        ...
+
+    def step(self) -> list[Answer]:
+        """The next answers; may wait for a disk."""
+        ...
+
+
+class FetchJob:
+    """Answers a FETCH: leaves when asked for, then the pages below them, in ascending order."""
+
+    def __init__(self, request: Fetch, reader: SnapshotReader, capabilities: Capability, limits: ServerLimits) -> None:
+        self.id = request.id
+        self.background = bool(request.flags & FetchFlag.BACKGROUND)
+        self.done = False
+        self._reader = reader
+        self._capabilities = capabilities
+        self._ranges = deque(request.ranges)
+        self._wants_leaves = reader.hashed and bool(request.flags & FetchFlag.WANT_DIGESTS)
+        self._leaf_sent = -1
+        self._in_zeros = False  # the last step met nothing else
+        self._frame_pages = limits.background_frame_pages if self.background else limits.demand_frame_pages
+        self._cold_pages = limits.cold_read_pages if self.background else limits.demand_frame_pages
+
+    def step_nowait(self) -> list[Answer] | None:
+        pages = self._next(self._frame_pages)
+        if self._in_zeros and pages.count == self._frame_pages:
+            return None  # perhaps a hole: the other step asks the file system, and then answers a MiB at once
+        leaf = self._missing_leaf(pages)
+        if leaf is not None and self._reader.leaf_nowait(leaf) is None:
+            return None
+        runs = self._reader.read_nowait(pages)
+        return None if runs is None else self._answers(leaf, runs)
+
+    def step(self) -> list[Answer]:
+        pages = self._next(LEAF_PAGES)
+        return self._answers(self._missing_leaf(pages), self._reader.read_some(pages, self._cold_pages))
+
+    def _next(self, most: int) -> PageRange:
+        """What comes next: at most so many pages, and inside one leaf."""
+        here = self._ranges[0]
+        return PageRange(here.start, min(here.count, most, LEAF_PAGES - here.start % LEAF_PAGES))
+
+    def _missing_leaf(self, pages: PageRange) -> int | None:
+        leaf = pages.start // LEAF_PAGES
+        return leaf if self._wants_leaves and leaf != self._leaf_sent else None
+
+    def _answers(self, leaf: int | None, runs: Sequence[VouchedRun]) -> list[Answer]:
+        found: list[Answer] = []
+        if leaf is not None:
+            found.append(Digests(self.id, Level.LEAF, leaf, self._reader.leaf(leaf)))
+            self._leaf_sent = leaf
+        self._advance(runs[-1].pages.end)
+        self._in_zeros = all(run.data is None for run in runs)
+        for run in runs:
+            last_run = run is runs[-1]
+            for pages in run.pages.pieces(LEAF_PAGES if run.data is None else self._frame_pages):
+                final = self.done and last_run and pages.end == run.pages.end
+                found.append(self._frame(run, pages, final))
+        return found
+
+    def _advance(self, page: int) -> None:
+        """Everything before `page` is answered."""
+        here = self._ranges.popleft()
+        if page < here.end:
+            self._ranges.appendleft(PageRange(page, here.end - page))
+        self.done = not self._ranges
+
+    def _frame(self, run: VouchedRun, pages: PageRange, final: bool) -> Pages:
+        if run.data is None:
+            return Pages(self.id, pages, Encoding.ZERO, final=final)
+        first, end = pages.start - run.pages.start, pages.end - run.pages.start
+        encoding, data = encode_pages(run.data[first * PAGE_SIZE : end * PAGE_SIZE], self._capabilities)
+        digests = b"" if self._reader.hashed else run.digests[first * DIGEST_BYTES : end * DIGEST_BYTES]
+        return Pages(self.id, pages, encoding, data, digests, final)
+
+
+class DigestsJob:
+    """Answers a FETCH_DIGESTS."""
+
+    background = False
+
+    def __init__(self, request: FetchDigests, reader: SnapshotReader) -> None:
+        self.id = request.id
+        self.done = False
+        self._reader = reader
+        self._level = request.level
+        self._next = request.first
+        self._end = request.first + request.count
+
+    def step_nowait(self) -> list[Answer] | None:
+        if self._level == Level.LEAF and self._reader.leaf_nowait(self._next) is None:
+            return None
+        return self.step()
+
+    def step(self) -> list[Answer]:
+        first = self._next
+        if self._level == Level.LEAF:
+            data, self._next = self._reader.leaf(first), first + 1
+        else:
+            self._next = min(self._end, first + UPPER_STEP)
+            data = self._reader.upper(first, self._next - first)
+        self.done = self._next == self._end
+        return [Digests(self.id, self._level, first, data, self.done)]
+
+
+class ReadFileJob:
+    """Answers a READ_FILE of a file that is there."""
+
+    background = False
+
+    def __init__(self, request: ReadFile, file: SmallFile | bytes) -> None:
+        self.id = request.id
+        self.done = False
+        self._request = request
+        self._file = file
+
+    def step_nowait(self) -> list[Answer] | None:
+        return self.step() if isinstance(self._file, bytes) else None
+
+    def step(self) -> list[Answer]:
+        offset, length = self._request.offset, self._request.length
+        file = self._file
+        data = file[offset : offset + length] if isinstance(file, bytes) else file.read(offset, length)
+        self.done = True
+        return [FileData(self.id, data)]
+
+
+def make_job(
+    request: Fetch | FetchDigests | ReadFile, reader: SnapshotReader, capabilities: Capability, limits: ServerLimits
+) -> Job | Error:
+    """The job of a request that the protocol allows; an `Error` if there is nothing to answer it with."""
+    if isinstance(request, Fetch):
+        return FetchJob(request, reader, capabilities, limits)
+    if isinstance(request, FetchDigests):
+        return DigestsJob(request, reader)
+    if request.file == PublishedFile.MANIFEST:
+        file: SmallFile | bytes = reader.manifest_bytes
+        there = bool(reader.manifest_bytes)
+    else:
+        file = reader.vmstate if request.file == PublishedFile.VMSTATE else reader.working_set
+        there = file.size_bytes > 0
+    if not there:
+        return Error(request.id, ErrorCode.NO_SUCH_FILE, f"the snapshot has no {request.file.name.lower()}")
+    return ReadFileJob(request, file)
+
+
+def failure(job: Job, error: VerificationError | OSError) -> Error:
+    """The answer that ends `job` when a step raised. Paths of this host stay here."""
+    job.done = True
+    if isinstance(error, VerificationError):
+        return Error(job.id, ErrorCode.PAGE_CHANGED, str(error))
+    return Error(job.id, ErrorCode.IO_ERROR, f"the server cannot read the snapshot: {error.strerror}")
+
+
+class JobQueue:
+    """Jobs that can go on, demands before guesses, and a step each in turn among equals."""
+
+    def __init__(self) -> None:
+        self._demand: deque[Job] = deque()
+        self._background: deque[Job] = deque()
+
+    def __len__(self) -> int:
+        return len(self._demand) + len(self._background)
+
+    def put(self, job: Job) -> None:
+        (self._background if job.background else self._demand).append(job)
+
+    def maybe_next(self, *, demand: bool, background: bool) -> Job | None:
+        """Take the next job of a kind that is allowed."""
+        if demand and self._demand:
+            return self._demand.popleft()
+        return self._background.popleft() if background and self._background else None
+
+    def maybe_remove(self, request_id: int) -> Job | None:
+        """Take the job of that id if it waits here."""
+        for waiting in (self._demand, self._background):
+            for job in _with_id(waiting, request_id):
+                waiting.remove(job)
+                return job
+        return None
+
+
+def _with_id(jobs: Iterable[Job], request_id: int) -> list[Job]:
+    return [job for job in jobs if job.id == request_id]
