@@ -33,6 +33,11 @@ class PageFile:
         self._readers = trio.CapacityLimiter(READ_THREADS)
         self._writers = trio.CapacityLimiter(WRITE_THREADS)
 
+    @property
+    def busy(self) -> int:
+        """Threads at work on the file."""
+        return self._readers.borrowed_tokens + self._writers.borrowed_tokens
+
     def maybe_read_nowait(self, offset: int, length: int) -> bytes | None:
         """`length` bytes if the kernel has them at hand, else None. Never waits for a disk."""
         if not self._nowait:

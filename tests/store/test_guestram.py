@@ -8,13 +8,8 @@ import pytest
 
 from lazymem.errors import StoreError, TemplateWriteError
 from lazymem.pages import PAGE_SIZE
-from tests.support.snapshots import BuiltSnapshot, make_snapshot
+from tests.support.snapshots import BuiltSnapshot
 from tests.support.stores import opened_store
-
-
-@pytest.fixture(params=[True, False], ids=["hashed", "unhashed"])
-def snapshot(request: pytest.FixtureRequest, tmp_path: Path) -> BuiltSnapshot:
-    return make_snapshot(tmp_path / "snapshot", pages=600, seed=3, hashed=request.param)
 
 
 async def test_reads_are_the_snapshots_bytes(snapshot: BuiltSnapshot, tmp_path: Path) -> None:
