@@ -146,15 +146,18 @@ class Client:
     def _ended(self, request: FetchRequest, maybe_error: LazymemError | None, on_done: OnFetched) -> None:
         if maybe_error is not None:
             on_done(maybe_error)
-        elif request.compressed_pages <= INLINE_DECODE_PAGES or self._nursery is None:
+        elif request.compressed_pages() <= INLINE_DECODE_PAGES or self._nursery is None:
             on_done(_decoded(request))
         else:
             self._nursery.start_soon(self._decode_in_thread, request, on_done)
 
     async def _decode_in_thread(self, request: FetchRequest, on_done: OnFetched) -> None:
-        on_done(await trio.to_thread.run_sync(_decoded, request))
+        decoded = await trio.to_thread.run_sync(_decoded, request)
+        if not request.cancelled:
+            on_done(decoded)
 
     def _cancel(self, request: FetchRequest) -> None:
+        request.cancelled = True
         self._demand.cancel(request)
         self._background.cancel(request)
 

@@ -62,6 +62,7 @@ class Lane:
         self._nursery: trio.Nursery | None = None
         self._lost_since: float | None = None
         self._last_error: LazymemError | None = None
+        self._refusing = False
         self._best_round_trip = math.inf
         if maybe_session is not None:
             self._wanted.set()
@@ -224,6 +225,7 @@ class Lane:
         elif entry[0].take(message):
             del self._open[request_id]
             self._backoff.reset()
+            self._refusing = False
             request = entry[0]
             request.open_parts -= 1
             if not request.open_parts:
@@ -235,7 +237,9 @@ class Lane:
         if not maybe_again(error):
             self._end(request, refusal(error))
             return
-        logger.warning("%s connection: a request is refused for now and tried again: %s", self.name, error.text)
+        if not self._refusing:
+            logger.warning("%s connection: a request is refused for now and tried again: %s", self.name, error.text)
+        self._refusing = True
         self._drop(request)
         self._requests[request] = None
         request.open_parts = 0

@@ -22,6 +22,7 @@ from lazymem.fetch.plan import split
 from lazymem.pages import Fetched, PageRange, PageRun
 from lazymem.wire.messages import (
     Digests,
+    Encoding,
     Error,
     ErrorCode,
     Fetch,
@@ -80,6 +81,7 @@ class FetchRequest:
     ) -> None:
         self.ranges = tuple(ranges)
         self.background = background
+        self.cancelled = False
         self.open_parts = 0
         self._want_leaves = want_leaves
         self._on_done = on_done
@@ -109,10 +111,9 @@ class FetchRequest:
     def end(self, maybe_error: LazymemError | None) -> None:
         self._on_done(self, maybe_error)
 
-    @property
     def compressed_pages(self) -> int:
         """How many pages `fetched` has to decompress."""
-        return sum(frame.pages.count for frame in self._frames if frame.encoding == 2)
+        return sum([frame.pages.count for frame in self._frames if frame.encoding == Encoding.ZSTD])
 
     def fetched(self) -> Fetched:
         """Decode. May run in a thread: nothing else looks at the request any more.

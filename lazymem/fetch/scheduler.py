@@ -150,9 +150,11 @@ class Scheduler:
         return Load(self._demand_flights, table.background_in_flight_pages, table.unkept_pages)
 
     def _send_demands(self) -> None:
-        for send in plan_demand(self._table.waiting, self._load(), self._budget):
+        sends = plan_demand(self._table.waiting, self._load(), self._budget)
+        for send in sends:  # all of them first: a request that fails at once comes back here
             for want in send.wants:
                 self._table.sent(want)
+        for send in sends:
             self._send(send.wants, background=False)
 
     def _send(self, wants: Sequence[Want], background: bool, asked: Asked | None = None) -> None:

@@ -47,7 +47,8 @@ class Handle(Protocol):
 
 @runtime_checkable
 class FetchStarter(Protocol):
-    """What the scheduler needs of a source. `on_done` is called once, in trio's thread, never from `start_fetch`."""
+    """What the scheduler needs of a source. `on_done` is called once, in trio's thread; from `start_fetch` itself only
+    with an error."""
 
     def start_fetch(
         self, ranges: Sequence[PageRange], *, want_leaves: bool, background: bool, on_done: OnFetched
@@ -89,7 +90,9 @@ class TaskStarter:
 
         async def fetch() -> None:
             with scope:
-                on_done(await self._fetch(ranges, want_leaves, background))
+                answer = await self._fetch(ranges, want_leaves, background)
+                if not scope.cancel_called:
+                    on_done(answer)
 
         self._nursery.start_soon(fetch)
         return _TaskHandle(scope)
