@@ -1,0 +1,29 @@
+"""Where a daemon's log goes: the terminal or journal in front, a file or syslog in the background. Never page bytes."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import os
+from pathlib import Path
+
+SYSLOG_SOCKET = "/dev/log"
+
+
+def set_up(program: str, *, in_front: bool, verbose: bool, file: Path | None) -> None:
+    """Send log records of this process where they belong."""
+    handler: logging.Handler
+    if file is not None:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        handler = logging.StreamHandler(os.fdopen(descriptor, "w", buffering=1))
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {program}[{os.getpid()}]: %(levelname)s: %(message)s"))
+    elif in_front:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"{program}: %(message)s"))
+    elif os.path.exists(SYSLOG_SOCKET):
+        handler = logging.handlers.SysLogHandler(SYSLOG_SOCKET)
+        handler.setFormatter(logging.Formatter(f"{program}[{os.getpid()}]: %(message)s"))
+    else:
+        handler = logging.NullHandler()
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("pyfuse3").setLevel(logging.WARNING)

@@ -1,0 +1,61 @@
+"""`lazymem COMMAND ...`: finds the command's module and lets it do the rest; imports only that one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from lazymem import __version__
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "serve": Command("lazymem_server.app", "publish snapshots (the same as lazymem-serve)"),
+    "mount": Command("lazymem.cli.mount", "mount a published snapshot's RAM (the same as lazymem-mount)"),
+    "vm": Command("lazymem.cli.vm", "run or resume a guest in the built-in emulator (the same as lazymem-vm)"),
+    "snapshot": Command("lazymem.cli.snapshot", "save a running guest into a folder"),
+    "status": Command("lazymem.cli.status", "show what a mount holds, fetches, and waits for"),
+    "umount": Command("lazymem.cli.umount", "end a mount, or say who holds it"),
+    "demo": Command("lazymem.cli.demo", "save, serve, mount and resume guests on this machine, with figures"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `lazymem`; returns the command's exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"lazymem {__version__}")
+        return 0
+    command = COMMANDS.get(words[0])
+    if command is None:
+        print(f"lazymem: there is no command {words[0]!r}; try 'lazymem --help'", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(command.module).main(words[1:]))
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lazymem COMMAND [ARGUMENTS]",
+            "",
+            "Resume a virtual machine here while its memory is still there.",
+            "",
+            *lines,
+            "",
+            "'lazymem COMMAND --help' tells more, with examples.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

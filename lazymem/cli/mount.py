@@ -1,0 +1,132 @@
+"""`lazymem-mount`: mounts a published snapshot's RAM. Checks and forks first, imports what is heavy in the daemon."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from lazymem.cli import logs
+from lazymem.cli.background import Announcer, run_in_background
+from lazymem.cli.groups import cause_of
+from lazymem.errors import LazymemError
+from lazymem.fs import checks, mountinfo
+from lazymem.settings import MountSettings, Prefetch, default_cache_dir, parse_server
+
+PROGRAM = "lazymem-mount"
+
+_EPILOG = """examples:
+  lazymem-mount ram.example:7411 /mnt/ram                     the server's only snapshot
+  lazymem-mount ram.example:7411/web /mnt/ram --state /srv/run1
+                                                              one of several; this run's writes are kept
+  lazymem-mount unix:/run/lazymem.sock:/web /mnt/ram -o allow_other
+  umount /mnt/ram                                             ends it; so does SIGTERM, once no guest maps the file
+
+The command returns when the mount answers. `lazymem status /mnt/ram` shows what it does.
+"""
+
+LOCK_WAIT_SECONDS = 30.0
+"""For the daemon of an earlier mount on the same folder to store what its guest wrote."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    found = _parser().parse_args(arguments)
+    try:
+        settings = _settings(found)
+        _check_host(settings)
+        if found.foreground:
+            return _daemon(found, settings, Announcer())
+        return run_in_background(PROGRAM, lambda announcer: _daemon(found, settings, announcer))
+    except LazymemError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; nothing is mounted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Mount the RAM of a published snapshot: pages arrive when they are touched, and ahead of that.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("server", metavar="HOST:PORT[/NAME]", help="lazymem-serve's address, or unix:PATH[:/NAME]")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
+    parser.add_argument("--cache", metavar="DIR", type=Path, help=f"fetched pages (default: {default_cache_dir()})")
+    parser.add_argument("--state", metavar="DIR", type=Path, help="this run's written pages (default: gone at unmount)")
+    parser.add_argument("-o", dest="options", metavar="OPT[,OPT...]", action="append", default=[], help="mount options")
+    parser.add_argument(
+        "--deadline",
+        metavar="SECONDS",
+        type=float,
+        help="a page that does not come in time is an error (default: wait)",
+    )
+    parser.add_argument(
+        "--prefetch", choices=[way.value for way in Prefetch], default=Prefetch.ALL.value, help="default: %(default)s"
+    )
+    parser.add_argument("-f", "--foreground", action="store_true", help="stay in front")
+    parser.add_argument("--log", metavar="FILE", type=Path, help="log file (default: stderr with -f, else syslog)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+    parser.add_argument("--version", action="version", version=_version())
+    return parser
+
+
+def _version() -> str:
+    from lazymem import __version__
+
+    return f"{PROGRAM} {__version__}"
+
+
+def _settings(found: argparse.Namespace) -> MountSettings:
+    return MountSettings(
+        server=parse_server(found.server),
+        mountpoint=Path(mountinfo.real_path(found.mountpoint)),
+        cache_dir=(found.cache or default_cache_dir()).absolute(),
+        state_dir=found.state.absolute() if found.state else None,
+        deadline_seconds=found.deadline,
+        prefetch=Prefetch(found.prefetch),
+    )
+
+
+def _check_host(settings: MountSettings) -> None:
+    """Everything that the daemon needs of this host, before it exists (rule 10)."""
+    path = str(settings.mountpoint)
+    checks.check_kernel()
+    checks.check_fuse_device()
+    checks.check_mount_point(path)
+    checks.check_namespace(path)
+
+
+def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:
+    import sdnotify
+    import trio
+
+    from lazymem.cli import mountdaemon
+    from lazymem.fs.lock import MountLock
+    from lazymem.fs.session import MountOptions
+
+    logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
+    options = MountOptions.parse(found.options)
+    lock = MountLock(str(settings.mountpoint))
+    lock.acquire(LOCK_WAIT_SECONDS)
+    notifier = sdnotify.SystemdNotifier()
+
+    def ready() -> None:
+        notifier.notify(f"READY=1\nMAINPID={os.getpid()}")
+        announcer.ready()
+
+    try:
+        trio.run(mountdaemon.run, settings, options, ready)
+    except BaseExceptionGroup as group:
+        raise cause_of(group) from group
+    finally:
+        lock.release()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The mount daemon put together: client, scheduler, store, FUSE operations, and their order at start and end.
+
+Start: connect, open cache and state, mount, serve, tune, ready. So a server that is not there leaves no mount behind.
+End: the mount is gone first (its unmount stores what the guest wrote), then the files are closed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from lazymem.cli.mountstatus import MountStatus
+from lazymem.errors import VerificationError
+from lazymem.fetch.client import Client, connect
+from lazymem.fetch.prefetch import SweepPrefetcher
+from lazymem.fetch.scheduler import Scheduler
+from lazymem.fs import mountinfo, session, tuning
+from lazymem.fs.lifetime import Lifetime
+from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
+from lazymem.fs.session import MountOptions
+from lazymem.fs.tree import MANIFEST_INODE, Tree
+from lazymem.settings import MountSettings, Prefetch
+from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
+from lazymem.store.cachefolder import open_cache
+from lazymem.store.guestram import GuestRam
+from lazymem.store.origin import RamOrigin
+from lazymem.store.pristine import PristinePages
+from lazymem.store.statefolder import StateFolder, open_private_state, open_state
+from lazymem.wire.messages import PublishedFile, Welcome
+
+log = logging.getLogger(__name__)
+
+MAX_VMSTATE_BYTES = 256 << 20
+"""Device state and unbacked blocks are a few MiB; it is kept in memory while the mount lives."""
+
+STATE_WAIT_SECONDS = 30.0
+"""For the daemon of an earlier mount to store what its guest wrote: 3 GB at a slow disk's 100 MB/s."""
+
+
+async def run(settings: MountSettings, options: MountOptions, ready: Callable[[], None]) -> None:
+    """Serve the mount from start to end; `ready` is called once it answers.
+
+    Raises:
+        LazymemError: it could not be started; nothing is left mounted.
+    """
+    async with trio.open_nursery() as nursery:
+        client = await connect(nursery, settings.server, settings.link)
+        await _serve(client, settings, options, ready, nursery)
+        nursery.cancel_scope.cancel()
+
+
+async def _serve(
+    client: Client, settings: MountSettings, options: MountOptions, ready: Callable[[], None], nursery: trio.Nursery
+) -> None:
+    manifest = _maybe_manifest(client.welcome)
+    origin = RamOrigin(
+        client.identity, client.welcome.ram_bytes, bytes.fromhex(manifest.ram_root) if manifest else None
+    )
+    pristine, state = await _open_store(client, settings, origin)
+    scheduler = Scheduler(
+        client,
+        pristine,
+        nursery,
+        deadline_seconds=settings.deadline_seconds,
+        prefetcher=SweepPrefetcher(pristine.next_missing, origin.pages) if settings.prefetch is Prefetch.ALL else None,
+    )
+    ram = GuestRam(pristine, state, scheduler)
+    try:
+        status = MountStatus(settings, client, scheduler, ram)
+        await _mount_and_serve(client, manifest, ram, settings, options, status, ready)
+    finally:
+        with trio.CancelScope(shield=True):
+            await scheduler.wait_kept()
+            await ram.close()
+
+
+async def _open_store(client: Client, settings: MountSettings, origin: RamOrigin) -> tuple[PristinePages, StateFolder]:
+    cache = await trio.to_thread.run_sync(open_cache, settings.cache_dir, origin)
+
+    def open_run() -> StateFolder:
+        if settings.state_dir is None:
+            return open_private_state(settings.cache_dir, origin)
+        return open_state(settings.state_dir, origin, wait_seconds=STATE_WAIT_SECONDS)
+
+    state = await trio.to_thread.run_sync(open_run)
+    try:
+        upper = b""
+        if origin.root is not None:
+            upper = cache.digests.maybe_upper(origin.root) or await client.fetch_upper()
+        return PristinePages(origin, cache, upper, state.written), state
+    except BaseException:
+        cache.close()
+        state.close()
+        raise
+
+
+def _maybe_manifest(welcome: Welcome) -> Manifest | None:
+    """The manifest that the server sent, if the snapshot is hashed and it is this RAM's.
+
+    Raises:
+        SnapshotError, VerificationError: it is broken, or not about what the server says it serves.
+    """
+    if not welcome.hashed:
+        return None
+    manifest = parse(welcome.manifest)
+    if manifest.identity != welcome.identity or manifest.ram.size != welcome.ram_bytes:
+        raise VerificationError("the server's manifest is not about the RAM that it says it serves")
+    return manifest
+
+
+async def _mount_and_serve(
+    client: Client,
+    manifest: Manifest | None,
+    ram: GuestRam,
+    settings: MountSettings,
+    options: MountOptions,
+    status: MountStatus,
+    ready: Callable[[], None],
+) -> None:
+    path = str(settings.mountpoint)
+    tree = Tree(
+        ram_bytes=client.welcome.ram_bytes,
+        manifest_bytes=len(client.welcome.manifest) if manifest else 0,
+        vmstate_bytes=client.welcome.vmstate_bytes,
+        has_writes=lambda: ram.written_pages > 0,
+        others=options.allow_other,
+    )
+    files = _SmallFiles(client, manifest)
+    xattrs: dict[bytes, Callable[[], bytes]] = {STATUS_XATTR: status.to_json, RUN_XATTR: status.run_to_json}
+    async with trio.open_nursery() as nursery:
+        wish = await nursery.start(_wish_to_end)
+        async with _mounted(path, str(settings.server), options) as (descriptor, mounted):
+            lifetime = Lifetime(path, mounted.device, wish)
+            operations = Operations(
+                tree, ram, files.read, xattrs, mounted_ns=time.time_ns(), on_release=lifetime.released
+            )
+            session.attach(operations, descriptor)
+            nursery.start_soon(_announce, path, mounted, ready)
+            await lifetime.serve()
+            session.detach()
+        nursery.cancel_scope.cancel()
+    log.info("%s is unmounted", path)
+
+
+@asynccontextmanager
+async def _mounted(path: str, source: str, options: MountOptions) -> AsyncIterator[tuple[int, mountinfo.Mount]]:
+    """Mounted, and in every case unmounted at the end: a dead mount would hang whoever looks at it."""
+    descriptor = await trio.to_thread.run_sync(session.mount, path, source, options)
+    mounted = mountinfo.maybe_mount_at(path)
+    assert mounted is not None, "mounted a moment ago"
+    try:
+        yield descriptor, mounted
+    finally:
+        left = mountinfo.maybe_mount_at(path)
+        if left is not None and left.mount_id == mounted.mount_id:
+            session.unmount(path, lazy=True)  # an error ended us; lazily, since nobody serves its flush any more
+
+
+async def _announce(path: str, mounted: mountinfo.Mount, ready: Callable[[], None]) -> None:
+    """Turn the kernel's knobs, see the mount answer, say so."""
+
+    def tune_and_look() -> None:
+        tuning.ensure_fusectl()
+        tuning.apply(tuning.knobs(0, mounted.minor))
+        os.stat(path)
+
+    await trio.to_thread.run_sync(tune_and_look, abandon_on_cancel=True)
+    ready()
+    log.info("%s is ready (pid %d)", path, os.getpid())
+
+
+async def _wish_to_end(*, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED) -> None:
+    """SIGTERM and ctrl-C are a wish to unmount, also while the mount is still being made."""
+    wish = trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started(wish)
+        async for _ in signals:
+            wish.set()
+
+
+class _SmallFiles:
+    """The mount's small files, whole: the manifest as the server sent it, the vmstate fetched at its first read."""
+
+    def __init__(self, client: Client, manifest: Manifest | None) -> None:
+        self._client = client
+        self._manifest = manifest
+        self._vmstate: bytes | None = None
+        self._lock = trio.Lock()
+
+    async def read(self, inode: int) -> bytes:
+        """Raises VerificationError when the vmstate is not the manifest's."""
+        if inode == MANIFEST_INODE:
+            return self._client.welcome.manifest
+        async with self._lock:
+            if self._vmstate is None:
+                data = await self._client.read_file(PublishedFile.VMSTATE, MAX_VMSTATE_BYTES)
+                self._check(data)
+                self._vmstate = data
+            return self._vmstate
+
+    def _check(self, data: bytes) -> None:
+        expected = self._manifest.vmstate if self._manifest else None
+        if expected is not None and (len(data) != expected.size or vmstate_digest(data) != expected.digest):
+            raise VerificationError("the server's vmstate is not the one that the manifest names")

@@ -1,0 +1,66 @@
+"""What a mount says of itself: the record behind `lazymem status` and the extended attributes of its root."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+
+from lazymem.fetch.client import Client
+from lazymem.fetch.scheduler import Scheduler
+from lazymem.settings import MountSettings
+from lazymem.store.guestram import GuestRam
+
+
+class MountStatus:
+    """Reads the parts' statistics when asked; costs nothing in between."""
+
+    def __init__(self, settings: MountSettings, client: Client, scheduler: Scheduler, ram: GuestRam) -> None:
+        self._settings = settings
+        self._client = client
+        self._scheduler = scheduler
+        self._ram = ram
+
+    def to_json(self) -> bytes:
+        """The whole record: names, pages, waits in seconds, bytes on the wire, connection."""
+        store, fetch, link = self._ram.statistics(), self._scheduler.statistics(), self._client.statistics()
+        return json.dumps(
+            {
+                "pid": os.getpid(),
+                "mountpoint": str(self._settings.mountpoint),
+                "server": str(self._settings.server),
+                "snapshot": self._client.welcome.name,
+                "identity": self._client.identity.hex(),
+                "hashed": self._client.welcome.hashed,
+                "cache": str(self._settings.cache_dir),
+                "state": str(self._settings.state_dir) if self._settings.state_dir else None,
+                "pages_total": store.total_pages,
+                "pages_held": store.held_pages,
+                "pages_written": store.written_pages,
+                "pages_in_flight": fetch.in_flight_pages,
+                "demand_faults": fetch.demand_faults,
+                "demand_wait_p50_seconds": fetch.wait_p50_seconds,
+                "demand_wait_p99_seconds": fetch.wait_p99_seconds,
+                "pages_demanded": fetch.demand_pages,
+                "pages_prefetched": fetch.background_pages,
+                "wire_received_bytes": link.wire_received_bytes,
+                "wire_sent_bytes": link.wire_sent_bytes,
+                "connection": link.connection,
+                "connected": link.connected,
+                "reconnects": link.reconnects,
+                "store": asdict(store),
+                "fetch": asdict(fetch),
+                "link": asdict(link),
+            }
+        ).encode()
+
+    def run_to_json(self) -> bytes:
+        """What an emulator must know before it believes a vmstate (rule 6)."""
+        return json.dumps(
+            {
+                "identity": self._client.identity.hex(),
+                "written_pages": self._ram.written_pages,
+                "template": self._ram.template,
+                "hashed": self._client.welcome.hashed,
+            }
+        ).encode()

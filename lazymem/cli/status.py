@@ -1,0 +1,109 @@
+"""`lazymem status MOUNTPOINT`: asks a mount's daemon what it holds, fetches and waits for.
+
+The question is an extended attribute of the mount's root: no second open of the RAM file, nothing for the guest to
+notice, and whoever may see the mount may ask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from lazymem.errors import LazymemError, MountError
+from lazymem.fs import mountinfo
+from lazymem.pages import PAGE_SIZE
+
+PROGRAM = "lazymem status"
+ATTRIBUTE = "user.lazymem.status"
+
+_EPILOG = """examples:
+  lazymem status /mnt/ram
+  lazymem status /mnt/ram --json | jq .pages_held
+  watch lazymem status /mnt/ram
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Show what a lazymem mount holds, fetches and waits for.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    found = parser.parse_args(arguments)
+    try:
+        status = read_status(found.mountpoint)
+    except LazymemError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return error.exit_code
+    if found.json:
+        print(json.dumps(status, indent=2))
+    else:
+        _print_table(status)
+    return 0
+
+
+def read_status(mountpoint: str) -> dict[str, Any]:
+    """The daemon's record.
+
+    Raises:
+        MountError: no lazymem mount there, or its daemon does not answer.
+    """
+    path = mountinfo.real_path(mountpoint)
+    mounted = mountinfo.maybe_mount_at(path)
+    if mounted is None or not mounted.is_ours:
+        raise MountError(f"{path} is not a lazymem mount; 'findmnt -t fuse.lazymem' lists them")
+    try:
+        status = json.loads(os.getxattr(path, ATTRIBUTE))
+    except OSError as error:
+        raise MountError(f"the mount on {path} does not answer: {error.strerror}") from error
+    assert isinstance(status, dict)
+    return status
+
+
+def _print_table(status: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in describe(status):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
+    """The record for people: name and value a row."""
+    total = status["pages_total"]
+    return [
+        ("mount", f"{status['mountpoint']} (pid {status['pid']})"),
+        ("snapshot", f"{status['snapshot']} {status['identity'][:16]} from {status['server']}"),
+        ("connection", status["connection"]),
+        ("held", _pages(status["pages_held"], total)),
+        ("written", _pages(status["pages_written"], total)),
+        ("in flight", _pages(status["pages_in_flight"], total)),
+        ("demand faults", f"{status['demand_faults']}, waited {_waits(status)}"),
+        ("wire", f"{_mib(status['wire_received_bytes'])} in, {_mib(status['wire_sent_bytes'])} out"),
+    ]
+
+
+def _pages(count: int, total: int) -> str:
+    return f"{count} of {total} pages, {_mib(count * PAGE_SIZE)}"
+
+
+def _waits(status: dict[str, Any]) -> str:
+    middle, high = status["demand_wait_p50_seconds"], status["demand_wait_p99_seconds"]
+    return "-" if middle is None else f"p50 {middle * 1000:.2f} ms, p99 {high * 1000:.2f} ms"
+
+
+def _mib(count_bytes: int) -> str:
+    return f"{count_bytes / (1 << 20):.1f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

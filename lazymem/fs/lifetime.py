@@ -1,0 +1,69 @@
+"""From the first request to the last: serve until the mount is gone, and never take it from under a guest (rule 13).
+
+A wish to end (SIGTERM, ctrl-C) tries to unmount. While somebody holds the file the kernel refuses; the daemon then
+says who, serves on, and tries again when a descriptor goes. Only an abort of the connection ends it earlier.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pyfuse3
+import trio
+
+from lazymem.errors import MountError
+from lazymem.fs import holders, session
+
+log = logging.getLogger(__name__)
+
+MAX_REQUESTS = 512
+"""Requests that may wait for pages at a time: a guest has one a vCPU and the kernel's background slots on top."""
+
+RETRY_SECONDS = 1.0
+"""Somebody who merely stood in the folder leaves without a word to us, so the unmount is tried again this often."""
+
+
+class Lifetime:
+    """Serves the attached session of the mount at `path` with device number `device` ("MAJ:MIN"). `wish_to_end` is set
+    by a signal: unmount as soon as nobody holds the file."""
+
+    def __init__(self, path: str, device: str, wish_to_end: trio.Event) -> None:
+        self._path = path
+        self._device = device
+        self._wish = wish_to_end
+        self._changed = trio.Event()
+
+    def released(self) -> None:
+        """A descriptor of the RAM file has gone: an unmount may work now."""
+        self._changed.set()
+
+    async def serve(self) -> None:
+        """Return once the mount is gone, whoever unmounted it."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._unmount_when_asked)
+            await pyfuse3.main(max_tasks=MAX_REQUESTS)
+            nursery.cancel_scope.cancel()
+
+    async def _unmount_when_asked(self) -> None:
+        await self._wish.wait()
+        told: list[holders.Holder] = []
+        while not await trio.to_thread.run_sync(self._maybe_unmount, abandon_on_cancel=True):
+            told = await trio.to_thread.run_sync(self._tell, told, abandon_on_cancel=True)
+            with trio.move_on_after(RETRY_SECONDS):
+                await self._changed.wait()
+            self._changed = trio.Event()
+
+    def _maybe_unmount(self) -> bool:
+        try:
+            return session.unmount(self._path)
+        except MountError as error:
+            log.error("%s; serving on", error)
+            return False
+
+    def _tell(self, told: list[holders.Holder]) -> list[holders.Holder]:
+        """Say who holds the mount, once each time the list changes."""
+        found = holders.find_holders(self._device, self._path)
+        if found != told:
+            who = ", ".join(str(holder) for holder in found) or "somebody"
+            log.warning("%s is still in use: %s; serving on until they end", self._path, who)
+        return found
