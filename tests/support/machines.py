@@ -147,8 +147,10 @@ Saved = tuple[list[State], dict[str, bytes]]
 class Rig:
     """A machine with its blocks, closed at the end of a `with`."""
 
+    line_type: type[RecordedLine] = RecordedLine
+
     def __init__(self, config: MachineConfig, blocks: RamBlocks | None = None) -> None:
-        self.line = RecordedLine()
+        self.line = self.line_type()
         self.blocks = blocks or RamBlocks(block_sizes(config))
         self.machine = Machine(config, self.blocks, self.line)
 
