@@ -26,6 +26,9 @@ Handler = Callable[[Arguments], Awaitable[Any]]
 
 NO_ARGUMENTS = Signature()
 
+_CPU_PATH = "/machine/cpu[0]"
+_TYPES = {"/machine": f"{MACHINE_TYPE}-machine", _CPU_PATH: "unicorn-x86_64-cpu"}
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -106,7 +109,7 @@ class Commands:
         return []
 
     async def _query_cpus(self, _: Arguments) -> list[dict[str, Any]]:
-        return [{"cpu-index": 0, "qom-path": "/machine/cpu[0]", "thread-id": os.getpid(), "target": "x86_64"}]
+        return [{"cpu-index": 0, "qom-path": _CPU_PATH, "thread-id": os.getpid(), "target": "x86_64"}]
 
     async def _query_machines(self, _: Arguments) -> list[dict[str, Any]]:
         return [{"name": MACHINE_TYPE, "is-default": True, "cpu-max": 1, "hotpluggable-cpus": False}]
@@ -130,8 +133,8 @@ class Commands:
 
     async def _qom_get(self, arguments: Arguments) -> Any:
         path, wanted = arguments["path"], arguments["property"]
-        if path == "/machine":
-            found = {"type": f"{MACHINE_TYPE}-machine"}
+        if path in _TYPES:
+            found = {"type": _TYPES[path]}
         else:
             block = self._runstate.machine.blocks.get(path.removeprefix("/objects/"))
             if block is None or not path.startswith("/objects/"):

@@ -11,7 +11,6 @@ Taking over: the whole stream is read and checked, then its binding to the RAM f
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -40,9 +39,6 @@ _PART_PAGES = 256
 
 GLOBAL_STATE = Layout("globalstate", 1, (Field("size", 4), Field("runstate", _RUNSTATE_BYTES, buffer=True)))
 """QEMU's section for the run state at the time of the save."""
-
-_log = logging.getLogger(__name__)
-
 
 def shape_of(machine: MachineLike) -> StreamShape:
     """What this machine's stream consists of."""
@@ -137,6 +133,7 @@ class Migrations:
                 await self._save(uri, "running" if was_running else "paused")
             except (LazymemError, OSError) as error:
                 self._fail(error)
+                self._notice(f"the save to {uri} failed: {self._progress.error}")
             else:
                 self._runstate.set_overlay("postmigrate")
                 self._set("completed")
@@ -206,7 +203,6 @@ class Migrations:
             wrapped.__cause__ = error
         else:
             wrapped = error
-        _log.warning("migration failed: %s", wrapped)
         self._progress.error = wrapped
         self._set("failed")
 

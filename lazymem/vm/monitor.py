@@ -17,7 +17,8 @@ import trio
 from lazymem.errors import MonitorError
 from lazymem.vm.commands import Commands, version
 from lazymem.vm.qmp import (
-    MAX_LINE_BYTES,
+    MAX_COMMAND_BYTES,
+    Framer,
     QmpError,
     Request,
     answer,
@@ -150,22 +151,19 @@ class _Session:
             await self._ready.wait()
 
     async def _read(self) -> None:
-        pending = bytearray()
+        framer = Framer()
         while data := await self._stream.receive_some(_READ_BYTES):
-            pending += data
-            while b"\n" in pending:
-                line, _, pending = pending.partition(b"\n")
-                if line.strip():
-                    await self._line(bytes(line))
-            if len(pending) > MAX_LINE_BYTES:
-                self._put(error_answer(QmpError(f"no line's end within {MAX_LINE_BYTES} bytes"), None, False))
+            for text in framer.feed(data):
+                await self._command(text)
+            if framer.overlong:
+                self._put(error_answer(QmpError(f"a command of over {MAX_COMMAND_BYTES} bytes"), None, False))
                 return
 
-    async def _line(self, line: bytes) -> None:
+    async def _command(self, text: bytes) -> None:
         try:
-            request = parse(line)
+            request = parse(text)
         except QmpError as error:
-            self._put(error_answer(error, *request_id(line)))
+            self._put(error_answer(error, *request_id(text)))
             return
         try:
             result = await self._run(request)

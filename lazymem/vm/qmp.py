@@ -1,4 +1,4 @@
-"""The QEMU machine protocol's messages: a line in, a request or an error out; answers and events as lines. Pure.
+"""The QEMU machine protocol's messages: text in, a request or an error out; answers and events as lines. Pure.
 
 Source: QEMU's docs/interop/qmp-spec. What is checked is what QEMU checks, and an error reads as QEMU's does, since
 clients show it to people.
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_LINE_BYTES = 64 * 1024
-"""Our longest command is a migrate with a path: 4 KiB. A client that sends more without a line's end is cut off."""
+MAX_COMMAND_BYTES = 64 * 1024
+"""Our longest command is a migrate with a path: 4 KiB. A client that sends more without its end is cut off."""
 
 _KNOWN_MEMBERS = {"execute", "arguments", "id"}
 
@@ -42,6 +42,55 @@ class Signature:
 
     required: Mapping[str, type] = field(default_factory=dict)
     optional: Mapping[str, type] = field(default_factory=dict)
+
+
+class Framer:
+    """Cuts what a client sends into commands. Nothing but the braces ends one: some clients send no line's end.
+
+    What is no JSON object ends at the end of its line, and so does a string that is still open there, so that after
+    nonsense the next line is read afresh.
+    """
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    @property
+    def overlong(self) -> bool:
+        """More than any command has came without an end."""
+        return len(self._pending) > MAX_COMMAND_BYTES
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The commands that end within `data`."""
+        found = []
+        for byte in data:
+            self._pending.append(byte)
+            if self._ends(byte):
+                text = bytes(self._pending).strip()
+                if text:
+                    found.append(text)
+                self._reset()
+        return found
+
+    def _reset(self) -> None:
+        self._pending.clear()
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def _ends(self, byte: int) -> bool:
+        if self._in_string:
+            self._in_string = self._escaped or byte != ord('"')
+            self._escaped = byte == ord("\\") and not self._escaped
+            return byte == ord("\n")
+        if byte == ord('"'):
+            self._in_string = True
+        elif byte in b"{[":
+            self._depth += 1
+        elif byte in b"}]":
+            self._depth -= 1
+            return self._depth <= 0
+        return byte == ord("\n") and self._depth == 0
 
 
 _JSON_NAMES: dict[type, str] = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}

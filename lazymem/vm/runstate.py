@@ -30,10 +30,10 @@ class MachineLike(Protocol):
         ...
 
     def start(self) -> None:
-        """The vCPU runs when this returns; running already is fine."""
+        """The vCPU runs when this returns; running already is fine, and a stop that still waits is taken back."""
         ...
 
-    def stop(self) -> None:
+    def stop(self) -> object:
         """Returns when the vCPU stands: blocks, without bound while it waits for a page. Standing already is fine."""
         ...
 
