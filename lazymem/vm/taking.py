@@ -23,11 +23,9 @@ from lazymem.snapshot.ramcopy import Copied, copy_ram, reflink
 from lazymem.snapshot.writer import PendingSnapshot, create_like, new_ram_id, vmstate_record, write_digests
 from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
+from lazymem.vm.identity import RUN_ATTRIBUTE
 from lazymem.vm.qmpclient import CommandError, QmpClient
 from lazymem.vm.savestate import abandon, let_go_on, ram_left_out, save_device_state
-
-RUN_ATTRIBUTE = "user.lazymem.run"
-"""Extended attribute that lazymem-mount answers: how a RAM file on a mount is told from a snapshot's own."""
 
 _EXIT_SECONDS = 60.0
 _PREREAD_BYTES = 4 << 20

@@ -1,0 +1,117 @@
+"""Our own server and mount as processes, as a user would start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lazymem.demo.processes import child, tail
+from lazymem.errors import EnvironmentRefusedError, MountError
+
+_STATUS_XATTR = "user.lazymem.status"
+_START_SECONDS = 30.0
+
+
+@contextmanager
+def served(folders: list[Path], log: Path) -> Iterator[str]:
+    """lazymem-serve over `folders` on a free port of this host; its address. Ended on the way out."""
+    command = [sys.executable, "-m", "lazymem_server.app", "--json", "--listen", "127.0.0.1:0", *map(str, folders)]
+    with child(command, log) as process:
+        yield _announced_address(process, log)
+
+
+def _announced_address(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith("{"):
+                return str(json.loads(line)["listening"][0])
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise EnvironmentRefusedError(f"lazymem-serve did not start: {tail(log)}")
+        time.sleep(0.002)
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A mount; `ready_seconds`: how long lazymem-mount took to return."""
+
+    folder: Path
+    ready_seconds: float
+
+    @property
+    def ram(self) -> Path:
+        return self.folder / "pc.ram"
+
+    @property
+    def vmstate(self) -> Path:
+        return self.folder / "vmstate"
+
+    def status(self) -> dict[str, Any]:
+        """What `lazymem status --json` says."""
+        found = json.loads(os.getxattr(self.folder, _STATUS_XATTR))
+        assert isinstance(found, dict)
+        return found
+
+
+@contextmanager
+def mounted(source: str, folder: Path, log: Path, *options: str) -> Iterator[Mounted]:
+    """lazymem-mount of `source` (HOST:PORT/NAME) on `folder`, unmounted on the way out.
+
+    Raises:
+        MountError: lazymem-mount said no, with its line.
+    """
+    command = [sys.executable, "-m", "lazymem.cli.mount", source, str(folder), "--log", str(log), *options]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise MountError(done.stderr.strip() or f"lazymem-mount ended with {done.returncode}")
+    try:
+        yield Mounted(folder, time.monotonic() - started)
+    finally:
+        unmount(folder)
+
+
+def unmount(folder: Path) -> None:
+    """Unmounts, as root or as a user, and waits for the daemon to have stored everything and ended.
+
+    Raises:
+        MountError: it stays busy.
+    """
+    daemon = None
+    with suppress(OSError):
+        daemon = os.pidfd_open(int(json.loads(os.getxattr(folder, _STATUS_XATTR))["pid"]))
+    try:
+        _run_unmount(folder)
+        if daemon is not None:
+            _wait_exit(daemon)
+    finally:
+        if daemon is not None:
+            os.close(daemon)
+
+
+def _run_unmount(folder: Path) -> None:
+    command = ["umount", str(folder)] if os.geteuid() == 0 else ["fusermount3", "-u", str(folder)]
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 or not os.path.ismount(folder):
+            return
+        if time.monotonic() > deadline:
+            raise MountError(f"cannot unmount {folder}: {done.stderr.strip()}")
+        # A guest that has just been ended may hold its file a moment longer.
+        time.sleep(0.05)
+
+
+def _wait_exit(process: int) -> None:
+    import select
+
+    if not select.select([process], [], [], _START_SECONDS)[0]:
+        raise MountError("the mount's daemon did not end after its unmount")
