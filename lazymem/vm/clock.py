@@ -70,8 +70,15 @@ NS_PER_INSTRUCTION = 8
 time pass alike."""
 
 
+OUTSIDE_ACCESS_NS = 1000
+"""About what an access to a port takes on a PC's ISA bus; charged for reading the time stamp counter, too. Without it,
+a guest that polls until time has passed would poll for ever: an access costs the host a hundred times what an
+instruction costs."""
+
+
 class InstructionClock:
-    """Advances only by executed instructions and, while the guest halts, by jumps to the next deadline."""
+    """Advances by executed instructions, by accesses to the outside and, while the guest halts, by jumps to the next
+    deadline; by nothing else."""
 
     def __init__(self) -> None:
         self._now_ns = 0
@@ -90,6 +97,9 @@ class InstructionClock:
 
     def executed(self, instructions: int) -> None:
         self._now_ns += instructions * NS_PER_INSTRUCTION
+
+    def accessed_outside(self) -> None:
+        self._now_ns += OUTSIDE_ACCESS_NS
 
     def jump_to(self, now_ns: int) -> None:
         """Idle until `now_ns`."""

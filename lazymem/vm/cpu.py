@@ -12,7 +12,6 @@ from typing import NoReturn, Protocol
 
 from lazymem.errors import GuestCrashError, SaveStreamError
 from lazymem.vm import cpu_state
-from lazymem.vm.clock import Clock
 from lazymem.vm.cpu_context import ContextImage, Segment
 from lazymem.vm.cpu_engine import Engine, EngineError, Leaf, MappedRegion, context_shape, library_version
 from lazymem.vm.cpu_exceptions import FLAG_IF, INVALID_OPCODE, Event, TripleFaultError, deliver, translate
@@ -32,12 +31,16 @@ _SYSTEM_CALL_BYTES = 2
 """Length of SYSCALL and of SYSENTER."""
 
 
-class PortSpace(Protocol):
-    """The bus, as the CPU needs it."""
+class Surroundings(Protocol):
+    """What a CPU reaches outside of itself; called in the middle of a slice."""
 
     def read_port(self, port: int, size: int) -> int: ...
 
     def write_port(self, port: int, size: int, value: int) -> None: ...
+
+    def time_stamp(self) -> int:
+        """What RDTSC reads."""
+        ...
 
 
 class Cpu:
@@ -46,12 +49,11 @@ class Cpu:
     `halted`: the guest waits in HLT; `deliver_interrupt` ends that.
     """
 
-    def __init__(self, regions: Sequence[MappedRegion], ports: PortSpace, clock: Clock) -> None:
+    def __init__(self, regions: Sequence[MappedRegion], outside: Surroundings) -> None:
         """The memory at the regions' host pointers must stay mapped until `close`."""
         self.layout = cpu_state.layout(context_shape().size)
         self.halted = False
-        self._ports = ports
-        self._clock = clock
+        self._outside = outside
         # Held only around a flag and a call that does not wait.
         self._slice_lock = threading.Lock()
         self._in_slice = False
@@ -164,17 +166,16 @@ class Cpu:
             self._watch_halt(site)
 
     def port_in(self, port: int, size: int) -> int:
-        return self._ports.read_port(port, size)
+        return self._outside.read_port(port, size)
 
     def port_out(self, port: int, size: int, value: int) -> None:
-        self._ports.write_port(port, size, value)
+        self._outside.write_port(port, size, value)
 
     def cpuid(self, leaf: int, subleaf: int) -> Leaf:
         return cpuid(leaf, subleaf)
 
     def time_stamp(self) -> int:
-        """The counter runs at 1 GHz of virtual time, so that it goes on where it was after a resume."""
-        return self._clock.now_ns()
+        return self._outside.time_stamp()
 
     def system_call(self) -> None:
         """CPUID offers none. Delivered behind the slice: the engine moves RIP on after this."""

@@ -28,7 +28,7 @@ from lazymem.vm.memorymap import MemoryMap
 from lazymem.vm.pacer import SlicePacer
 from lazymem.vm.ram import RamBlocks
 from lazymem.vm.serial import NullLine, SerialLine
-from lazymem.vm.vcpu import CountingExecutor, WallExecutor, WatchedPorts
+from lazymem.vm.vcpu import CountingExecutor, Outside, WallExecutor
 
 REPEATABLE_EPOCH = 946_684_800
 """2000-01-01, what the calendar shows at the start of an --icount guest."""
@@ -93,8 +93,9 @@ class Machine:
             reset=self._reset,
         )
         interrupts = self.board.interrupts
-        ports = WatchedPorts(self.board.bus, interrupts, self._interrupt_slice)
-        self.cpu = Cpu(self.memory.regions, ports, self._clock)
+        self._outside = Outside(self.board.bus, interrupts, self._clock)
+        self.cpu = Cpu(self.memory.regions, self._outside)
+        self._outside.interrupt_slice = self.cpu.interrupt_slice
         self._pacer: SlicePacer | None = None
         self._executor = self._make_executor()
         self._lock = threading.Condition()
@@ -223,12 +224,11 @@ class Machine:
         interrupts, timers = self.board.interrupts, self.board.timers
         if isinstance(self._clock, InstructionClock):
             sleep = self.config.icount_sleep
-            return CountingExecutor(self.cpu, interrupts, timers, self._clock, sleep=sleep)
+            counting = CountingExecutor(self.cpu, interrupts, timers, self._clock, sleep=sleep)
+            self._outside.accessed = counting.accessed_outside
+            return counting
         self._pacer = SlicePacer(self.cpu.interrupt_slice)
         return WallExecutor(self.cpu, interrupts, timers, self._clock, self._pacer)
-
-    def _interrupt_slice(self) -> None:
-        self.cpu.interrupt_slice()
 
     def _end_wall_slice(self) -> None:
         # With icount a slice ends after its count and never elsewhere, so that every run is cut alike.
@@ -276,12 +276,12 @@ class Machine:
     def _debug_exit(self, value: int) -> None:
         """As QEMU's isa-debug-exit: the process's exit status is odd, so that 0 is never a guest's."""
         self._end(Ending("shutdown", (value << 1 | 1) & 0xFF, f"debug exit with {value:#x}"))
-        self._interrupt_slice()
+        self.cpu.interrupt_slice()
 
     def _reset(self) -> None:
         """A guest that resets has ended: there is no firmware to boot it again."""
         self._end(Ending("shutdown", 0, "reset"))
-        self._interrupt_slice()
+        self.cpu.interrupt_slice()
 
     def _end(self, ending: Ending) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lazymem.vm.bus import Bus, InterruptController
-from lazymem.vm.clock import NS_PER_INSTRUCTION, InstructionClock, Timer, WallClock, earliest_deadline_ns
+from lazymem.vm.clock import NS_PER_INSTRUCTION, Clock, InstructionClock, Timer, WallClock, earliest_deadline_ns
 from lazymem.vm.cpu import Cpu
 
 MAX_WALL_SLICE_NS = 5_000_000
@@ -36,23 +36,39 @@ Wait = Callable[[int | None], bool]
 """Waits up to so many nanoseconds (None: for ever) for an event from outside; True when one came."""
 
 
-class WatchedPorts:
-    """The bus, and a look at the interrupt line behind each write: a request that a guest's own write raised is
-    delivered at once, not at the end of the slice."""
+class Outside:
+    """What the CPU reaches outside of itself: the bus and the time.
 
-    def __init__(self, bus: Bus, interrupts: InterruptController, interrupt_slice: Callable[[], None]) -> None:
+    Behind each write comes a look at the interrupt line: a request that the guest itself raised is delivered at once,
+    not at the end of the slice.
+    """
+
+    def __init__(self, bus: Bus, interrupts: InterruptController, clock: Clock) -> None:
         self._bus = bus
+        self._clock = clock
         self._interrupts = interrupts
-        self._interrupt_slice = interrupt_slice
+        self.accessed: Callable[[], None] = _nothing
+        self.interrupt_slice: Callable[[], None] = _nothing
 
     def read_port(self, port: int, size: int) -> int:
+        self.accessed()
         return self._bus.read_port(port, size)
 
     def write_port(self, port: int, size: int, value: int) -> None:
+        self.accessed()
         before = self._interrupts.pending()
         self._bus.write_port(port, size, value)
         if self._interrupts.pending() and not before:
-            self._interrupt_slice()
+            self.interrupt_slice()
+
+    def time_stamp(self) -> int:
+        """The counter runs at 1 GHz of virtual time, so that it goes on where it was after a resume."""
+        self.accessed()
+        return self._clock.now_ns()
+
+
+def _nothing() -> None:
+    pass
 
 
 class Executor:
@@ -124,6 +140,13 @@ class CountingExecutor(Executor):
         super().__init__(cpu, interrupts, timers)
         self._clock = clock
         self._sleep = sleep
+        self._deadline_ns: int | None = None
+
+    def accessed_outside(self) -> None:
+        """Charge an access; when the next deadline is reached by it, the slice ends."""
+        self._clock.accessed_outside()
+        if self._deadline_ns is not None and self._clock.now_ns() >= self._deadline_ns:
+            self._cpu.interrupt_slice()
 
     def step(self, wait: Wait) -> None:
         now = self._clock.now_ns()
@@ -132,6 +155,7 @@ class CountingExecutor(Executor):
             self._idle(now, deadline, wait)
             return
         count = self._slice_instructions(now, deadline)
+        self._deadline_ns = deadline
         self._cpu.run(count, wakes=deadline is not None)
         self._clock.executed(count)
 
