@@ -27,10 +27,18 @@ class Network:
         self.dials = 0
         self.lines: list[MemoryStream] = []
         self._nursery = nursery
+        self._dialled = trio.Event()
+
+    async def dialled(self, times: int) -> None:
+        """Wait until so many connections were tried in all."""
+        while self.dials < times:
+            self._dialled = trio.Event()
+            await self._dialled.wait()
 
     async def dial(self) -> Transport:
         await trio.lowlevel.checkpoint()
         self.dials += 1
+        self._dialled.set()
         if self.peer is None:
             raise ServerUnreachableError("connection refused")
         ours, theirs = trio.testing.memory_stream_pair()

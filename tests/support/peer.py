@@ -65,7 +65,7 @@ class Peer:
 
     async def serve(self, stream: trio.abc.Stream) -> None:
         """One connection, to its end, whichever side ends it."""
-        connection = ServerConnection()
+        connection = self.new_connection()
         self.connections.append(connection)
         self.streams.append(stream)
         try:
@@ -82,6 +82,9 @@ class Peer:
                         await stream.send_all(connection.send(answer))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             return
+
+    def new_connection(self) -> ServerConnection:
+        return ServerConnection()
 
     async def say(self, message: Message, connection: int = -1) -> None:
         """Send something of a test's own on one of the connections."""
