@@ -82,6 +82,7 @@ class Scheduler:
         self._guesses = GuessQueue(self._table, sink, prefetcher)
         self._window = BackgroundWindow()
         self._keeper: Keeper[_Flight] = Keeper(sink, self._kept)
+        self._keep_failing = False
         self._waits = WaitHistogram()
         self._faults = self._failures = self._demand_pages = self._background_pages = 0
         nursery.start_soon(self._keeper.run)
@@ -256,6 +257,8 @@ class Scheduler:
                 self._guesses.maybe_prefetcher.brought(want.pages)
         if maybe_error is not None:
             self._stop_guessing(maybe_error)
+        else:
+            self._keep_failing = False
         self._settle(flight)
         self._send_demands()
         self._fill_background()
@@ -268,6 +271,9 @@ class Scheduler:
 
     def _stop_guessing(self, error: LazymemError) -> None:
         """The cache cannot be written: readers get their pages all the same, but guesses would come again and again."""
+        if self._keep_failing:
+            return
+        self._keep_failing = True
         logger.error("fetched pages cannot be kept, so nothing is brought ahead of the guest any more: %s", error)
         self._guesses.stop()
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
+from lazymem.errors import DeadlineError, ServerRefusedError, ServerUnreachableError, StoreError, VerificationError
+from lazymem.fetch.plan import Budget
 from lazymem.fetch.prefetch import SweepPrefetcher
 from lazymem.fetch.scheduler import Scheduler
-from lazymem.pages import PageRange
+from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
+from lazymem.wire.messages import Cancel, Encoding, Error, ErrorCode, Fetch, Message, Pages
 from tests.fetch.conftest import Joined, Network
 from tests.support.memorysink import MemorySink
-from tests.support.peer import RAM_PAGES, Peer, is_background
+from tests.support.peer import RAM_PAGES, Peer, digests_of, is_background
 
 
 @pytest.fixture
@@ -19,8 +27,30 @@ def sink(peer: Peer) -> MemorySink:
     return MemorySink(peer.ram)
 
 
+async def settle() -> None:
+    await trio.testing.wait_all_tasks_blocked()
+
+
+def asked_pages(peer: Peer) -> list[int]:
+    return [page for fetch in peer.fetches for pages in fetch.ranges for page in range(pages.start, pages.end)]
+
+
+def assert_empty(scheduler: Scheduler) -> None:
+    """Nothing is left in any table."""
+    statistics = scheduler.statistics()
+    assert statistics.in_flight_pages == statistics.background_in_flight_pages == 0
+    assert statistics.unkept_pages == statistics.queued_demands == 0
+    assert not scheduler._flights
+    assert not len(scheduler._table)
+    assert scheduler._demand_flights == 0
+    assert statistics.link is None or statistics.link.open_requests == 0
+
+
+# ---- readers
+
+
 async def test_demand_brings_pages_and_keeps_them(
-    network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
 ) -> None:
     scheduler = Scheduler(await network.connect(), sink, nursery)
     pages = PageRange(3, 20)
@@ -28,24 +58,529 @@ async def test_demand_brings_pages_and_keeps_them(
     await scheduler.wait_kept()
     assert sink.held == set(range(3, 23))
     statistics = scheduler.statistics()
-    assert (statistics.demand_faults, statistics.demand_pages, statistics.unkept_pages) == (1, 20, 0)
-    assert statistics.in_flight_pages == 0
+    assert (statistics.demand_faults, statistics.demand_pages) == (1, 20)
+    assert statistics.wait_p50_seconds is not None
     assert statistics.link is not None
     assert statistics.link.connected
-    nursery.cancel_scope.cancel()
+    assert_empty(scheduler)
 
 
-async def test_prefetch_all_brings_everything_and_stops(
-    network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+async def test_leaves_are_wanted_when_the_sink_lacks_them(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
 ) -> None:
-    client = await network.connect()
-    scheduler = Scheduler(client, sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES))
-    await trio.testing.wait_all_tasks_blocked(0.01)
-    while len(sink.held) < RAM_PAGES:
-        await trio.testing.wait_all_tasks_blocked(0.01)
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await scheduler.demand(PageRange(0, 1))
+    sink.leaves_wanted = True
+    await scheduler.demand(PageRange(1, 1))
+    assert [int(fetch.flags) for fetch in peer.fetches] == [0, 2]
+
+
+async def test_many_readers_of_a_page_make_one_fetch(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    results: list[bytes] = []
+
+    async def read(pages: PageRange) -> None:
+        results.append(joined(await scheduler.demand(pages)))
+
+    async with trio.open_nursery() as readers:
+        for _ in range(20):
+            readers.start_soon(read, PageRange(10, 2))
+            readers.start_soon(read, PageRange(11, 2))
+    assert sorted(asked_pages(peer)) == [10, 11, 12]
+    assert results.count(peer.bytes_of(PageRange(10, 2))) == 20
+    assert results.count(peer.bytes_of(PageRange(11, 2))) == 20
+
+
+async def test_page_that_is_not_kept_yet_is_answered_from_memory(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    sink.open = trio.Event()
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    for _ in range(3):
+        assert joined(await scheduler.demand(PageRange(5, 2))) == peer.bytes_of(PageRange(5, 2))
+    assert asked_pages(peer) == [5, 6]
+    assert scheduler.statistics().unkept_pages == 2
+    sink.open.set()
     await scheduler.wait_kept()
-    asked = sum(pages.count for fetch in peer.fetches for pages in fetch.ranges)
-    assert asked == RAM_PAGES
-    assert all(is_background(fetch) for fetch in peer.fetches)
+    assert_empty(scheduler)
+
+
+async def test_readers_share_requests_once_the_slots_are_taken(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery, budget=Budget(max_demand_requests=2))
+    async with trio.open_nursery() as readers:
+        for page in range(0, 40, 2):
+            readers.start_soon(scheduler.demand, PageRange(page, 1))
+        await settle()
+        assert [len(fetch.ranges) for fetch in peer.fetches] == [1, 1]
+        peer.answers = None
+        await peer.say(peer.honest(peer.fetches[0])[0])
+        await settle()
+        assert [len(fetch.ranges) for fetch in peer.fetches] == [1, 1, 18]
+        await peer.say(peer.honest(peer.fetches[1])[0])
+    assert len(asked_pages(peer)) == len(set(asked_pages(peer))) == 20
+
+
+async def test_slow_cache_bounds_memory_and_loses_nobody(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    sink.open = trio.Event()
+    scheduler = Scheduler(await network.connect(), sink, nursery, budget=Budget(max_unkept_pages=10))
+    async with trio.open_nursery() as readers:
+        for page in range(30):
+            await scheduler.demand(PageRange(page, 1)) if page < 10 else readers.start_soon(
+                scheduler.demand, PageRange(page, 1)
+            )
+        await settle()
+        assert len(asked_pages(peer)) == 10
+        sink.open.set()
+    assert sorted(asked_pages(peer)) == list(range(30))
+
+
+async def test_full_disk_harms_no_reader_and_stops_the_guesses(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sink.maybe_error = StoreError("no space left")
+    scheduler = Scheduler(
+        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+    )
+    await settle()
+    for page in (1, 1, 2):
+        assert joined(await scheduler.demand(PageRange(page, 1))) == peer.bytes_of(PageRange(page, 1))
+        await scheduler.wait_kept()
+    guessed = [fetch for fetch in peer.fetches if is_background(fetch)]
+    await trio.sleep(60)
+    assert [fetch for fetch in peer.fetches if is_background(fetch)] == guessed
+    assert sum("no space left" in record.message for record in caplog.records) == 1
+    assert_empty(scheduler)
+
+
+# ---- leaving
+
+
+async def test_cancelled_reader_costs_the_others_nothing(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    scope = trio.CancelScope()
+    results: list[bytes] = []
+
+    async def leaver() -> None:
+        with scope:
+            await scheduler.demand(PageRange(5, 1))
+
+    async def stayer() -> None:
+        results.append(joined(await scheduler.demand(PageRange(5, 1))))
+
+    async with trio.open_nursery() as readers:
+        readers.start_soon(leaver)
+        readers.start_soon(stayer)
+        await settle()
+        scope.cancel()
+        await settle()
+        await peer.say(peer.honest(peer.fetches[0])[0])
+    assert results == [peer.bytes_of(PageRange(5, 1))]
+    assert len(peer.requests) == 1
+    await scheduler.wait_kept()
+    assert_empty(scheduler)
+
+
+async def test_request_that_nobody_waits_for_is_cancelled(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery, budget=Budget(max_demand_requests=1))
+    with trio.move_on_after(5):
+        async with trio.open_nursery() as readers:
+            for page in range(5):
+                readers.start_soon(scheduler.demand, PageRange(page, 1))
+    await settle()
+    assert len(peer.fetches) >= 1
+    assert [fetch.id for fetch in peer.fetches] == [cancel.id for cancel in peer.requests if isinstance(cancel, Cancel)]
+    assert_empty(scheduler)
+    peer.answers = None
+    await scheduler.demand(PageRange(0, 5))
+
+
+async def test_deadline_is_the_readers_and_leaves_nothing(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery, deadline_seconds=30)
+    network.peer = None
+    await network.cut()
+    started_at = trio.current_time()
+    with pytest.raises(DeadlineError, match="page 7 did not come within 30 s"):
+        await scheduler.demand(PageRange(7, 1))
+    assert 30 <= trio.current_time() - started_at < 31
+    assert_empty(scheduler)
+    network.peer = peer
+    await scheduler.demand(PageRange(7, 1))
+
+
+async def test_without_a_deadline_a_reader_waits_for_hours(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    network.peer = None
+    await network.cut()
+    async with trio.open_nursery() as readers:
+        readers.start_soon(scheduler.demand, PageRange(7, 1))
+        await trio.sleep(2 * 3600)
+        assert scheduler.statistics().queued_demands + scheduler.statistics().in_flight_pages == 1
+        network.peer = peer
+
+
+# ---- wrong bytes
+
+
+class FlippingPeer(Peer):
+    """Its first `flips` answers for page `page` have a flipped bit, with a digest that fits."""
+
+    def __init__(self, honest: Peer, page: int, flips: int) -> None:
+        super().__init__(honest.ram)
+        self.page = page
+        self.flips = flips
+
+    def frame(self, request_id: int, pages: PageRange, final: bool = True) -> Pages:
+        if self.page not in pages or self.flips <= 0:
+            return super().frame(request_id, pages, final)
+        self.flips -= 1
+        data = bytearray(self.bytes_of(pages))
+        data[(self.page - pages.start) * PAGE_SIZE + 99] ^= 4
+        return Pages(request_id, pages, Encoding.RAW, bytes(data), digests_of(bytes(data)), final)
+
+
+async def test_flipped_bit_is_asked_for_again(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    network.peer = flipping = FlippingPeer(peer, page=5, flips=1)
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    assert joined(await scheduler.demand(PageRange(4, 3))) == peer.bytes_of(PageRange(4, 3))
+    assert asked_pages(flipping) == [4, 5, 6, 4, 5, 6]
+
+
+async def test_source_that_insists_on_wrong_bytes_is_an_error_for_its_readers_only(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """Page 5 shares a request with page 9, whose reader must not suffer."""
+    network.peer = flipping = FlippingPeer(peer, page=5, flips=1000)
+    flipping.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery, budget=Budget(max_demand_requests=1))
+    outcome: dict[int, object] = {}
+
+    async def read(page: int) -> None:
+        try:
+            outcome[page] = joined(await scheduler.demand(PageRange(page, 1)))
+        except VerificationError as error:
+            outcome[page] = error
+
+    async with trio.open_nursery() as readers:
+        for page in (1, 5, 9):
+            readers.start_soon(read, page)
+            await settle()
+        flipping.answers = None
+        await flipping.say(flipping.honest(flipping.fetches[0])[0])
+    assert flipping.fetches[1].ranges == (PageRange(5, 1), PageRange(9, 1))
+    assert outcome[1] == peer.bytes_of(PageRange(1, 1))
+    assert outcome[9] == peer.bytes_of(PageRange(9, 1))
+    assert isinstance(outcome[5], VerificationError)
+    await scheduler.wait_kept()
+    assert 5 not in sink.held
+    assert_empty(scheduler)
+
+
+async def test_page_that_the_server_calls_changed_is_an_error(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    peer.answers = lambda peer, request: [Error(request.id, ErrorCode.PAGE_CHANGED, "page 3")]  # type: ignore[union-attr]
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    with pytest.raises(VerificationError, match="page 3"):
+        await scheduler.demand(PageRange(3, 1))
+    assert len(peer.fetches) == 2
+    assert_empty(scheduler)
+
+
+async def test_wrong_guess_reaches_nobody_and_the_sweep_ends(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    network.peer = flipping = FlippingPeer(peer, page=100, flips=1_000_000)
+    scheduler = Scheduler(
+        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+    )
+    await trio.sleep(60)
     assert not scheduler.statistics().prefetching
-    nursery.cancel_scope.cancel()
+    assert 100 not in sink.held
+    assert len(sink.held) > RAM_PAGES - 100
+    assert len(flipping.fetches) < 200
+    assert_empty(scheduler)
+
+
+# ---- guesses
+
+
+async def test_prefetch_all_brings_everything_once_and_stops(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    scheduler = Scheduler(
+        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+    )
+    await trio.sleep(60)
+    assert sorted(asked_pages(peer)) == list(range(RAM_PAGES))
+    assert all(is_background(fetch) for fetch in peer.fetches)
+    assert sink.held == set(range(RAM_PAGES))
+    assert not scheduler.statistics().prefetching
+    assert_empty(scheduler)
+
+
+async def test_prefetch_of_ranges_returns_when_they_are_kept(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    sink.held = {10, 11, 50}
+    await scheduler.prefetch([PageRange(8, 100), PageRange(200, 1)])
+    assert sink.held == {*range(8, 108), 200}
+    assert sorted(asked_pages(peer)) == sorted({*range(8, 108), 200} - {10, 11, 50})
+    await scheduler.prefetch([])
+    await scheduler.prefetch([PageRange(8, 10)])
+    assert_empty(scheduler)
+
+
+async def test_demand_waits_for_no_guess_when_the_background_lane_is_saturated(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """Rule 5: no answer to any guess comes, and demands are answered all the same."""
+
+    def demand_only(peer: Peer, request: Message) -> Sequence[Message] | None:
+        assert isinstance(request, Fetch)
+        return None if is_background(request) else peer.honest(request)
+
+    peer.answers = demand_only
+    scheduler = Scheduler(
+        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+    )
+    await settle()
+    guessed = set(asked_pages(peer))
+    assert guessed
+    assert len(guessed) <= 64
+    for page in range(RAM_PAGES - 1, RAM_PAGES - 50, -1):
+        with trio.fail_after(0.001):
+            assert joined(await scheduler.demand(PageRange(page, 1))) == peer.bytes_of(PageRange(page, 1))
+    assert {page for page in asked_pages(peer) if page < RAM_PAGES - 64} >= guessed
+
+
+async def test_demand_joins_a_guess_that_is_on_its_way(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    results: list[bytes] = []
+
+    async def read(pages: PageRange) -> None:
+        results.append(joined(await scheduler.demand(pages)))
+
+    async with trio.open_nursery() as tasks:
+        tasks.start_soon(scheduler.prefetch, [PageRange(0, 4)])
+        await settle()
+        tasks.start_soon(read, PageRange(2, 4))
+        await settle()
+        assert [fetch.ranges for fetch in peer.fetches] == [(PageRange(0, 4),), (PageRange(4, 2),)]
+        for connection, fetch in ((1, 0), (0, 1)):
+            await peer.say(peer.honest(peer.fetches[fetch])[0], connection)
+    assert results == [peer.bytes_of(PageRange(2, 4))]
+
+
+async def test_demand_that_joined_a_guess_survives_its_connection(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    results: list[bytes] = []
+
+    async def read() -> None:
+        results.append(joined(await scheduler.demand(PageRange(2, 1))))
+
+    async with trio.open_nursery() as tasks:
+        tasks.start_soon(scheduler.prefetch, [PageRange(0, 4)])
+        await settle()
+        tasks.start_soon(read)
+        await settle()
+        peer.answers = None
+        network.lines.pop(0)  # the demand connection stays
+        network.peer = replace(peer, identity=b"\1" * 32)  # nobody takes the background connection back
+        await network.cut()
+        await trio.sleep(10)
+        assert results == [peer.bytes_of(PageRange(2, 1))]
+    await scheduler.wait_kept()
+    assert_empty(scheduler)
+
+
+async def test_cancelled_prefetch_takes_back_what_was_not_sent(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    with trio.move_on_after(1):
+        await scheduler.prefetch([PageRange(0, RAM_PAGES)])
+    sent = len(asked_pages(peer))
+    assert 0 < sent < RAM_PAGES
+    peer.answers = None
+    for fetch in list(peer.fetches):
+        for message in peer.honest(fetch):
+            await peer.say(message)
+    await trio.sleep(10)
+    assert len(asked_pages(peer)) == sent
+    assert_empty(scheduler)
+
+
+# ---- other sources, and every failure
+
+
+class FailingSource:
+    """A plain source whose fetches fail by number, to be awaited only."""
+
+    total_pages = RAM_PAGES
+
+    def __init__(self, peer: Peer, failing: dict[int, Exception]) -> None:
+        self.peer = peer
+        self.failing = failing
+        self.calls = 0
+        self.open = 0
+
+    async def fetch(
+        self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False
+    ) -> Fetched:
+        self.calls += 1
+        call = self.calls
+        self.open += 1
+        try:
+            await trio.sleep(0.01)
+        finally:
+            self.open -= 1
+        if call in self.failing:
+            raise self.failing[call]
+        return Fetched(tuple(PageRun(pages, self.peer.bytes_of(pages)) for pages in ranges))
+
+
+async def read_all(scheduler: Scheduler, peer: Peer, joined: Joined) -> int:
+    """Overlapping readers over pages 0 to 19; how many failed. None gets a wrong byte."""
+    failed = 0
+
+    async def read(pages: PageRange) -> None:
+        nonlocal failed
+        try:
+            assert joined(await scheduler.demand(pages)) == peer.bytes_of(pages)
+        except (ServerRefusedError, VerificationError):
+            failed += 1
+
+    async with trio.open_nursery() as readers:
+        for start in range(0, 18, 2):
+            readers.start_soon(read, PageRange(start, 3))
+    return failed
+
+
+@pytest.mark.parametrize("temporary", [True, False])
+async def test_failing_the_nth_fetch_for_every_n(
+    autojump_clock: MockClock, nursery: trio.Nursery, peer: Peer, joined: Joined, temporary: bool
+) -> None:
+    for nth in range(1, 100):
+        error = ServerUnreachableError("away") if temporary else ServerRefusedError("no")
+        source, sink = FailingSource(peer, {nth: error}), MemorySink(peer.ram)
+        scheduler = Scheduler(source, sink, nursery, budget=Budget(max_demand_requests=2))
+        failed = await read_all(scheduler, peer, joined)
+        await scheduler.wait_kept()
+        assert_empty(scheduler)
+        if temporary:
+            assert failed == 0
+        if nth > source.calls:
+            break
+        if not temporary:
+            assert failed > 0
+            sink.held.clear()
+            assert await read_all(scheduler, peer, joined) == 0
+    else:
+        raise AssertionError("the source was called more than 100 times")
+    assert nth > 3
+
+
+async def test_failing_the_nth_keep_for_every_n(
+    autojump_clock: MockClock, nursery: trio.Nursery, peer: Peer, joined: Joined
+) -> None:
+    class FailingSink(MemorySink):
+        failing = 0
+        calls = 0
+
+        async def keep(self, fetched: Fetched) -> None:
+            self.calls += 1
+            await trio.lowlevel.checkpoint()
+            if self.calls == self.failing:
+                raise StoreError("disk")
+            await super().keep(fetched)
+
+    for nth in range(1, 100):
+        sink = FailingSink(peer.ram)
+        sink.failing = nth
+        scheduler = Scheduler(FailingSource(peer, {}), sink, nursery, budget=Budget(max_demand_requests=2))
+        assert await read_all(scheduler, peer, joined) == 0
+        await scheduler.wait_kept()
+        assert_empty(scheduler)
+        if sink.calls < nth:
+            break
+    assert nth > 1
+
+
+async def test_cancelling_at_each_wait_leaves_nothing(
+    autojump_clock: MockClock, nursery: trio.Nursery, peer: Peer, joined: Joined
+) -> None:
+    source, sink = FailingSource(peer, {}), MemorySink(peer.ram)
+    scheduler = Scheduler(source, sink, nursery, budget=Budget(max_demand_requests=2))
+    for step in range(60):
+        with trio.move_on_after(step * 0.001):
+            await read_all(scheduler, peer, joined)
+        await settle()
+        assert source.open == 0
+        await scheduler.wait_kept()
+        assert_empty(scheduler)
+        sink.held.clear()
+    assert await read_all(scheduler, peer, joined) == 0
+
+
+async def test_source_that_brings_other_pages_is_an_error(
+    autojump_clock: MockClock, nursery: trio.Nursery, peer: Peer
+) -> None:
+    class Wrong(FailingSource):
+        async def fetch(
+            self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False
+        ) -> Fetched:
+            return await super().fetch([PageRange(ranges[0].start, ranges[0].count + 1)])
+
+    scheduler = Scheduler(Wrong(peer, {}), MemorySink(peer.ram), nursery)
+    with pytest.raises(Exception, match="other pages"):
+        await scheduler.demand(PageRange(0, 1))
+    assert_empty(scheduler)
+
+
+async def test_large_answers_are_verified_in_turns(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    pages = PageRange(0, RAM_PAGES)
+    assert joined(await scheduler.demand(pages)) == peer.ram
+    assert sink.accepted_pages == RAM_PAGES
+    await scheduler.wait_kept()
+    assert_empty(scheduler)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
