@@ -40,12 +40,19 @@ def booted(folder: Path, more: tuple[str, ...] = ()) -> Iterator[BootedGuest]:
 
 
 @contextmanager
-def resumed(ram: Path, vmstate: Path, log: Path, *, share: bool = True) -> Iterator[Qemu]:
-    """A new QEMU on the RAM file, the guest running as the state says. It gets no kernel: all is in RAM and state."""
+def waiting(ram: Path, log: Path, *, share: bool = True) -> Iterator[Qemu]:
+    """A new QEMU on the RAM file that waits for its state. It gets no kernel: all is in RAM and state."""
     with tempfile.TemporaryDirectory(prefix="lazymem-") as sockets:
         options = QemuOptions(
             ram, RAM_BYTES, Path(sockets, "qmp"), Path(sockets, "serial"), share=share, incoming="defer"
         )
         with started(options, log) as qemu:
-            take_over(qemu, vmstate)
             yield qemu
+
+
+@contextmanager
+def resumed(ram: Path, vmstate: Path, log: Path, *, share: bool = True) -> Iterator[Qemu]:
+    """The same with its state, running."""
+    with waiting(ram, log, share=share) as qemu:
+        take_over(qemu, vmstate)
+        yield qemu

@@ -11,7 +11,7 @@ import pytest
 
 from lazymem.cli import snapshot
 from lazymem.demo.serving import mounted, served
-from tests.support.qemu import booted, resumed
+from tests.support.qemu import booted, resumed, waiting
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
@@ -92,3 +92,21 @@ def test_snapshot_of_a_guest_whose_ram_is_on_a_mount(saved: Saved, tmp_path: Pat
     with resumed(tmp_path / "copy", tmp_path / "second" / "vmstate", tmp_path / "qemu2.log") as qemu:
         assert qemu.serial.ask("sum", "sum") == changed
         assert qemu.serial.ask("tick", "tick") == "3"
+
+
+def test_resumes_by_the_script_of_the_examples(saved: Saved, tmp_path: Path) -> None:
+    """deploy/examples/qemu-take-over, with a path that a shell would take apart."""
+    script = Path(__file__).resolve().parents[2] / "deploy" / "examples" / "qemu-take-over"
+    vmstate = tmp_path / "state of 'web'; false"
+    shutil.copy(saved.folder / "vmstate", vmstate)
+    subprocess.run(["cp", "--sparse=always", saved.folder / "pc.ram", tmp_path / "pc.ram"], check=True)
+    with waiting(tmp_path / "pc.ram", tmp_path / "log") as qemu:
+        qemu.open_monitor().close()
+        subprocess.run([script, qemu.monitor, vmstate], check=True)
+        assert qemu.serial.ask("tick", "tick") == "3"
+    with waiting(tmp_path / "pc.ram", tmp_path / "log") as qemu:
+        qemu.open_monitor().close()
+        (tmp_path / "none").write_bytes(b"")
+        done = subprocess.run([script, qemu.monitor, tmp_path / "none"], check=False, capture_output=True, timeout=30)
+        assert done.returncode != 0
+        assert b"no saved state" in done.stderr

@@ -1,0 +1,220 @@
+"""The systemd units: systemd itself accepts them, the mount's makes no mount namespace, the others are hardened."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+MOUNT_UNIT = DEPLOY / "lazymem-mount@.service"
+UNITS = sorted(path.name for path in DEPLOY.iterdir() if path.suffix in (".service", ".socket"))
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is missing: `make setup` installs it"
+)
+
+MAKES_MOUNT_NAMESPACE = frozenset(
+    [
+        "BindPaths",
+        "BindReadOnlyPaths",
+        "DynamicUser",
+        "ExecPaths",
+        "ExtensionDirectories",
+        "ExtensionImages",
+        "ImportCredential",
+        "InaccessiblePaths",
+        "LoadCredential",
+        "LoadCredentialEncrypted",
+        "LogNamespace",
+        "MountAPIVFS",
+        "MountFlags",
+        "MountImages",
+        "NetworkNamespacePath",
+        "NoExecPaths",
+        "PrivateBPF",
+        "PrivateDevices",
+        "PrivateIPC",
+        "PrivateMounts",
+        "PrivateNetwork",
+        "PrivatePIDs",
+        "PrivateTmp",
+        "PrivateUsers",
+        "ProcSubset",
+        "ProtectControlGroups",
+        "ProtectHome",
+        "ProtectHostname",
+        "ProtectKernelLogs",
+        "ProtectKernelModules",
+        "ProtectKernelTunables",
+        "ProtectProc",
+        "ProtectSystem",
+        "ReadOnlyPaths",
+        "ReadWritePaths",
+        "RootDirectory",
+        "RootImage",
+        "SetCredential",
+        "SetCredentialEncrypted",
+        "TemporaryFileSystem",
+    ]
+)
+"""systemd.exec(5), read through 257; some only do so in part of the versions, which is not worth finding out live."""
+
+TAKES_AWAY = frozenset(
+    [
+        "DeviceAllow",
+        "DevicePolicy",
+        "ProtectClock",
+        "NoNewPrivileges",
+        "SystemCallFilter",
+        "SystemCallArchitectures",
+        "SystemCallLog",
+        "RestrictAddressFamilies",
+        "RestrictFileSystems",
+        "RestrictNamespaces",
+        "RestrictRealtime",
+        "RestrictSUIDSGID",
+        "LockPersonality",
+        "MemoryDenyWriteExecute",
+        "MemoryMax",
+        "MemoryHigh",
+        "CapabilityBoundingSet",
+    ]
+)
+
+
+def options(unit: Path) -> list[tuple[str, str]]:
+    """(name, value) of each line that sets something, continued lines joined."""
+    text = unit.read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if not line.startswith(("#", ";", "["))]
+    return [(name.strip(), value.strip()) for name, _, value in (line.partition("=") for line in lines if "=" in line)]
+
+
+def value(unit: str, name: str) -> str:
+    found = [v for n, v in options(DEPLOY / unit) if n == name]
+    assert len(found) == 1, f"{unit} sets {name} {len(found)} times"
+    return found[0]
+
+
+def test_the_units_are_all_there() -> None:
+    assert UNITS == ["lazymem-mount@.service", "lazymem-serve@.service", "lazymem-serve@.socket", "lazymem-vm@.service"]
+
+
+def test_mount_unit_makes_no_mount_namespace_and_keeps_what_it_needs() -> None:
+    found = {name for name, _ in options(MOUNT_UNIT)}
+    assert not found & MAKES_MOUNT_NAMESPACE
+    assert not found & TAKES_AWAY
+
+
+def test_mount_unit_names_the_whole_list_and_the_reason() -> None:
+    comments = "\n".join(line for line in MOUNT_UNIT.read_text().splitlines() if line.startswith("#"))
+    named = set(re.findall(r"([A-Z][A-Za-z]+)=", comments))
+    assert named >= MAKES_MOUNT_NAMESPACE
+    assert "mount namespace" in comments.lower()
+
+
+def test_the_check_would_notice_one(tmp_path: Path) -> None:
+    unit = tmp_path / "unit"
+    unit.write_text(MOUNT_UNIT.read_text() + "\n[Service]\nPrivateTmp=yes\n")
+    assert {name for name, _ in options(unit)} & MAKES_MOUNT_NAMESPACE == {"PrivateTmp"}
+
+
+def test_mount_is_ready_when_it_answers_and_never_killed() -> None:
+    assert value("lazymem-mount@.service", "Type") == "notify"
+    assert value("lazymem-mount@.service", "SendSIGKILL") == "no"
+    assert value("lazymem-mount@.service", "TimeoutStopSec") == "infinity"
+    assert value("lazymem-mount@.service", "StartLimitIntervalSec") == "0"
+    assert " -f " in value("lazymem-mount@.service", "ExecStart")
+
+
+def test_guest_is_bound_to_its_mount_and_in_another_cgroup() -> None:
+    assert value("lazymem-vm@.service", "BindsTo") == "lazymem-mount@%i.service"
+    assert value("lazymem-vm@.service", "After") == "lazymem-mount@%i.service"
+    assert value("lazymem-vm@.service", "Slice") == "lazymem-guests.slice"
+    assert value("lazymem-vm@.service", "Restart") == "no"
+
+
+def test_guests_ram_is_writable_in_the_emulators_name_space() -> None:
+    """ProtectSystem=strict makes all of /run read-only but what is named."""
+    for unit, ram in (
+        (DEPLOY / "lazymem-vm@.service", "/run/lazymem/%i"),
+        (DEPLOY / "examples" / "qemu-web.service", "/run/lazymem/web"),
+    ):
+        found = dict(options(unit))
+        assert found["ProtectSystem"] == "strict"
+        assert found["ReadWritePaths"] == ram
+        assert f"{ram}/pc.ram" in found["ExecStart"]
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """The units as instances that verify can load, their programs those of this environment."""
+    programs = Path(sys.executable).parent
+    for name in UNITS:
+        instance = "7411" if "serve" in name else "web"
+        text = (DEPLOY / name).read_text().replace("/usr/local/bin/", f"{programs}/")
+        # systemd-analyze takes no instances: it invents one for a template, and "i" is no port.
+        text = text.replace("127.0.0.1:%i", "127.0.0.1:7411").replace("@%i", f"-{instance}").replace("%i", instance)
+        (tmp_path / name.replace("@", f"-{instance}")).write_text(text)
+    example = (DEPLOY / "examples" / "qemu-web.service").read_text().replace("@web", "-web")
+    example = example.replace("/usr/local/lib/lazymem/", f"{DEPLOY}/examples/")
+    (tmp_path / "qemu-web.service").write_text(example)
+    return tmp_path
+
+
+@needs_systemd
+def test_systemd_accepts_the_units(installed: Path) -> None:
+    units = sorted(map(str, installed.iterdir()))
+    assert len(units) == len(UNITS) + 1
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, check=False
+    )
+    ours = [line for line in done.stderr.splitlines() if "lazymem" in line or "qemu-web" in line]
+    assert ours == []
+    assert done.returncode == 0, done.stderr
+
+
+@needs_systemd
+def test_systemd_would_have_complained(installed: Path) -> None:
+    unit = installed / "lazymem-vm-web.service"
+    unit.write_text(unit.read_text().replace("Restart=no", "Restrat=no\nSlice=no/such"))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False)
+    assert "Restrat" in done.stderr
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", ["lazymem-serve-7411.service", "lazymem-vm-web.service"])
+def test_server_and_emulator_are_hardened(
+    installed: Path, name: str, record_property: Callable[[str, object], None]
+) -> None:
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=100", str(installed / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
+    if found is None:
+        assert "unrecognized option" in done.stderr or "offline" in done.stderr, done.stderr
+        pytest.skip("this systemd-analyze has no offline security review (systemd 250 has)")
+    record_property("exposure", found[1])
+    assert float(found[1]) < 2.0
+
+
+def test_configuration_examples_set_what_the_units_use() -> None:
+    for unit, example in (
+        ("lazymem-serve@.service", "serve-7411.conf"),
+        ("lazymem-mount@.service", "mount-web.conf"),
+        ("lazymem-vm@.service", "vm-web.conf"),
+    ):
+        text = (DEPLOY / "examples" / example).read_text()
+        assert f"/etc/lazymem/{example.split('-')[0]}-%i.conf" == value(unit, "EnvironmentFile")
+        used = set(re.findall(r"\$\{?(LAZYMEM_[A-Z_]+)", value(unit, "ExecStart")))
+        assert used
+        assert {line.partition("=")[0] for line in text.splitlines() if line.startswith("LAZYMEM")} == used
+
+
+def test_users_of_the_units_are_made() -> None:
+    users = re.findall(r"^u (\S+)", (DEPLOY / "lazymem.sysusers").read_text(), re.MULTILINE)
+    assert sorted(users) == sorted({value("lazymem-serve@.service", "User"), value("lazymem-vm@.service", "User")})
