@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     except LazymemError as error:
         say(str(error))
         return error.exit_code
+    except SystemExit as ended:
+        # --help and --version.
+        return int(ended.code or 0)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -7,6 +7,7 @@ whole or not at all. A stream that comes in is held in memory, bounded by what t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -214,19 +215,30 @@ async def listen_unix(path: Path) -> trio.SocketListener:
     Raises:
         OSError: the path is in use, or cannot be made.
     """
-    with contextlib.suppress(OSError):
-        if stat.S_ISSOCK(os.stat(path).st_mode) and not await _somebody_listens(path):
-            os.unlink(path)
+    await _refuse_live(path)
+    # Under another name until it listens: who waits for the path to appear can connect at once.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        await sock.bind(str(path))
-        # Between bind and listen nobody can connect, so nobody comes in before the mode is set.
-        os.chmod(path, 0o600)
+        await sock.bind(str(unfinished))
+        os.chmod(unfinished, 0o600)
         sock.listen(8)
+        os.rename(unfinished, path)
     except BaseException:
         sock.close()
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
         raise
     return trio.SocketListener(sock)
+
+
+async def _refuse_live(path: Path) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode) or await _somebody_listens(path):
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 async def _somebody_listens(path: Path) -> bool:
