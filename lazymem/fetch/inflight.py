@@ -198,9 +198,10 @@ class InFlightTable:
         return found
 
     def _enter(self, want: Want) -> Want:
-        for page in range(want.pages.start, want.pages.end):
-            assert page not in self._by_page
-            self._by_page[page] = want
+        by_page, pages = self._by_page, want.pages
+        for page in range(pages.start, pages.start + pages.count):
+            assert page not in by_page
+            by_page[page] = want
         if want.state is State.WAITING:
             self._waiting[want] = None
         else:
@@ -215,15 +216,16 @@ class InFlightTable:
             self.background_in_flight_pages -= want.pages.count
 
     def _forget(self, want: Want) -> None:
+        by_page, pages = self._by_page, want.pages
         if want.state is State.WAITING:
             del self._waiting[want]
         elif want.state is State.SENT:
             self._unsend(want)
         else:
             assert want.state is State.HERE
-            self.unkept_pages -= want.pages.count
-        for page in range(want.pages.start, want.pages.end):
-            del self._by_page[page]
+            self.unkept_pages -= pages.count
+        for page in range(pages.start, pages.start + pages.count):
+            del by_page[page]
         want.state = State.GONE
 
 

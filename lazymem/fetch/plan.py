@@ -68,6 +68,8 @@ def plan_demand(waiting: Sequence[W], load: Load, budget: Budget) -> list[Send[W
     if load.unkept_pages >= budget.max_unkept_pages:
         return []
     slots = budget.max_demand_requests - load.demand_requests
+    if len(waiting) == 1 and slots > 0:  # nearly always: no list is worth building
+        return [Send((waiting[0],))]
     sends: list[Send[W]] = []
     batch: list[W] = []
     batch_pages = 0

@@ -10,6 +10,7 @@ is dropped if it was not sent; if all wants of a request are orphans, the reques
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 
@@ -39,19 +40,17 @@ MAX_ATTEMPTS = 2
 class _Flight:
     """One request that is out."""
 
-    __slots__ = ("asked", "background", "delivered_before", "handle", "sent_at", "wants")
+    __slots__ = ("asked", "background", "delivered_before", "handle", "pages", "ranges", "sent_at", "wants")
 
     def __init__(self, wants: Sequence[Want], background: bool, delivered_before: int, asked: Asked | None) -> None:
         self.wants = tuple(wants)
+        self.ranges = (wants[0].pages,) if len(wants) == 1 else merged(want.pages for want in wants)
+        self.pages = sum([pages.count for pages in self.ranges])
         self.background = background
         self.handle: Handle | None = None
         self.sent_at = trio.current_time()
         self.delivered_before = delivered_before
         self.asked = asked
-
-    @property
-    def pages(self) -> int:
-        return sum(want.pages.count for want in self.wants)
 
 
 class Scheduler:
@@ -81,6 +80,7 @@ class Scheduler:
         self._demand_flights = 0
         self._guesses = GuessQueue(self._table, sink, prefetcher)
         self._window = BackgroundWindow()
+        self._best_demand = math.inf  # seconds; a round trip, and the only one measured while nothing pauses
         self._keeper: Keeper[_Flight] = Keeper(sink, self._kept)
         self._keep_failing = False
         self._waits = WaitHistogram()
@@ -168,10 +168,9 @@ class Scheduler:
         def on_done(answer: Fetched | LazymemError) -> None:
             self._answered(flight, answer)
 
-        ranges = merged(want.pages for want in wants)
-        want_leaves = any(self._sink.missing_leaves(pages) for pages in ranges)
+        want_leaves = any(self._sink.missing_leaves(pages) for pages in flight.ranges)
         flight.handle = self._starter.start_fetch(
-            ranges, want_leaves=want_leaves, background=background, on_done=on_done
+            flight.ranges, want_leaves=want_leaves, background=background, on_done=on_done
         )
 
     def _land(self, flight: _Flight) -> None:
@@ -228,13 +227,14 @@ class Scheduler:
         for want in flight.wants:
             self._table.arrived(want, fetched.runs)
         pages = flight.pages
+        elapsed = trio.current_time() - flight.sent_at
         if flight.background:
             self._background_pages += pages
             delivered = self._starter.wire_received_bytes - flight.delivered_before
-            elapsed = trio.current_time() - flight.sent_at
-            self._window.note(delivered, elapsed, self._starter.best_round_trip_seconds)
+            self._window.note(delivered, elapsed, min(self._best_demand, self._starter.best_round_trip_seconds))
         else:
             self._demand_pages += pages
+            self._best_demand = min(self._best_demand, elapsed)
         self._keeper.put(flight, fetched)
 
     def _rejected(self, flight: _Flight, error: LazymemError) -> None:
@@ -260,7 +260,8 @@ class Scheduler:
         else:
             self._keep_failing = False
         self._settle(flight)
-        self._send_demands()
+        if self._table.has_waiting:
+            self._send_demands()
         self._fill_background()
 
     def _settle(self, flight: _Flight) -> None:
@@ -331,8 +332,9 @@ class Scheduler:
 
 def _check_cover(fetched: Fetched, flight: _Flight) -> None:
     """A source that brings other pages than the asked ones must not leave holes in what readers get."""
-    asked = merged(want.pages for want in flight.wants)
-    if merged(run.pages for run in fetched.runs) != asked:
+    asked, runs = flight.ranges, fetched.runs
+    brought = (runs[0].pages,) if len(runs) == 1 else merged(run.pages for run in runs)
+    if brought != asked:
         raise RemoteProtocolError(f"the source brought other pages than the asked ones (from page {asked[0].start} on)")
 
 

@@ -7,6 +7,7 @@ here: callers see `ServerUnreachableError`.
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import Protocol
 
@@ -137,6 +138,8 @@ def _reason(error: BaseException) -> str:
     cause: BaseException = error
     while isinstance(cause.__cause__, OSError | BaseExceptionGroup) or isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause.__cause__ or cause
-    if isinstance(cause, OSError) and cause.strerror:
+    if isinstance(cause, OSError) and cause.errno is not None and cause.errno > 0:
+        return os.strerror(cause.errno)
+    if isinstance(cause, OSError) and cause.strerror:  # of the resolver, whose numbers are its own
         return cause.strerror
     return str(cause) or type(cause).__name__

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from lazymem.pages import PAGE_SHIFT
+from lazymem.pages import PAGE_SIZE
 
 MIN_WINDOW_PAGES = 16
 """64 KiB: 52 ms of a 10 Mb/s line, and enough for a rate to be seen."""
@@ -24,6 +24,11 @@ MAX_PIECE_PAGES = 64
 
 MIN_QUEUE_SECONDS = 0.002
 """Where the round trip is shorter than that, the rate is the two processors', and this keeps both of them busy."""
+
+FLOOR_PAGES = 64
+FLOOR_SECONDS = 0.02
+"""Busy processors answer later than the best round trip and look like a slow link; what they get in 20 ms, up to 256
+KiB (two products of 1 Gb/s and 1 ms), is out in any case, or the window would shrink for no gain."""
 
 GAIN = 2.0
 RATE_DECAY = 0.97
@@ -43,13 +48,15 @@ class BackgroundWindow:
 
     @property
     def piece_pages(self) -> int:
-        """Size of one request: four in a window."""
-        return min(MAX_PIECE_PAGES, max(MIN_WINDOW_PAGES // 4, self._pages // 4))
+        """Size of one request: three in a window."""
+        return min(MAX_PIECE_PAGES, self._pages // 3)
 
     def note(self, delivered_bytes: int, elapsed_seconds: float, best_round_trip_seconds: float) -> None:
         """A guess is here: `delivered_bytes` came over the link, of anything, between its sending and now."""
         if not elapsed_seconds > 0 or not math.isfinite(best_round_trip_seconds):
             return
         self._rate = max(self._rate * RATE_DECAY, delivered_bytes / elapsed_seconds)
-        in_flight = self._rate * max(GAIN * best_round_trip_seconds, MIN_QUEUE_SECONDS)
-        self._pages = min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, int(in_flight) >> PAGE_SHIFT))
+        pages_a_second = self._rate / PAGE_SIZE
+        wanted = pages_a_second * max(GAIN * best_round_trip_seconds, MIN_QUEUE_SECONDS)
+        floor = min(FLOOR_PAGES, pages_a_second * FLOOR_SECONDS)
+        self._pages = min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, int(max(wanted, floor))))
