@@ -260,11 +260,16 @@ class Client:
         self._scope.cancel()
 
     async def _run(self) -> None:
-        with self._scope:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._demand.run)
-                nursery.start_soon(self._background.run)
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._demand.run)
+                    nursery.start_soon(self._background.run)
+        finally:
+            self._nursery = None
+            self._demand.close()
+            self._background.close()
 
     async def _connect(self) -> Session:
         """One try at a session with the same RAM as the first one's."""

@@ -133,6 +133,10 @@ class Lane:
                 self._note_loss(error)
             await trio.sleep(self._backoff.next_delay())
 
+    def close(self) -> None:
+        """Drop the connection, also one that `run` never came to; requests stay unanswered."""
+        self._detach()
+
     async def _serve(self, session: Session) -> None:
         """Until the session is over, which raises. Its cause leaves the nursery by hand, so that it comes ungrouped."""
         cause: LazymemError | None = None

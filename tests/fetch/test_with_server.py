@@ -1,0 +1,135 @@
+"""The whole way once, in one process: store over scheduler over client over sockets to the real server."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from lazymem_server.app import Serving, serve
+
+from lazymem.errors import ServerRefusedError
+from lazymem.fetch.client import Client, connect
+from lazymem.fetch.prefetch import SweepPrefetcher
+from lazymem.fetch.scheduler import Scheduler
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.settings import LinkSettings, parse_server
+from lazymem.store.cachefolder import open_cache
+from lazymem.store.guestram import GuestRam
+from lazymem.store.pristine import PristinePages
+from lazymem.store.statefolder import open_private_state
+from lazymem.wire.messages import PublishedFile
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
+from tests.support.stores import origin_of
+
+PAGES = 1000
+FAST = LinkSettings(backoff_base_seconds=0.01, backoff_cap_seconds=0.05)
+
+
+@pytest.fixture(params=[True, False], ids=["hashed", "unhashed"])
+def snapshot(request: pytest.FixtureRequest, tmp_path: Path) -> BuiltSnapshot:
+    return make_snapshot(tmp_path / "snapshot", PAGES, hashed=request.param)
+
+
+class Stack:
+    def __init__(self, client: Client, scheduler: Scheduler, ram: GuestRam, pristine: PristinePages) -> None:
+        self.client = client
+        self.scheduler = scheduler
+        self.ram = ram
+        self.pristine = pristine
+
+
+@asynccontextmanager
+async def stack(snapshot: BuiltSnapshot, address: str, cache: Path, prefetch: bool) -> AsyncIterator[Stack]:
+    async with trio.open_nursery() as nursery:
+        client = await connect(nursery, parse_server(address), FAST)
+        upper = await client.fetch_upper() if client.welcome.hashed else b""
+        assert upper == (snapshot.upper if snapshot.manifest else b"")
+        origin = origin_of(snapshot)
+        folder, state = open_cache(cache, origin), open_private_state(cache, origin)
+        pristine = PristinePages(origin, folder, upper, state.written)
+        guesses = SweepPrefetcher(pristine.next_missing, PAGES) if prefetch else None
+        scheduler = Scheduler(client, pristine, nursery, prefetcher=guesses)
+        ram = GuestRam(pristine, state, scheduler)
+        yield Stack(client, scheduler, ram, pristine)
+        await scheduler.wait_kept()
+        nursery.cancel_scope.cancel()
+    await ram.close()
+
+
+async def compare(ram: GuestRam, snapshot: BuiltSnapshot, seed: int, reads: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(reads):
+        pages = rng.choice([1, 1, 1, 32])
+        start = rng.randrange(PAGES - pages)
+        got = await ram.read(start * PAGE_SIZE, pages * PAGE_SIZE)
+        assert got == snapshot.ram[start * PAGE_SIZE : (start + pages) * PAGE_SIZE]
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+async def test_many_readers_see_the_snapshot(
+    snapshot: BuiltSnapshot, tmp_path: Path, nursery: trio.Nursery, prefetch: bool
+) -> None:
+    serving: Serving = await nursery.start(partial(serve, [snapshot.folder], ["127.0.0.1:0"]))
+    async with stack(snapshot, serving.addresses[0], tmp_path / "cache", prefetch) as whole:
+        async with trio.open_nursery() as readers:
+            for seed in range(8):
+                readers.start_soon(compare, whole.ram, snapshot, seed, 40)
+        assert await whole.client.read_file(PublishedFile.VMSTATE, 1 << 20) == snapshot.vmstate
+        if prefetch:
+            await whole.scheduler.prefetch([PageRange(0, PAGES)])
+            await whole.scheduler.wait_kept()
+            while whole.pristine.held_pages < PAGES:  # what was on its way when `prefetch` looked
+                await whole.scheduler.wait_kept()
+                await trio.lowlevel.checkpoint()
+    nursery.cancel_scope.cancel()
+
+
+async def test_server_that_restarts_again_and_again_costs_no_reader_anything(
+    tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cut off in the middle, and told to go in order, by turns."""
+    caplog.set_level(logging.ERROR)
+    snapshot = make_snapshot(tmp_path / "snapshot", PAGES)
+    address = f"unix:{tmp_path}/socket"
+
+    async def restarts(done: trio.Event) -> None:
+        for turn in range(8):
+            async with trio.open_nursery() as inner:
+                serving: Serving = await inner.start(partial(serve, [snapshot.folder], [address]))
+                if turn == 0:
+                    started.set()
+                await trio.sleep(0.05)
+                if turn == 7:
+                    await done.wait()
+                if turn % 2:
+                    serving.stop("restart")
+                else:
+                    inner.cancel_scope.cancel()
+
+    started, done = trio.Event(), trio.Event()
+    nursery.start_soon(restarts, done)
+    await started.wait()
+    async with stack(snapshot, address, tmp_path / "cache", prefetch=False) as whole:
+        while whole.client.statistics().reconnects < 4:
+            async with trio.open_nursery() as readers:
+                for seed in range(4):
+                    readers.start_soon(compare, whole.ram, snapshot, seed, 20)
+            for start in range(0, PAGES, 100):
+                whole.pristine.drop(PageRange(start, 100))
+        done.set()
+        await compare(whole.ram, snapshot, 99, 1)
+
+
+async def test_no_such_snapshot_is_said_by_the_server(tmp_path: Path, nursery: trio.Nursery) -> None:
+    snapshot = make_snapshot(tmp_path / "snapshot", 8)
+    serving: Serving = await nursery.start(partial(serve, [snapshot.folder], ["127.0.0.1:0"]))
+    with pytest.raises(ServerRefusedError, match="other"):
+        await connect(nursery, parse_server(f"{serving.addresses[0]}/other"))
+    await connect(nursery, parse_server(f"{serving.addresses[0]}/snapshot"))
+    nursery.cancel_scope.cancel()
