@@ -40,16 +40,20 @@ MAX_ATTEMPTS = 2
 class _Flight:
     """One request that is out."""
 
-    __slots__ = ("asked", "background", "delivered_before", "handle", "pages", "ranges", "sent_at", "wants")
+    __slots__ = ("asked", "background", "bytes_before", "handle", "pages", "pages_before", "ranges", "sent_at", "wants")
 
-    def __init__(self, wants: Sequence[Want], background: bool, delivered_before: int, asked: Asked | None) -> None:
+    def __init__(
+        self, wants: Sequence[Want], background: bool, bytes_before: int, pages_before: int, asked: Asked | None
+    ) -> None:
+        """`bytes_before`, `pages_before`: what had been received in all when this was sent."""
         self.wants = tuple(wants)
         self.ranges = (wants[0].pages,) if len(wants) == 1 else merged(want.pages for want in wants)
         self.pages = sum([pages.count for pages in self.ranges])
         self.background = background
         self.handle: Handle | None = None
         self.sent_at = trio.current_time()
-        self.delivered_before = delivered_before
+        self.bytes_before = bytes_before
+        self.pages_before = pages_before
         self.asked = asked
 
 
@@ -159,7 +163,8 @@ class Scheduler:
             self._send(send.wants, background=False)
 
     def _send(self, wants: Sequence[Want], background: bool, asked: Asked | None = None) -> None:
-        flight = _Flight(wants, background, self._starter.wire_received_bytes, asked)
+        pages_before = self._demand_pages + self._background_pages
+        flight = _Flight(wants, background, self._starter.wire_received_bytes, pages_before, asked)
         for want in wants:
             self._flights[want] = flight
         if not background:
@@ -230,8 +235,12 @@ class Scheduler:
         elapsed = trio.current_time() - flight.sent_at
         if flight.background:
             self._background_pages += pages
-            delivered = self._starter.wire_received_bytes - flight.delivered_before
-            self._window.note(delivered, elapsed, min(self._best_demand, self._starter.best_round_trip_seconds))
+            self._window.note(
+                self._starter.wire_received_bytes - flight.bytes_before,
+                self._demand_pages + self._background_pages - flight.pages_before,
+                elapsed,
+                min(self._best_demand, self._starter.best_round_trip_seconds),
+            )
         else:
             self._demand_pages += pages
             self._best_demand = min(self._best_demand, elapsed)

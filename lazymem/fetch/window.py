@@ -30,6 +30,11 @@ FLOOR_SECONDS = 0.02
 """Busy processors answer later than the best round trip and look like a slow link; what they get in 20 ms, up to 256
 KiB (two products of 1 Gb/s and 1 ms), is out in any case, or the window would shrink for no gain."""
 
+MIN_SHARE = 0.25
+"""Of a page's bytes that cross the wire. Where memory compresses better, more pages could be out; but what comes next
+may not compress at all, and then the queue is longer by the inverse of this until the window has noticed."""
+
+SHARE_WEIGHT = 0.25
 GAIN = 2.0
 RATE_DECAY = 0.97
 """Each sample: a slower link is believed after some thirty of them."""
@@ -40,6 +45,7 @@ class BackgroundWindow:
 
     def __init__(self) -> None:
         self._rate = 0.0  # wire bytes a second
+        self._share = 1.0  # wire bytes a byte of pages, smoothed
         self._pages = MIN_WINDOW_PAGES * 2
 
     @property
@@ -51,12 +57,17 @@ class BackgroundWindow:
         """Size of one request: three in a window."""
         return min(MAX_PIECE_PAGES, self._pages // 3)
 
-    def note(self, delivered_bytes: int, elapsed_seconds: float, best_round_trip_seconds: float) -> None:
-        """A guess is here: `delivered_bytes` came over the link, of anything, between its sending and now."""
+    def note(
+        self, delivered_bytes: int, delivered_pages: int, elapsed_seconds: float, best_round_trip_seconds: float
+    ) -> None:
+        """A guess is here: so much came over the link, of anything, between its sending and now."""
         if not elapsed_seconds > 0 or not math.isfinite(best_round_trip_seconds):
             return
+        if delivered_pages:
+            share = delivered_bytes / (delivered_pages * PAGE_SIZE)
+            self._share += SHARE_WEIGHT * (min(1.0, max(MIN_SHARE, share)) - self._share)
         self._rate = max(self._rate * RATE_DECAY, delivered_bytes / elapsed_seconds)
-        pages_a_second = self._rate / PAGE_SIZE
+        pages_a_second = self._rate / (PAGE_SIZE * self._share)
         wanted = pages_a_second * max(GAIN * best_round_trip_seconds, MIN_QUEUE_SECONDS)
         floor = min(FLOOR_PAGES, pages_a_second * FLOOR_SECONDS)
-        self._pages = min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, int(max(wanted, floor))))
+        self._pages = int(min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, wanted, floor)))
