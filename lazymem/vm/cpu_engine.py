@@ -238,6 +238,8 @@ class Engine:
         self.stop()
 
     def _on_in(self, _uc: object, port: int, size: int, _data: object) -> int:
+        if self._failure is not None:
+            return 0
         try:
             return self._handlers.port_in(port, size)
         except BaseException as error:  # noqa: BLE001 (raised again by run)
@@ -245,7 +247,9 @@ class Engine:
             return 0
 
     def _on_out(self, _uc: object, port: int, size: int, value: int, _data: object) -> None:
-        self._guard(lambda: self._handlers.port_out(port, size, value))
+        # The rest of a block still runs behind a failure; what it does must not reach anybody.
+        if self._failure is None:
+            self._guard(lambda: self._handlers.port_out(port, size, value))
 
     def _on_cpuid(self, uc: Any, _data: object) -> int:
         values = self._handlers.cpuid(uc.reg_read(x86.UC_X86_REG_EAX), uc.reg_read(x86.UC_X86_REG_ECX))

@@ -144,7 +144,6 @@ class Machine:
             if self._ending is not None or self._closing:
                 return
             self._wanted = self._launched = True
-            self._standing = False
             first = self._thread is None
             if first:
                 # A daemon: a vCPU that waits for a page that never comes must not keep the process alive.
@@ -251,10 +250,11 @@ class Machine:
     def _wait_wanted(self) -> bool:
         """Stand until a start; False when the machine closes."""
         with self._lock:
-            if not self._wanted or self._ending is not None:
+            while not self._closing and not (self._wanted and self._ending is None):
+                # At each turn: a start that a stop took back before this thread woke has left it standing.
                 self._standing = True
                 self._lock.notify_all()
-            self._lock.wait_for(lambda: self._closing or (self._wanted and self._ending is None))
+                self._lock.wait()
             self._standing = self._closing
             return not self._closing
 
@@ -275,13 +275,16 @@ class Machine:
 
     def _debug_exit(self, value: int) -> None:
         """As QEMU's isa-debug-exit: the process's exit status is odd, so that 0 is never a guest's."""
-        self._end(Ending("shutdown", (value << 1 | 1) & 0xFF, f"debug exit with {value:#x}"))
-        self.cpu.interrupt_slice()
+        self._end_from_guest(Ending("shutdown", (value << 1 | 1) & 0xFF, f"debug exit with {value:#x}"))
 
     def _reset(self) -> None:
         """A guest that resets has ended: there is no firmware to boot it again."""
-        self._end(Ending("shutdown", 0, "reset"))
+        self._end_from_guest(Ending("shutdown", 0, "reset"))
+
+    def _end_from_guest(self, ending: Ending) -> None:
+        self._outside.cut_off()
         self.cpu.interrupt_slice()
+        self._end(ending)
 
     def _end(self, ending: Ending) -> None:
         with self._lock:

@@ -47,15 +47,22 @@ class Outside:
         self._bus = bus
         self._clock = clock
         self._interrupts = interrupts
+        self._cut_off = False
         self.accessed: Callable[[], None] = _nothing
         self.interrupt_slice: Callable[[], None] = _nothing
 
+    def cut_off(self) -> None:
+        """The machine has ended: what the guest still does before its slice ends reaches nobody."""
+        self._cut_off = True
+
     def read_port(self, port: int, size: int) -> int:
         self.accessed()
-        return self._bus.read_port(port, size)
+        return 0 if self._cut_off else self._bus.read_port(port, size)
 
     def write_port(self, port: int, size: int, value: int) -> None:
         self.accessed()
+        if self._cut_off:
+            return
         before = self._interrupts.pending()
         self._bus.write_port(port, size, value)
         if self._interrupts.pending() and not before:
