@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import lazymem
-from lazymem.errors import UsageError
+from lazymem.errors import MonitorError, UsageError
 from lazymem.vm.ram import MemFile, parse_mem_file, pc_ram_file
 from lazymem.vm.transport import Uri, parse_uri
 
@@ -42,6 +42,9 @@ use; 16 a guest that crashed. The man page lists all.
 """
 
 _SHORT = {"-m", "-S", "-h"}
+
+VALUED = {"-m", "--append", "--incoming", "--kernel", "--mem-file", "--pcram-file", "--qmp", "--serial"}
+"""Options that take a value."""
 
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -75,8 +78,7 @@ def parse_command_line(arguments: Sequence[str]) -> VmOptions:
         UsageError: it makes no sense.
         RamFileError: a --pcram-file or --mem-file does not.
     """
-    parser = make_parser()
-    found = parser.parse_args(_with_two_dashes(arguments, parser))
+    found = make_parser().parse_args(_with_two_dashes(arguments))
     files = [pc_ram_file(text) for text in found.pcram_file] + [parse_mem_file(text) for text in found.mem_file]
     if found.kernel is None and found.incoming is None:
         raise UsageError("nothing to run: name a kernel (-kernel) or an incoming state (-incoming)")
@@ -145,14 +147,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_two_dashes(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
+def _with_two_dashes(arguments: Sequence[str]) -> list[str]:
     """QEMU's single-dash spelling too, and values that begin with a dash (``-append -x``)."""
-    valued = {option for action in parser._actions for option in action.option_strings if action.nargs is None}
     result: list[str] = []
     left = iter(arguments)
     for word in left:
         option = f"-{word}" if re.match(r"-[A-Za-z]", word) and word not in _SHORT else word
-        if option not in valued:
+        if option not in VALUED:
             result.append(option)
             continue
         value = next(left, None)
@@ -196,5 +197,5 @@ def monitor_path(text: str) -> Path:
 def _incoming_uri(text: str) -> Uri:
     try:
         return parse_uri(text)
-    except Exception as error:
+    except MonitorError as error:
         raise UsageError(f"-incoming: {error}") from error

@@ -40,6 +40,7 @@ _PART_PAGES = 256
 GLOBAL_STATE = Layout("globalstate", 1, (Field("size", 4), Field("runstate", _RUNSTATE_BYTES, buffer=True)))
 """QEMU's section for the run state at the time of the save."""
 
+
 def shape_of(machine: MachineLike) -> StreamShape:
     """What this machine's stream consists of."""
     blocks = tuple(BlockShape(b.name, b.size, b.backed, b.do_not_save) for b in machine.blocks.values())
@@ -151,7 +152,9 @@ class Migrations:
         output = await open_output(uri)
         try:
             await _Saver(self._runstate, self._progress, output).run(run_state, on_active=lambda: self._set("active"))
-            await output.commit()
+            # The other side has all of it now and may run: nothing from here on may let this side run too (rule 14).
+            with trio.CancelScope(shield=True):
+                await output.commit()
         except BaseException:
             with trio.CancelScope(shield=True):
                 await output.abort()
@@ -233,9 +236,10 @@ class _Saver:
         await self._send(self._writer.device(global_state(run_state)))
         for device in self._machine.stateful():
             await self._send(self._writer.device(device.state()))
-        await self._send(self._writer.end())
-        # The files are part of the saved state: not completed before they are on storage.
+        # The files are part of the saved state. Before the end is sent, since a failure here lets this side run on,
+        # and a stream without its end runs nowhere.
         await trio.to_thread.run_sync(self._machine.blocks.sync)
+        await self._send(self._writer.end())
 
     async def _pass(self) -> None:
         """Send every page that is not yet, or no longer, as it was sent."""

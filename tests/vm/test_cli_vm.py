@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -11,14 +10,13 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lazymem.cli.vm import main
-from lazymem.cli.vm_options import make_parser, monitor_path, parse_command_line, ram_bytes
+from lazymem.cli.vm_options import VALUED, make_parser, monitor_path, parse_command_line, ram_bytes
 from lazymem.errors import (
     BusyError,
     IdentityError,
@@ -31,14 +29,12 @@ from lazymem.errors import (
 )
 from lazymem.snapshot.manifest import Block, Emulator, Manifest, VmState, vmstate_digest
 from lazymem.vm.guests import build_guest
-from lazymem.vm.qmpclient import QmpClient
 from lazymem.vm.ram import MemFile
 from lazymem.vm.transport import FileUri
 from tests.support.streamreader import read_stream
+from tests.support.vmprocess import WAIT_SECONDS, Start, counts_on, starting, wait_until
 
 RAM_MIB = 16
-WAIT_SECONDS = 60.0
-"""For a condition on a busy test machine; nothing waits this long unless it is broken."""
 
 
 @pytest.fixture(scope="module")
@@ -54,95 +50,10 @@ def ram(tmp_path: Path) -> Path:
     return path
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    give_up = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < give_up, f"waited for {what}"
-        time.sleep(0.01)
-
-
-class Process:
-    """A running lazymem-vm, its serial line in a file."""
-
-    def __init__(self, folder: Path, *arguments: object) -> None:
-        self.serial = folder / "serial"
-        self.monitor = folder / "qmp"
-        folder.mkdir(exist_ok=True)
-        words = [
-            "-m",
-            str(RAM_MIB),
-            "-serial",
-            f"file:{self.serial}",
-            "-qmp",
-            f"unix:{self.monitor},server=on,wait=off",
-        ]
-        words += [str(argument) for argument in arguments]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "lazymem.cli.vm", *words], stderr=subprocess.PIPE, text=True
-        )
-
-    def ticks(self) -> list[int]:
-        """The numbers that the guest has counted so far, of whole lines only."""
-        if not self.serial.exists():
-            return []
-        return [int(number) for number in re.findall(r"tick (\d+)\r?\n", self.serial.read_text())]
-
-    def wait_ticks(self, count: int) -> None:
-        wait_until(lambda: len(self.ticks()) >= count or self.process.poll() is not None, f"{count} ticks")
-        assert len(self.ticks()) >= count, self.end()
-
-    @contextlib.contextmanager
-    def qmp(self) -> Iterator[QmpClient]:
-        wait_until(lambda: self.monitor.exists() or self.process.poll() is not None, "the monitor")
-        with QmpClient(self.monitor) as client:
-            yield client
-
-    def save(self, uri: str) -> None:
-        with self.qmp() as qmp:
-            qmp.command("migrate", uri=uri)
-            wait_until(lambda: qmp.command("query-migrate")["status"] in ("completed", "failed"), "the save")
-            assert qmp.command("query-migrate")["status"] == "completed", qmp.command("query-migrate")
-
-    def quit(self) -> None:
-        with self.qmp() as qmp:
-            qmp.command("quit")
-        assert self.end() == (0, "")
-
-    def end(self) -> tuple[int, str]:
-        """Exit status and what it said, once it has ended."""
-        _, said = self.process.communicate(timeout=WAIT_SECONDS)
-        return self.process.returncode, said
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts processes in numbered folders, and ends what is left of them."""
-    processes: list[Process] = []
-
-    def begin(*arguments: object) -> Process:
-        processes.append(Process(tmp_path / f"vm{len(processes)}", *arguments))
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        process.kill()
-
-
-Start = Callable[..., Process]
-
-
-def counts_on(before: list[int], after: list[int]) -> None:
-    """The guest counts in even steps; the second process's lines continue the first's, none twice, none left out.
-
-    A line that was under way when the guest stood is finished by the second process: only its end is seen there.
-    """
-    step = before[1] - before[0]
-    assert after[0] - before[-1] in (step, 2 * step)
-    assert all(late - early == step for numbers in (before, after) for early, late in itertools.pairwise(numbers))
+def start(tmp_path: Path) -> Iterator[Start]:
+    with starting(tmp_path, RAM_MIB) as begin:
+        yield begin
 
 
 class TestSavedHereResumedThere:
@@ -462,6 +373,12 @@ class TestCommandLine:
     @pytest.mark.parametrize("text", ["unix:p", "unix:p,server=on,wait=off", "unix:p,server,nowait"])
     def test_monitor(self, text: str) -> None:
         assert monitor_path(text) == Path("p")
+
+    def test_options_that_take_a_value(self) -> None:
+        taking = {
+            option for action in make_parser()._actions if action.nargs is None for option in action.option_strings
+        }
+        assert taking == VALUED
 
     def test_help_and_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
