@@ -199,4 +199,3 @@ class _Loader:
 
     def _seal(self, name: str, start: int) -> None:
         self._digests.append((name, section_digest(self._cursor.span(start))))
-
