@@ -20,6 +20,19 @@ class Reporter:
     def advance(self, count_bytes: int) -> None:
         """So many bytes of the phase are done."""
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+
+
+class PlainReporter(Reporter):
+    """Phases and notes as lines on stdout, for logs; no bars."""
+
+    def phase(self, text: str, total_bytes: int | None = None) -> None:
+        print(f"  {text} ...", flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
 
 class TerminalReporter(Reporter):
     """A line with a bar for the phase that is on, over a running rich display."""
@@ -37,12 +50,15 @@ class TerminalReporter(Reporter):
         if self._task is not None:
             self._display.advance(self._task, count_bytes)
 
+    def note(self, text: str) -> None:
+        self._display.console.print(text, highlight=False)
+
 
 @contextmanager
-def reporting(quiet: bool = False) -> Iterator[Reporter]:
-    """A reporter that fits: a display on stderr when that is a terminal, else a silent one."""
+def reporting(quiet: bool = False, otherwise: type[Reporter] = Reporter) -> Iterator[Reporter]:
+    """A reporter that fits: a display on stderr when that is a terminal, else one of class `otherwise`."""
     if quiet or not sys.stderr.isatty():
-        yield Reporter()
+        yield Reporter() if quiet else otherwise()
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

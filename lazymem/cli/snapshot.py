@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
+from lazymem.cli.interrupts import interrupted_once
 from lazymem.cli.progress import reporting
 from lazymem.errors import LazymemError, StoreError
 from lazymem.vm.taking import Options, Result, take_snapshot
@@ -27,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options, as_json = _parse(arguments)
     try:
-        with _interrupts_once(), reporting(quiet=as_json) as reporter:
+        with interrupted_once(), reporting(quiet=as_json) as reporter:
             result = take_snapshot(options, reporter)
     except LazymemError as error:
         return _failed(error)
@@ -65,24 +62,6 @@ def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     found = parser.parse_args(arguments)
     return Options(found.monitor, found.target, found.resume, found.disks_handled), found.json
-
-
-@contextmanager
-def _interrupts_once() -> Iterator[None]:
-    """SIGINT and SIGTERM end the work once; a second one must not disturb the clearing up."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, interrupt) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def describe(result: Result) -> str:

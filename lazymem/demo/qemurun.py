@@ -42,16 +42,15 @@ def started(options: QemuOptions, log: Path) -> Iterator[Qemu]:
         options.qmp.unlink(missing_ok=True)
 
 
-def take_over(qemu: Qemu, vmstate: Path, timeout_seconds: float = 120) -> None:
+def take_over(qmp: QmpClient, vmstate: Path, timeout_seconds: float = 120) -> None:
     """Gives a QEMU that was started with `-incoming defer` its device state, and waits until the guest runs.
 
     Raises:
         MonitorError: QEMU refused the state, or did not run in time.
     """
-    with qemu.open_monitor() as qmp:
-        qmp.command("migrate-set-capabilities", capabilities=[{"capability": CAPABILITY, "state": True}])
-        # Through cat and not QEMU's own file: scheme, which 7.2 does not have.
-        qmp.command("migrate-incoming", uri=f"exec:cat {shlex.quote(str(vmstate))}")
-        status = qmp.wait_status(lambda state: state != "inmigrate", timeout_seconds)
-        if status != "running":
-            raise MonitorError(f"after its state was loaded the guest is {status!r}, not running")
+    qmp.command("migrate-set-capabilities", capabilities=[{"capability": CAPABILITY, "state": True}])
+    # Through cat and not QEMU's own file: scheme, which 7.2 does not have.
+    qmp.command("migrate-incoming", uri=f"exec:cat {shlex.quote(str(vmstate))}")
+    status = qmp.wait_status(lambda state: state != "inmigrate", timeout_seconds)
+    if status != "running":
+        raise MonitorError(f"after its state was loaded the guest is {status!r}, not running")

@@ -1,4 +1,4 @@
-"""A guest's serial port as lines: we listen, the emulator connects, so that nothing the guest says is lost."""
+"""A guest's serial port as lines. QEMU connects to us; to lazymem-vm, which listens itself, we connect."""
 
 from __future__ import annotations
 
@@ -13,15 +13,32 @@ _MAX_PENDING_BYTES = 1 << 20
 """A guest that never ends its line is broken; ours write lines of under 200 bytes."""
 
 
-class SerialLine:
-    """Listens on the unix socket `path` from construction on; one emulator connects."""
+class SilentGuestError(GuestCrashError):
+    """The guest may be well, but it did not say in time what was awaited."""
 
-    def __init__(self, path: Path) -> None:
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
-        self._listener.listen(1)
+
+class SerialLine:
+    """Listens on the unix socket `path` from construction on, for one emulator: nothing that its guest says is lost.
+
+    With `connect`, the emulator listens there already, and drops what its guest said before.
+    """
+
+    def __init__(self, path: Path, *, connect: bool = False) -> None:
+        self._listener: socket.socket | None = None
         self._connection: socket.socket | None = None
         self._pending = b""
+        found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if connect:
+                self._connection = found
+                found.connect(str(path))
+            else:
+                self._listener = found
+                found.bind(str(path))
+                found.listen(1)
+        except OSError:
+            found.close()
+            raise
 
     def __enter__(self) -> SerialLine:
         return self
@@ -33,20 +50,32 @@ class SerialLine:
 
     def close(self) -> None:
         """Ends the connection and stops listening; the guest's output then goes nowhere."""
-        self._listener.close()
-        if self._connection:
-            self._connection.close()
+        for sock in (self._listener, self._connection):
+            if sock is not None:
+                sock.close()
 
     def ask(self, command: str, answer: str, timeout_seconds: float = 60) -> str:
         """Sends a line and waits for one that starts with `answer`; returns the rest of that line, stripped."""
         self._connected(time.monotonic() + timeout_seconds).sendall(command.encode() + b"\n")
         return self.expect(answer, timeout_seconds)
 
+    def tell(self, command: str) -> None:
+        """Sends a line; the answer is awaited by `maybe_line` or `expect`."""
+        self._connected(time.monotonic() + 10).sendall(command.encode() + b"\n")
+
+    def maybe_line(self, start: str, wait_seconds: float) -> str | None:
+        """As `expect`, but None when no such line came in so short a time; skipped lines are gone."""
+        try:
+            return self.expect(start, wait_seconds)
+        except SilentGuestError:
+            return None
+
     def expect(self, start: str, timeout_seconds: float = 60) -> str:
         """Waits for a line that starts with `start`, skips others, and returns what follows it, stripped.
 
         Raises:
-            GuestCrashError: the guest's port closed, or the time is up; with the last thing that was read.
+            GuestCrashError: the guest's port closed; with the last lines that were read.
+            SilentGuestError: the time is up.
         """
         deadline = time.monotonic() + timeout_seconds
         skipped: list[str] = []
@@ -64,7 +93,7 @@ class SerialLine:
             try:
                 data = connection.recv(65536)
             except TimeoutError:
-                raise GuestCrashError(f"the guest did not say {awaited!r} in time{_said(skipped)}") from None
+                raise SilentGuestError(f"the guest did not say {awaited!r} in time{_said(skipped)}") from None
             except ConnectionResetError:
                 data = b""
             self._pending += data
@@ -75,6 +104,7 @@ class SerialLine:
 
     def _connected(self, deadline: float) -> socket.socket:
         if self._connection is None:
+            assert self._listener is not None
             self._listener.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 self._connection, _ = self._listener.accept()

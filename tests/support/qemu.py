@@ -54,5 +54,6 @@ def waiting(ram: Path, log: Path, *, share: bool = True) -> Iterator[Qemu]:
 def resumed(ram: Path, vmstate: Path, log: Path, *, share: bool = True) -> Iterator[Qemu]:
     """The same with its state, running."""
     with waiting(ram, log, share=share) as qemu:
-        take_over(qemu, vmstate)
+        with qemu.open_monitor() as qmp:
+            take_over(qmp, vmstate)
         yield qemu
