@@ -45,18 +45,28 @@ class Keeper(Generic[T]):
         self._something = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
+        self._over = False
 
     def put(self, tag: T, fetched: Fetched) -> None:
         self._backlog.append((tag, fetched))
         self._something.set()
-        if self._idle.is_set():
+        if self._idle.is_set() and not self._over:
             self._idle = trio.Event()
 
     async def wait_idle(self) -> None:
-        """Until everything that was put so far, and what came meanwhile, is kept."""
+        """Until everything that was put so far, and what came meanwhile, is kept; or `run` is over (fetched pages are
+        a cache: what is not kept is missing next time)."""
         await self._idle.wait()
 
     async def run(self) -> None:
+        """Keep what is put, until cancelled."""
+        try:
+            await self._run()
+        finally:
+            self._over = True
+            self._idle.set()
+
+    async def _run(self) -> None:
         while True:
             await self._something.wait()
             await trio.sleep(GATHER_SECONDS)

@@ -179,6 +179,7 @@ class Scheduler:
         )
 
     def _land(self, flight: _Flight) -> None:
+        flight.handle = None  # it leads back here by `on_done`: pages would live until the cycle collector comes
         for want in flight.wants:
             del self._flights[want]
         if not flight.background:

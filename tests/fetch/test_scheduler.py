@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,8 +13,10 @@ import trio.testing
 from trio.testing import MockClock
 
 from lazymem.errors import DeadlineError, ServerRefusedError, ServerUnreachableError, StoreError, VerificationError
+from lazymem.fetch.inflight import Demand, Want
 from lazymem.fetch.plan import Budget
 from lazymem.fetch.prefetch import SweepPrefetcher
+from lazymem.fetch.requests import FetchRequest
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
 from lazymem.wire.messages import Cancel, Encoding, Error, ErrorCode, Fetch, Message, Pages
@@ -163,6 +166,25 @@ async def test_full_disk_harms_no_reader_and_stops_the_guesses(
     assert [fetch for fetch in peer.fetches if is_background(fetch)] == guessed
     assert sum("no space left" in record.message for record in caplog.records) == 1
     assert_empty(scheduler)
+
+
+async def test_pages_do_not_wait_for_the_cycle_collector(
+    autojump_clock: MockClock, network: Network, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    """A guest faults thousands of times a second: cycles would hold its pages and stop the daemon for the collector."""
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await scheduler.demand(PageRange(0, 1))
+    await scheduler.wait_kept()
+    gc.collect()
+    gc.disable()
+    try:
+        for page in range(1, 101):
+            await scheduler.demand(PageRange(page, 1))
+        await scheduler.wait_kept()
+        flights = [found for found in gc.get_objects() if isinstance(found, Demand | Want | FetchRequest)]
+        assert len(flights) < 5
+    finally:
+        gc.enable()
 
 
 # ---- leaving
