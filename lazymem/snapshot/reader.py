@@ -142,13 +142,22 @@ class SnapshotReader:
         """`pages` as runs, checked; holes are not read. May wait for a disk. Raises as `read_nowait`."""
         found: list[VouchedRun] = []
         for piece, is_data in self._ram.segments(pages):
-            if is_data:
-                found.extend(self._vouched(piece, self._ram.read(piece)))
-            else:
-                digests = zero_digests(piece.count)
-                self._check(piece, digests)
-                found.append(VouchedRun(piece, None, digests))
+            found.extend(self._read_segment(piece, is_data))
         return found
+
+    def read_some(self, pages: PageRange, most_data_pages: int) -> list[VouchedRun]:
+        """As `read`, but only the beginning of `pages`: the hole there, or up to `most_data_pages` of the data."""
+        piece, is_data = next(self._ram.segments(pages))
+        if is_data:
+            piece = PageRange(piece.start, min(piece.count, most_data_pages))
+        return self._read_segment(piece, is_data)
+
+    def _read_segment(self, pages: PageRange, is_data: bool) -> list[VouchedRun]:
+        if is_data:
+            return self._vouched(pages, self._ram.read(pages))
+        digests = zero_digests(pages.count)
+        self._check(pages, digests)
+        return [VouchedRun(pages, None, digests)]
 
     def read_pages(self, pages: PageRange) -> list[PageRun]:
         """`pages` as plain runs: what a local page source gives on. May wait for a disk. Raises as `read_nowait`."""

@@ -55,17 +55,18 @@ class _OpenFetch:
         end, range_end = pages.start + pages.count, here.start + here.count
         if end > range_end:
             return f"pages up to {end}, more than were asked for"
-        if end == range_end:
-            self._index += 1
-            self._next = ranges[self._index].start if self._index < len(ranges) else -1
-        else:
-            self._next = end
-        if answer.final is not (self._index == len(ranges)):
+        index = self._index + (end == range_end)
+        if answer.final is not (index == len(ranges)):
             return "an answer whose final mark is not on its last pages"
         if self._hashed and answer.digests:
             return "page digests for a hashed snapshot"
         if not self._hashed and not answer.digests and len(answer.data):
             return "pages of an unhashed snapshot without their digests"
+        if index == self._index:
+            self._next = end
+        else:
+            self._index = index
+            self._next = ranges[index].start if index < len(ranges) else -1
         return None
 
     def _digests_problem(self, answer: Digests) -> str | None:
@@ -93,9 +94,10 @@ class _OpenDigests:
             return f"{type(answer).__name__} for a FETCH_DIGESTS"
         if answer.index != self._next:
             return f"digests from leaf {answer.index}, which is not where the answer stands"
-        self._next += 1 if answer.level == Level.LEAF else len(answer.data) // DIGEST_BYTES
-        if self._next > self._end or answer.final is not (self._next == self._end):
+        end = self._next + (1 if answer.level == Level.LEAF else len(answer.data) // DIGEST_BYTES)
+        if end > self._end or answer.final is not (end == self._end):
             return "more digests than were asked for, or a final mark that is not on the last"
+        self._next = end
         return None
 
 
@@ -113,7 +115,7 @@ class _OpenRead:
 
 
 class OpenRequests:
-    """Every function returns what is wrong, or None and has noted the message."""
+    """Every function returns what is wrong and has noted nothing, or None and has noted the message."""
 
     def __init__(self, welcome: Welcome) -> None:
         self._limits = welcome.limits
