@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import trio
 
-from lazymem.digests import DIGEST_BYTES
 from lazymem.errors import DeadlineError, LazymemError, RemoteProtocolError, VerificationError
+from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
-from lazymem.fetch.inflight import Demand, InFlightTable, State, Want, cut_runs
+from lazymem.fetch.inflight import Demand, InFlightTable, State, Want
 from lazymem.fetch.keeper import Keeper, Sink
-from lazymem.fetch.plan import Budget, Load, background_allowance, merged, plan_demand
+from lazymem.fetch.plan import Budget, Load, background_allowance, plan_demand
 from lazymem.fetch.prefetch import Prefetcher
-from lazymem.fetch.starter import Handle, Source, starter_of
+from lazymem.fetch.starter import Source, starter_of
 from lazymem.fetch.stats import FetchStatistics, WaitHistogram
 from lazymem.fetch.window import BackgroundWindow
 from lazymem.pages import Fetched, PageRange, PageRun
@@ -35,26 +35,6 @@ INLINE_VERIFY_PAGES = 64
 
 MAX_ATTEMPTS = 2
 """A wrong answer is asked for once more, since memory and wires do flip bits; a source that insists is not believed."""
-
-
-class _Flight:
-    """One request that is out."""
-
-    __slots__ = ("asked", "background", "bytes_before", "handle", "pages", "pages_before", "ranges", "sent_at", "wants")
-
-    def __init__(
-        self, wants: Sequence[Want], background: bool, bytes_before: int, pages_before: int, asked: Asked | None
-    ) -> None:
-        """`bytes_before`, `pages_before`: what had been received in all when this was sent."""
-        self.wants = tuple(wants)
-        self.ranges = (wants[0].pages,) if len(wants) == 1 else merged(want.pages for want in wants)
-        self.pages = sum([pages.count for pages in self.ranges])
-        self.background = background
-        self.handle: Handle | None = None
-        self.sent_at = trio.current_time()
-        self.bytes_before = bytes_before
-        self.pages_before = pages_before
-        self.asked = asked
 
 
 class Scheduler:
@@ -80,12 +60,12 @@ class Scheduler:
         self._budget = budget or Budget()
         self._deadline = deadline_seconds
         self._table = InFlightTable()
-        self._flights: dict[Want, _Flight] = {}
+        self._flights: dict[Want, Flight] = {}
         self._demand_flights = 0
         self._guesses = GuessQueue(self._table, sink, prefetcher)
         self._window = BackgroundWindow()
         self._best_demand = math.inf  # seconds; a round trip, and the only one measured while nothing pauses
-        self._keeper: Keeper[_Flight] = Keeper(sink, self._kept)
+        self._keeper: Keeper[Flight] = Keeper(sink, self._kept)
         self._keep_failing = False
         self._waits = WaitHistogram()
         self._faults = self._failures = self._demand_pages = self._background_pages = 0
@@ -162,9 +142,9 @@ class Scheduler:
         for send in sends:
             self._send(send.wants, background=False)
 
-    def _send(self, wants: Sequence[Want], background: bool, asked: Asked | None = None) -> None:
+    def _send(self, wants: Sequence[Want], background: bool, maybe_asked: Asked | None = None) -> None:
         pages_before = self._demand_pages + self._background_pages
-        flight = _Flight(wants, background, self._starter.wire_received_bytes, pages_before, asked)
+        flight = Flight(wants, background, self._starter.wire_received_bytes, pages_before, maybe_asked)
         for want in wants:
             self._flights[want] = flight
         if not background:
@@ -178,7 +158,7 @@ class Scheduler:
             flight.ranges, want_leaves=want_leaves, background=background, on_done=on_done
         )
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         flight.handle = None  # it leads back here by `on_done`: pages would live until the cycle collector comes
         for want in flight.wants:
             del self._flights[want]
@@ -187,7 +167,7 @@ class Scheduler:
 
     # ---- answers in
 
-    def _answered(self, flight: _Flight, answer: Fetched | LazymemError) -> None:
+    def _answered(self, flight: Flight, answer: Fetched | LazymemError) -> None:
         """Called by the source. Readers run only after it returns, so behind a demand nothing else is done here."""
         if isinstance(answer, LazymemError):
             self._rejected(flight, answer)
@@ -198,26 +178,26 @@ class Scheduler:
             return
         self._go_on(flight)
 
-    def _go_on(self, flight: _Flight) -> None:
+    def _go_on(self, flight: Flight) -> None:
         if self._table.has_waiting:
             self._send_demands()
         if flight.background:
             self._fill_background()
 
-    def _verify(self, flight: _Flight, fetched: Fetched) -> None:
+    def _verify(self, flight: Flight, fetched: Fetched) -> None:
         try:
-            _check_cover(fetched, flight)
+            check_cover(fetched, flight)
             self._sink.accept(fetched)
         except (VerificationError, RemoteProtocolError) as error:
             self._rejected(flight, error)
         else:
             self._arrived(flight, fetched)
 
-    async def _verify_in_pieces(self, flight: _Flight, fetched: Fetched) -> None:
+    async def _verify_in_pieces(self, flight: Flight, fetched: Fetched) -> None:
         """All pieces or none count; readers that left meanwhile may have taken the flight with them."""
         try:
-            _check_cover(fetched, flight)
-            for piece in _pieces(fetched, INLINE_VERIFY_PAGES):
+            check_cover(fetched, flight)
+            for piece in pieces(fetched, INLINE_VERIFY_PAGES):
                 self._sink.accept(piece)
                 await trio.lowlevel.checkpoint()
         except (VerificationError, RemoteProtocolError) as error:
@@ -228,7 +208,7 @@ class Scheduler:
                 self._arrived(flight, fetched)
         self._go_on(flight)
 
-    def _arrived(self, flight: _Flight, fetched: Fetched) -> None:
+    def _arrived(self, flight: Flight, fetched: Fetched) -> None:
         self._land(flight)
         for want in flight.wants:
             self._table.arrived(want, fetched.runs)
@@ -247,7 +227,7 @@ class Scheduler:
             self._best_demand = min(self._best_demand, elapsed)
         self._keeper.put(flight, fetched)
 
-    def _rejected(self, flight: _Flight, error: LazymemError) -> None:
+    def _rejected(self, flight: Flight, error: LazymemError) -> None:
         """Wrong bytes: ask again for what a reader waits for, each want by itself; give up on guesses."""
         self._land(flight)
         again = isinstance(error, VerificationError | RemoteProtocolError)
@@ -260,7 +240,7 @@ class Scheduler:
                 self._table.failed(want, error)
         self._settle(flight)
 
-    def _kept(self, flight: _Flight, maybe_error: LazymemError | None) -> None:
+    def _kept(self, flight: Flight, maybe_error: LazymemError | None) -> None:
         for want in flight.wants:
             self._table.kept(want)
             if self._guesses.maybe_prefetcher is not None and maybe_error is None:
@@ -274,11 +254,11 @@ class Scheduler:
             self._send_demands()
         self._fill_background()
 
-    def _settle(self, flight: _Flight) -> None:
-        if flight.asked is not None:
-            flight.asked.flights -= 1
-            flight.asked.check()
-            flight.asked = None
+    def _settle(self, flight: Flight) -> None:
+        if flight.maybe_asked is not None:
+            flight.maybe_asked.flights -= 1
+            flight.maybe_asked.check()
+            flight.maybe_asked = None
 
     def _stop_guessing(self, error: LazymemError) -> None:
         """The cache cannot be written: readers get their pages all the same, but guesses would come again and again."""
@@ -313,7 +293,7 @@ class Scheduler:
             wants, maybe_asked = self._guesses.take(piece)
             if not wants:
                 return
-            self._send(wants, background=True, asked=maybe_asked)
+            self._send(wants, background=True, maybe_asked=maybe_asked)
 
     # ---- for people
 
@@ -338,29 +318,3 @@ class Scheduler:
             prefetching=bool(self._guesses) and table.background_in_flight_pages > 0,
             link=link() if callable(link) else None,
         )
-
-
-def _check_cover(fetched: Fetched, flight: _Flight) -> None:
-    """A source that brings other pages than the asked ones must not leave holes in what readers get."""
-    asked, runs = flight.ranges, fetched.runs
-    brought = (runs[0].pages,) if len(runs) == 1 else merged(run.pages for run in runs)
-    if brought != asked:
-        raise RemoteProtocolError(f"the source brought other pages than the asked ones (from page {asked[0].start} on)")
-
-
-def _pieces(fetched: Fetched, max_pages: int) -> Iterator[Fetched]:
-    """The same answer in parts of one run each, of at most so many pages; leaves go with the first."""
-    leaves = fetched.leaves
-    digests = fetched.page_digests
-    for run in fetched.runs:
-        for pages in run.pages.pieces(max_pages):
-            (cut,) = cut_runs((run,), pages)
-            yield Fetched((cut,), leaves, _cut_digests(digests, run.pages, pages))
-            leaves = {}
-
-
-def _cut_digests(digests: Mapping[int, bytes], whole: PageRange, part: PageRange) -> dict[int, bytes]:
-    if whole.start not in digests:
-        return {}
-    first = (part.start - whole.start) * DIGEST_BYTES
-    return {part.start: digests[whole.start][first : first + part.count * DIGEST_BYTES]}
