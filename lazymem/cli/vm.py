@@ -25,6 +25,7 @@ from lazymem.vm.monitor import Monitor
 from lazymem.vm.ram import RamBlocks, check_host, this_host
 from lazymem.vm.runstate import RunState
 from lazymem.vm.serial import SerialLine, open_serial
+from lazymem.vm.transport import Uri
 
 _CLOSE_SECONDS = 2.0
 """For the vCPU to stand at the end: a slice takes 10 ms. One that waits for a page is left waiting."""
@@ -141,7 +142,12 @@ class _Vm:
         elif incoming.uri is not None:
             self._migrations.begin_take_over()
             # Beside the wait for the end: the state may come over a socket, some day.
-            nursery.start_soon(self._migrations.take_over, incoming.uri)
+            nursery.start_soon(self._take_over, incoming.uri)
+
+    async def _take_over(self, uri: Uri) -> None:
+        await self._migrations.take_over(uri)
+        if self._options.qmp is None and self._runstate.status == "paused":
+            say("the guest stands, as it was saved or as -S says, and there is no monitor (-qmp) to let it go on")
 
     def _watch_guest(self) -> None:
         token = trio.lowlevel.current_trio_token()
