@@ -248,7 +248,9 @@ def make_environment() -> None:
     say("installing lazymem and its development tools into .venv (a minute or two the first time)")
     STAMP.unlink(missing_ok=True)
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-q", "-e", ".[dev]"]
-    if subprocess.run(pip, cwd=ROOT, check=False).returncode != 0:
+    # Older pips build sdnotify, which has no pyproject.toml, in a way that they themselves warn of.
+    environment = {**os.environ, "PIP_USE_PEP517": "1"}
+    if subprocess.run(pip, cwd=ROOT, check=False, env=environment).returncode != 0:
         fail("pip could not install lazymem (its reason is above)")
     STAMP.write_text(stamp)
     say("done")

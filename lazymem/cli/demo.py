@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lazymem.cli.interrupts import interrupted_once
 from lazymem.cli.progress import PlainReporter, Reporter, reporting
+from lazymem.demo.processes import tail
 from lazymem.demo.qemu import find_qemu
 from lazymem.demo.runs import Figures, Place, run_linux, run_pages
 from lazymem.errors import LazymemError, StoreError, UsageError
@@ -99,7 +100,18 @@ def _in_a_folder(
     with tempfile.TemporaryDirectory(prefix="lazymem-demo-") as folder:
         if len(folder) > 80:
             raise UsageError(f"TMPDIR is too long for sockets: {folder}")
-        return job(Place(Path(folder), ram_bytes, prefetch), reporter)
+        try:
+            return job(Place(Path(folder), ram_bytes, prefetch), reporter)
+        except LazymemError:
+            _say_logs(Path(folder), reporter)
+            raise
+
+
+def _say_logs(folder: Path, reporter: Reporter) -> None:
+    """What the programs said last: the files are gone in a moment."""
+    for log in sorted(folder.glob("*.log")):
+        for line in tail(log, 600).splitlines()[-4:]:
+            reporter.note(f"  {log.stem}: {line}")
 
 
 def _show(results: list[Figures]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from lazymem.errors import EnvironmentRefusedError, MountError
 
 _STATUS_XATTR = "user.lazymem.status"
 _START_SECONDS = 30.0
+_HASTY_SECONDS = 5.0
 
 
 @contextmanager
@@ -75,43 +78,64 @@ def mounted(source: str, folder: Path, log: Path, *options: str) -> Iterator[Mou
         raise MountError(done.stderr.strip() or f"lazymem-mount ended with {done.returncode}")
     try:
         yield Mounted(folder, time.monotonic() - started)
-    finally:
-        unmount(folder)
+    except BaseException:
+        # An error or an interrupt within: that is what the user should hear of, and the mount goes in any case.
+        _unmount_in_any_case(folder)
+        raise
+    unmount(folder)
 
 
-def unmount(folder: Path) -> None:
+def unmount(folder: Path, patience_seconds: float = _START_SECONDS) -> None:
     """Unmounts, as root or as a user, and waits for the daemon to have stored everything and ended.
 
     Raises:
         MountError: it stays busy.
     """
-    daemon = None
-    with suppress(OSError):
-        daemon = os.pidfd_open(int(json.loads(os.getxattr(folder, _STATUS_XATTR))["pid"]))
+    daemon = _daemon(folder)
     try:
-        _run_unmount(folder)
-        if daemon is not None:
-            _wait_exit(daemon)
+        _run_unmount(folder, patience_seconds)
+        if daemon is not None and not select.select([daemon], [], [], patience_seconds)[0]:
+            raise MountError("the mount's daemon did not end after its unmount")
     finally:
         if daemon is not None:
             os.close(daemon)
 
 
-def _run_unmount(folder: Path) -> None:
-    command = ["umount", str(folder)] if os.geteuid() == 0 else ["fusermount3", "-u", str(folder)]
-    deadline = time.monotonic() + _START_SECONDS
+def _unmount_in_any_case(folder: Path) -> None:
+    """Unmounts; if that takes too long, without the daemon's consent. Nothing of this mount is needed any more."""
+    daemon = _daemon(folder)
+    try:
+        with suppress(MountError):
+            unmount(folder, _HASTY_SECONDS)
+            return
+        if daemon is not None:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(daemon, signal.SIGKILL)
+        subprocess.run([*_unmount_command(), "-l" if os.geteuid() == 0 else "-z", str(folder)], check=False)
+    finally:
+        if daemon is not None:
+            os.close(daemon)
+
+
+def _daemon(folder: Path) -> int | None:
+    """A descriptor of the process that serves the mount; None where none answers."""
+    try:
+        return os.pidfd_open(int(json.loads(os.getxattr(folder, _STATUS_XATTR))["pid"]))
+    except OSError:
+        return None
+
+
+def _unmount_command() -> list[str]:
+    return ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+
+
+def _run_unmount(folder: Path, patience_seconds: float) -> None:
+    deadline = time.monotonic() + patience_seconds
     while True:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run([*_unmount_command(), str(folder)], capture_output=True, text=True, check=False)
         if done.returncode == 0 or not os.path.ismount(folder):
             return
         if time.monotonic() > deadline:
             raise MountError(f"cannot unmount {folder}: {done.stderr.strip()}")
         # A guest that has just been ended may hold its file a moment longer.
         time.sleep(0.05)
-
-
-def _wait_exit(process: int) -> None:
-    import select
-
-    if not select.select([process], [], [], _START_SECONDS)[0]:
-        raise MountError("the mount's daemon did not end after its unmount")
