@@ -23,7 +23,7 @@ from lazymem.errors import SnapshotError, VerificationError
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE, PageRange, PageRun
 from lazymem.snapshot import manifest as manifests
 from lazymem.snapshot.manifest import MAX_MANIFEST_BYTES, MAX_RAM_BYTES, Manifest
-from lazymem.snapshot.ramfile import RamFile
+from lazymem.snapshot.publishedfile import PublishedFile
 from lazymem.snapshot.vouching import FirstReadVouching, TreeVouching, zero_digests
 
 WORKING_SET_NAME = "working-set"
@@ -72,7 +72,7 @@ class SmallFile:
 class SnapshotReader:
     """Made by `open_snapshot`. Any thread may call any method."""
 
-    def __init__(self, folder: Path, ram: RamFile, manifest_bytes: bytes, manifest: Manifest | None) -> None:
+    def __init__(self, folder: Path, ram: PublishedFile, manifest_bytes: bytes, manifest: Manifest | None) -> None:
         """Takes `ram` over, also when it fails."""
         self.folder = folder
         self.manifest = manifest
@@ -135,7 +135,7 @@ class SnapshotReader:
         """
         if not self._vouching.ready(pages):
             return None
-        data = self._ram.read_nowait(pages)
+        data = self._ram.read_nowait(pages.offset_bytes, pages.length_bytes)
         return None if data is None else self._vouched(pages, data)
 
     def read(self, pages: PageRange) -> list[VouchedRun]:
@@ -154,7 +154,7 @@ class SnapshotReader:
 
     def _read_segment(self, pages: PageRange, is_data: bool) -> list[VouchedRun]:
         if is_data:
-            return self._vouched(pages, self._ram.read(pages))
+            return self._vouched(pages, self._ram.read(pages.offset_bytes, pages.length_bytes))
         digests = zero_digests(pages.count)
         self._check(pages, digests)
         return [VouchedRun(pages, None, digests)]
@@ -246,7 +246,7 @@ def open_snapshot(path: str | os.PathLike[str]) -> SnapshotReader:
     ram_path = folder / (manifest.ram.file if manifest else manifests.RAM_NAME)
     fd = _open_regular(ram_path, missing_is_fine=False)
     assert fd is not None
-    ram = RamFile(fd)
+    ram = PublishedFile(fd)
     try:
         _check_ram_size(ram_path, os.fstat(fd).st_size, manifest)
     except SnapshotError:

@@ -17,6 +17,7 @@ from typing import Protocol
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, leaf_matches, root_digest
 from lazymem.errors import SnapshotError, VerificationError
 from lazymem.pages import PageRange
+from lazymem.snapshot.publishedfile import PublishedFile
 
 MAX_CACHED_LEAVES = 4096
 """16 MiB of digests, for 4 GiB of RAM around which clients move; a leaf that fell out costs one read of 4 KiB."""
@@ -29,7 +30,7 @@ class Vouching(Protocol):
     """What stands behind the pages of one RAM file."""
 
     def ready(self, pages: PageRange) -> bool:
-        """Whether `first_refused` would answer without touching a disk."""
+        """Whether `first_refused` can answer without waiting for a disk. May raise what that raises."""
         ...
 
     def first_refused(self, pages: PageRange, digests: bytes) -> int | None:
@@ -56,44 +57,59 @@ class TreeVouching:
         self._leaves: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = PublishedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
             raise SnapshotError(f"cannot open {path}, which manifest.json speaks of: {error.strerror}") from error
         try:
             self.upper = self._checked_upper(path, root)
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def _checked_upper(self, path: Path, root: bytes) -> bytes:
-        size = os.fstat(self._fd).st_size
+        size = self._file.signature()[2]
         if size != self._shape.file_bytes:
             raise SnapshotError(f"{path} has {size} bytes, a RAM of this size has {self._shape.file_bytes} of digests")
-        upper = _read_exactly(self._fd, self._shape.upper_bytes, self._shape.upper_offset)
+        try:
+            upper = bytes(self._file.read(self._shape.upper_offset, self._shape.upper_bytes))
+        except (OSError, VerificationError) as error:
+            raise SnapshotError(f"cannot read {path}: {error}") from error
         if root_digest(self._shape.size_bytes, upper) != root:
             raise SnapshotError(f"{path} is not the digest tree that manifest.json names")
         return upper
 
     def ready(self, pages: PageRange) -> bool:
         first, last = pages.start // LEAF_PAGES, (pages.end - 1) // LEAF_PAGES
-        return all(leaf in self._leaves for leaf in range(first, last + 1))
+        return all(leaf in self._leaves or self._load_nowait(leaf) for leaf in range(first, last + 1))
 
     def leaf(self, leaf: int) -> bytes:
         """The page digests below `leaf`, verified; read from disk if need be. For any thread.
 
         Raises:
             VerificationError: the digests file was changed.
+            OSError: the disk failed.
         """
         with self._lock:
             found = self._leaves.get(leaf)
             if found is not None:
                 self._leaves.move_to_end(leaf)
                 return found
-        length = self._shape.leaf_pages(leaf) * DIGEST_BYTES
-        try:
-            found = _read_exactly(self._fd, length, leaf * LEAF_PAGES * DIGEST_BYTES)
-        except SnapshotError as error:
-            raise VerificationError(f"leaf {leaf} of the digest tree cannot be read: {error}") from error
+        return self._keep(leaf, self._file.read(*self._place(leaf)))
+
+    def _load_nowait(self, leaf: int) -> bool:
+        """Have the leaf in memory if that needs no disk; whether it is there."""
+        data = self._file.read_nowait(*self._place(leaf))
+        if data is None:
+            return False
+        self._keep(leaf, data)
+        return True
+
+    def _place(self, leaf: int) -> tuple[int, int]:
+        """Offset and length of a leaf's page digests in the file."""
+        return leaf * LEAF_PAGES * DIGEST_BYTES, self._shape.leaf_pages(leaf) * DIGEST_BYTES
+
+    def _keep(self, leaf: int, data: bytearray) -> bytes:
+        found = bytes(data)
         if not leaf_matches(self.upper, leaf, found):
             raise VerificationError(f"leaf {leaf} of the digest tree was changed while the snapshot is served")
         with self._lock:
@@ -116,7 +132,7 @@ class TreeVouching:
         return None
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
 
 class FirstReadVouching:
@@ -173,18 +189,3 @@ def _first_difference(left: bytes, right: bytes) -> int:
         for at in range(0, len(right), DIGEST_BYTES)
         if left[at : at + DIGEST_BYTES] != right[at : at + DIGEST_BYTES]
     )
-
-
-def _read_exactly(fd: int, length: int, offset: int) -> bytes:
-    parts = []
-    while length:
-        try:
-            part = os.pread(fd, length, offset)
-        except OSError as error:
-            raise SnapshotError(f"cannot read the digests: {error.strerror}") from error
-        if not part:
-            raise SnapshotError("the digests file is shorter than it was")
-        parts.append(part)
-        length -= len(part)
-        offset += len(part)
-    return b"".join(parts)

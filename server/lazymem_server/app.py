@@ -83,7 +83,7 @@ class Serving:
         if self._is_full(host):
             log.warning("%s: refused, too many clients", peer)
             frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))
-            await say_last(stream, frame)
+            await say_last(stream, frame, self._limits.farewell_seconds)
             await trio.aclose_forcefully(stream)
             return
         session = Session(stream, self._catalog, self._limits, self._threads, self.counters, peer)
@@ -177,7 +177,7 @@ def _announce(serving: Serving, as_json: bool) -> None:
 
 
 def _notify(state: str) -> None:
-    import sdnotify  # type: ignore[import-untyped]  # only needed here; outside of systemd it does nothing
+    import sdnotify  # only needed here; outside of systemd it does nothing
 
     sdnotify.SystemdNotifier().notify(state)
 

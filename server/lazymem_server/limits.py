@@ -68,5 +68,8 @@ class ServerLimits:
     cold_read_pages: int = 64
     """Read from a disk at a time for guessed pages: 256 KiB; a seek costs more than the transfer below that."""
 
+    farewell_seconds: float = 1.0
+    """For a dropped client to take the frame that says why; the socket closes in order only if it reads it."""
+
     goodbye_seconds: float = 5.0
     """For open requests when the server ends; clients come back by themselves."""

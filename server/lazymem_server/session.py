@@ -93,6 +93,7 @@ class Session:
         self._cold: dict[int, Job] = {}
         self._cancelled: set[int] = set()
         self._heard_at = trio.current_time()
+        self._heard = trio.Event()
         self._leaving = False
         self._greeting = trio.CancelScope()
         self._reader: SnapshotReader | None = None
@@ -110,7 +111,8 @@ class Session:
             end = _first_end(group)
             reason = str(end)
             if end.farewell is not None:
-                await say_last(self._stream, self._connection.send(end.farewell))
+                frame = self._connection.send(end.farewell)
+                await say_last(self._stream, frame, self._limits.farewell_seconds)
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             reason = "the connection broke"
         finally:
@@ -185,6 +187,7 @@ class Session:
     async def _read_more(self) -> None:
         self._connection.receive_data(bytes(await self._stream.receive_some(RECEIVE_BYTES)))
         self._heard_at = trio.current_time()
+        self._heard.set()
 
     def _event(self) -> Message | None:
         try:
@@ -308,19 +311,20 @@ class Session:
                 self._heard_at = trio.current_time()
                 continue
             self._output.put(self._connection.send(Ping(1)), Lane.CONTROL)
-            asked_at = trio.current_time()
-            await trio.sleep(limits.pong_seconds)
-            if self._heard_at <= asked_at and self._output.unsent_bytes < limits.max_unsent_bytes:
+            self._heard = trio.Event()
+            with trio.move_on_after(limits.pong_seconds):
+                await self._heard.wait()
+            if not self._heard.is_set() and self._output.unsent_bytes < limits.max_unsent_bytes:
                 raise SessionEnd("dropped: silent, and no answer to a PING")
 
 
-async def say_last(stream: trio.abc.HalfCloseableStream, frame: bytes) -> None:
-    """Send a last frame to a client that is dropped, if it takes it within a second.
+async def say_last(stream: trio.abc.HalfCloseableStream, frame: bytes, seconds: float) -> None:
+    """Send a last frame to a client that is dropped, if it takes it within so many seconds.
 
     Reads what the client still sends for as long: closing a socket with unread data is a reset, which would overtake
     the frame. Behind an answer that was cut the frame is noise, but such a client was too slow to listen anyway.
     """
-    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError), trio.move_on_after(1):
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError), trio.move_on_after(seconds):
         await stream.send_all(frame)
         await stream.send_eof()
         while await stream.receive_some(RECEIVE_BYTES):

@@ -1,4 +1,4 @@
-"""Reading a RAM file: without waiting where the host has the page in memory, and without reading holes.
+"""Reading a published file: without waiting where the host has the page in memory, and without reading holes.
 
 Knows bytes only; whether they are the right ones is `vouching`'s subject.
 """
@@ -16,8 +16,8 @@ _WOULD_WAIT = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS)
 _MOUNTINFO = "/proc/self/mountinfo"
 
 
-class RamFile:
-    """A RAM file that is open for reading. Any thread may call any method."""
+class PublishedFile:
+    """A file that is open for reading. Any thread may call any method."""
 
     def __init__(self, fd: int) -> None:
         """Takes the descriptor over."""
@@ -29,31 +29,31 @@ class RamFile:
         found = os.fstat(self._fd)
         return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
-    def read_nowait(self, pages: PageRange) -> bytearray | None:
-        """The pages' bytes if no disk has to be waited for, else None."""
-        buffer = bytearray(pages.length_bytes)
+    def read_nowait(self, offset: int, length: int) -> bytearray | None:
+        """So many bytes if no disk has to be waited for, else None."""
+        buffer = bytearray(length)
         try:
-            count = os.preadv(self._fd, [buffer], pages.offset_bytes, 0 if self._in_memory else os.RWF_NOWAIT)
+            count = os.preadv(self._fd, [buffer], offset, 0 if self._in_memory else os.RWF_NOWAIT)
         except OSError as error:
             if error.errno in _WOULD_WAIT:
                 return None
             raise
-        return buffer if count == len(buffer) else None
+        return buffer if count == length else None
 
-    def read(self, pages: PageRange) -> bytearray:
-        """The pages' bytes; may wait for a disk.
+    def read(self, offset: int, length: int) -> bytearray:
+        """So many bytes; may wait for a disk.
 
         Raises:
             VerificationError: the file is shorter than when it was published.
             OSError: the disk failed.
         """
-        buffer = bytearray(pages.length_bytes)
+        buffer = bytearray(length)
         view = memoryview(buffer)
         done = 0
-        while done < len(buffer):
-            count = os.preadv(self._fd, [view[done:]], pages.offset_bytes + done)
+        while done < length:
+            count = os.preadv(self._fd, [view[done:]], offset + done)
             if not count:
-                raise VerificationError(f"the RAM file ends before page {pages.end}: it was cut while served")
+                raise VerificationError(f"a file ends at byte {offset + done}: it was cut while it is served")
             done += count
         return buffer
 
