@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import trio
 
-from lazymem.errors import LazymemError, StoreError, TemplateWriteError
+from lazymem.errors import LazymemError, StoreError, TemplateWriteError, VerificationError
 from lazymem.pages import PAGE_SIZE, PageRange, PageRun, covering, runs
 from lazymem.store.pagemap import SET
 from lazymem.store.pristine import PristinePages
@@ -247,7 +247,7 @@ class GuestRam:
             at = run.pages.end
         if at != pages.end:
             # Reading on would show zeros where the snapshot has other bytes.
-            raise StoreError(f"pages {pages.start} to {pages.end - 1} were demanded, and others came")
+            raise VerificationError(f"pages {pages.start} to {pages.end - 1} were demanded, and others came")
         return answer
 
     async def _merge(self, state: StateFolder, offset: int, data: bytes) -> tuple[int, bytes]:
