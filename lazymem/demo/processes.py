@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +19,39 @@ _END_SECONDS = 5.0
 @contextmanager
 def child(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A running process whose output goes to the file `log`; ended on the way out, by force when it must be."""
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with log.open("ab") as output, uninterrupted():
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
         yield process
     finally:
-        end(process)
+        if process is not None:
+            end(process)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until its end: what is started within is known to whoever has to end it.
+
+    Only in the main thread, where Python runs its signal handlers; in others nothing has to be held back.
+    """
+    held: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, lambda caught, _frame: held.append(caught))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

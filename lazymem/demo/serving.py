@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lazymem.demo.processes import child, tail
+from lazymem.demo.processes import child, tail, uninterrupted
 from lazymem.errors import EnvironmentRefusedError, MountError
 
 _STATUS_XATTR = "user.lazymem.status"
@@ -73,14 +73,18 @@ def mounted(source: str, folder: Path, log: Path, *options: str) -> Iterator[Mou
     """
     command = [sys.executable, "-m", "lazymem.cli.mount", source, str(folder), "--log", str(log), *options]
     started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise MountError(done.stderr.strip() or f"lazymem-mount ended with {done.returncode}")
     try:
+        # An interrupt in between would end the command and leave the daemon that it had just started. A Ctrl-C at a
+        # terminal still reaches the command itself, which then clears up.
+        with uninterrupted():
+            done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            raise MountError(done.stderr.strip() or f"lazymem-mount ended with {done.returncode}")
         yield Mounted(folder, time.monotonic() - started)
     except BaseException:
         # An error or an interrupt within: that is what the user should hear of, and the mount goes in any case.
-        _unmount_in_any_case(folder)
+        if os.path.ismount(folder):
+            _unmount_in_any_case(folder)
         raise
     unmount(folder)
 
