@@ -26,7 +26,9 @@ def ensure_folder(path: Path) -> None:
         StoreError: it cannot be made, or is no folder.
     """
     try:
-        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+            missing.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)  # says so when it is there and no folder
     except OSError as error:
         raise StoreError(f"cannot make the folder {path}: {error.strerror}") from error
 

@@ -1,0 +1,243 @@
+"""Cache and state folders: made once, opened again, and refused or begun again when anything in them is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lazymem.errors import BusyError, IdentityError, StoreError
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.store import cachefolder, statefolder
+from lazymem.store.cachefolder import open_cache
+from lazymem.store.origin import RamOrigin
+from lazymem.store.statefolder import open_state
+
+ORIGIN = RamOrigin(bytes(range(32)), 300 * PAGE_SIZE, None)
+OTHER = RamOrigin(bytes(32), 300 * PAGE_SIZE, None)
+
+
+def write_page(path: Path, origin: RamOrigin = ORIGIN) -> None:
+    """A state folder with one written page."""
+    state = open_state(path, origin)
+    state.written.set(PageRange(7, 1), 1)
+    state.close()
+
+
+def test_everything_in_them_is_private(tmp_path: Path) -> None:
+    open_cache(tmp_path / "new" / "cache", ORIGIN).close()
+    open_state(tmp_path / "state", ORIGIN).close()
+    for root in (tmp_path / "new", tmp_path / "state"):
+        for path in (root, *root.rglob("*")):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_files_are_sparse(tmp_path: Path) -> None:
+    huge = RamOrigin(bytes(32), 64 << 30, None)
+    open_cache(tmp_path / "cache", huge).close()
+    open_state(tmp_path / "state", huge).close()
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file()) < 100_000
+
+
+def truncated(name: str) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / name, 5)
+
+
+def missing(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def linked(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder / "elsewhere")
+        (folder / name).symlink_to(folder / "elsewhere")
+
+    return change
+
+
+def open_to_others(folder: Path) -> None:
+    folder.chmod(0o777)
+
+
+def newer(folder: Path) -> None:
+    record = json.loads((folder / cachefolder.META_NAME).read_text())
+    (folder / cachefolder.META_NAME).write_text(json.dumps({**record, "version": 99}))
+
+
+def nonsense(folder: Path) -> None:
+    (folder / cachefolder.META_NAME).write_bytes(b"\xff" * 70000)
+
+
+def other_size(folder: Path) -> None:
+    record = json.loads((folder / cachefolder.META_NAME).read_text())
+    (folder / cachefolder.META_NAME).write_text(json.dumps({**record, "size_bytes": 4096}))
+
+
+CACHE_NAMES = (cachefolder.PAGES_NAME, cachefolder.MAP_NAME, cachefolder.DIGESTS_NAME, cachefolder.META_NAME)
+WRONG: dict[str, Callable[[Path], None]] = {
+    **{
+        f"{change.__name__} {name}": change(name) for change in (truncated, missing, linked) for name in CACHE_NAMES[:3]
+    },
+    "missing meta": missing(cachefolder.META_NAME),
+    **{f.__name__: f for f in (open_to_others, newer, nonsense, other_size)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_cache_is_set_aside(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    cache = open_cache(tmp_path, ORIGIN)
+    cache.held.set(PageRange(0, 300), 1)
+    WRONG[name](cache.path)
+    again = open_cache(tmp_path, ORIGIN)
+    assert again.held.count == 0, "nothing of it is believed"
+    assert "not usable" in caplog.text
+    assert len(list(tmp_path.glob("*.set-aside-*"))) == 1
+    again.close()
+    caplog.clear()
+    open_cache(tmp_path, ORIGIN).close()
+    assert not caplog.text
+    cache.close()
+
+
+def test_a_cache_that_is_no_folder_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / ORIGIN.identity.hex()).write_text("mine")
+    open_cache(tmp_path, ORIGIN).close()
+    (aside,) = tmp_path.glob("*.set-aside-*")
+    assert aside.read_text() == "mine"
+
+
+def test_a_right_cache_is_opened_again(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path, ORIGIN)
+    cache.held.set(PageRange(5, 10), 1)
+    cache.close()
+    again = open_cache(tmp_path, ORIGIN)
+    assert again.held.count == 10
+    again.close()
+
+
+def test_processes_that_make_a_cache_at_once_get_the_same_one(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from lazymem.pages import PageRange\n"
+        "from lazymem.store.cachefolder import open_cache; from lazymem.store.origin import RamOrigin\n"
+        "number = int(sys.argv[2]); origin = RamOrigin(bytes(range(32)), 300 * 4096, None)\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "open_cache(Path(sys.argv[1]), origin).held.set(PageRange(number, 1), 1)\n"
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "cache"), str(number)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for number in range(4)
+    ]
+    for child in children:
+        assert child.stdout
+        assert child.stdout.readline() == b"ready\n"
+    for child in children:
+        assert child.stdin
+        child.stdin.write(b"go\n")
+        child.stdin.flush()
+    for child in children:
+        child.communicate(timeout=60)
+        assert child.returncode == 0
+    cache = open_cache(tmp_path / "cache", ORIGIN)
+    assert cache.held.count == 4
+    cache.close()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [ORIGIN.identity.hex()]
+
+
+def test_a_state_folder_is_one_mounts(tmp_path: Path) -> None:
+    state = open_state(tmp_path / "state", ORIGIN)
+    with pytest.raises(BusyError, match="another mount"):
+        open_state(tmp_path / "state", ORIGIN)
+    state.close()
+    open_state(tmp_path / "state", ORIGIN).close()
+
+
+def test_opening_waits_for_the_mount_before(tmp_path: Path) -> None:
+    state = open_state(tmp_path / "state", ORIGIN)
+    closing = threading.Timer(0.1, state.close)
+    closing.start()
+    open_state(tmp_path / "state", ORIGIN, wait_seconds=30).close()
+    closing.join()
+
+
+def test_a_state_folder_is_one_snapshots(tmp_path: Path) -> None:
+    write_page(tmp_path / "state")
+    with pytest.raises(IdentityError, match="another snapshot"):
+        open_state(tmp_path / "state", OTHER)
+    state = open_state(tmp_path / "state", ORIGIN)
+    assert state.written.count == 1, "the refusal changed nothing"
+    state.close()
+
+
+@pytest.mark.parametrize(
+    "name", [f"{change} {name}" for change in ("truncated", "missing", "empty") for name in ("pc.ram", "written")]
+)
+def test_a_damaged_state_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """Never begun again: it was the guest's only copy."""
+    folder = tmp_path / "state"
+    write_page(folder)
+    with open(folder / "pc.ram", "r+b") as file:
+        os.pwrite(file.fileno(), b"page", 7 * PAGE_SIZE)
+    change, file_name = name.split()
+    if change == "missing":
+        (folder / file_name).unlink()
+    else:
+        os.truncate(folder / file_name, 0 if change == "empty" else PAGE_SIZE // 2)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=file_name):
+            open_state(folder, ORIGIN)
+
+
+@pytest.mark.parametrize("name", ["pc.ram", "written"])
+def test_a_state_folder_half_made_by_a_killed_mount_is_completed(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "state"
+    open_state(folder, ORIGIN).close()
+    (folder / "pc.ram").unlink()
+    if name == "written":
+        (folder / "written").unlink()
+    state = open_state(folder, ORIGIN)
+    assert state.written.count == 0
+    assert (folder / "pc.ram").stat().st_size == ORIGIN.size_bytes
+    state.close()
+
+
+def test_a_snapshots_folder_is_never_taken_for_a_state_folder(tmp_path: Path) -> None:
+    (tmp_path / "pc.ram").write_bytes(b"a guest")
+    with pytest.raises(StoreError, match=r"not a state folder: it holds pc\.ram"):
+        open_state(tmp_path, ORIGIN)
+    assert [path.name for path in tmp_path.iterdir()] == ["pc.ram"]
+    assert (tmp_path / "pc.ram").read_bytes() == b"a guest"
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"format": "other"}', b"\xff"])
+def test_a_damaged_state_record_is_refused(tmp_path: Path, text: bytes) -> None:
+    write_page(tmp_path / "state")
+    (tmp_path / "state" / statefolder.META_NAME).write_bytes(text)
+    with pytest.raises(StoreError, match="damaged"):
+        open_state(tmp_path / "state", ORIGIN)
+
+
+def test_a_newer_state_folder_is_refused(tmp_path: Path) -> None:
+    write_page(tmp_path / "state")
+    newer_record = tmp_path / "state" / statefolder.META_NAME
+    newer_record.write_text(json.dumps({**json.loads(newer_record.read_text()), "version": 2}))
+    with pytest.raises(StoreError, match="version 2"):
+        open_state(tmp_path / "state", ORIGIN)
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for attempt in (lambda: open_cache(tmp_path / "file", ORIGIN), lambda: open_state(tmp_path / "file" / "x", ORIGIN)):
+        with pytest.raises(StoreError, match="cannot make the folder"):
+            attempt()
