@@ -200,6 +200,8 @@ class Cpu:
     def _entered(self, event: Event) -> ContextImage:
         """The registers at the first instruction of the guest's handler for `event`."""
         image = self._engine.image()
+        if not image.long_mode:
+            raise self._crash(f"{event} outside of 64-bit mode, which is all that this machine delivers in")
         try:
             deliver(image, self._engine, event, self._engine.rflags)
         except TripleFaultError as error:

@@ -307,6 +307,11 @@ CRASHES = {
     "read of nothing": ("mov $0xd0000000, %edi\n mov (%rdi), %eax", "read of 4 bytes at physical address 0xd0000000"),
     "write to nothing": ("mov $0xd0000000, %edi\n mov %al, (%rdi)", "write of 1 bytes at physical address 0xd0000000"),
     "run into nothing": ("mov $0xd0000000, %edi\n jmp *%rdi", "instruction fetch of 1 bytes at physical address 0xd00"),
+    "page tables in nothing": ("mov $0xd0000000, %eax\n mov %rax, %cr3\n nop", "triple fault: #PF page fault"),
+    "out of long mode": (
+        "mov %cr0, %rax\n btr $31, %rax\n mov %rax, %cr0\n ud2",
+        "#UD invalid opcode outside of 64-bit mode",
+    ),
     "no stack": ("gate 6, _start\n load_idt\n mov $0xd0000100, %esp\n ud2", "the stack for #UD invalid opcode is at"),
 }
 

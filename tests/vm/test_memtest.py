@@ -22,8 +22,7 @@ RAM_MIB = 8
 """memtest86+ 6.10 does not start with 4."""
 
 FLIPPED = [half + offset for half in (0, 4 << 20) for offset in range(0x180000, 0x3C0000, 0x8000)]
-"""Addresses whose bits are flipped: in both halves of RAM, since one is tested while the program is in the other (at its
-start)."""
+"""Addresses whose bits are flipped: in both halves of RAM, since one is tested while the program is in the other."""
 
 ROUNDS = 8
 """A third of the time memtest86+ fills memory, and overwrites a flipped bit: then there is nothing to find."""
