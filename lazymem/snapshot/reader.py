@@ -239,8 +239,8 @@ def open_snapshot(path: str | os.PathLike[str]) -> SnapshotReader:
         SnapshotError: not a snapshot, or its parts do not fit together; one line that says which.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise SnapshotError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+    if not os.path.isdir(folder):  # not Path's: that raises for a name that is too long
+        raise SnapshotError(f"{folder} is not a folder" if os.path.exists(folder) else f"{folder} does not exist")
     manifest_bytes = _manifest_bytes(folder / manifests.MANIFEST_NAME)
     manifest = manifests.parse(manifest_bytes) if manifest_bytes else None
     ram_path = folder / (manifest.ram.file if manifest else manifests.RAM_NAME)

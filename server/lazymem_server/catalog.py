@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,7 +67,7 @@ def parse_spec(spec: str | Path) -> tuple[str, Path]:
     """
     text = str(spec)
     name, equals, rest = text.partition("=")
-    if equals and "/" not in name and rest and not Path(text).exists():
+    if equals and "/" not in name and rest and not os.path.exists(text):
         folder = Path(rest)
     else:
         folder = Path(text)
