@@ -1,0 +1,24 @@
+"""All measures, in the order of their weight."""
+
+from __future__ import annotations
+
+from bench.context import Measure
+from bench.measures import background, fill, linux, memory, ready, relay, stream, touch, writes
+
+MEASURES: dict[str, Measure] = {
+    measure.name: measure
+    for measure in (
+        touch.SINGLE,
+        touch.START,
+        fill.FILL,
+        fill.SEQUENTIAL,
+        linux.MEASURE,
+        stream.MEASURE,
+        background.MEASURE,
+        writes.MEASURE,
+        memory.MEASURE,
+        ready.READY,
+        ready.SPARSE,
+        relay.MEASURE,
+    )
+}

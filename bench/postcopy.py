@@ -1,0 +1,106 @@
+"""QEMU's own post-copy, from a source that holds the guest to a destination that has nothing yet."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.images import Image
+from bench.links import Link, Through, through
+from bench.ways import WayError, copy_sparse, wait_until
+from lazymem.demo.processes import child, open_monitor
+from lazymem.demo.qemu import QemuOptions
+from lazymem.demo.qemurun import take_over
+from lazymem.demo.serialline import SerialLine
+from lazymem.vm.qmpclient import QmpClient
+
+_CAPABILITIES = [{"capability": "postcopy-ram", "state": True}]
+_UNLIMITED = 1 << 40
+"""Bytes a second that QEMU may use before post-copy; its default would be slower than the link."""
+
+
+@dataclass(slots=True)
+class PostCopy:
+    """The destination, asked to take over. Times are perf_counter's."""
+
+    started: float
+    resumed: float
+    serial: SerialLine
+    source: QmpClient
+    seen: Through
+
+    def wait_done(self, seconds: float = 300) -> float:
+        """When the source has sent everything."""
+
+        def done() -> bool:
+            status = self.source.command("query-migrate").get("status")
+            if status == "failed":
+                raise WayError("the migration failed")
+            return bool(status == "completed")
+
+        wait_until(done, "the end of the stream", seconds)
+        return time.perf_counter()
+
+
+@contextmanager
+def migrated(link: Link, image: Image, folder: Path) -> Iterator[PostCopy]:
+    """A guest that has just begun to run here.
+
+    Raises:
+        WayError: QEMU may not use userfaultfd, or the migration failed.
+    """
+    ram = folder / "source.ram"
+    copy_sparse(image.ram, ram)
+    source = QemuOptions(ram, image.ram_bytes, folder / "s.qmp", folder / "s.serial", incoming="defer")
+    with ExitStack() as stack:
+        stack.enter_context(SerialLine(folder / "s.serial"))
+        process = stack.enter_context(child(source.command(), folder / "source.log"))
+        source_qmp = stack.enter_context(open_monitor(source.qmp, process, folder / "source.log"))
+        take_over(source_qmp, image.vmstate)
+        source_qmp.command("migrate-set-capabilities", capabilities=[
+            {"capability": "x-ignore-shared", "state": False}, *_CAPABILITIES])
+        source_qmp.command("migrate-set-parameters", **{"max-bandwidth": _UNLIMITED})
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        seen = stack.enter_context(through(link, f"127.0.0.1:{port}"))
+
+        begun = time.perf_counter()
+        destination = QemuOptions(ram, image.ram_bytes, folder / "d.qmp", folder / "d.serial", incoming="defer")
+        serial = stack.enter_context(SerialLine(folder / "d.serial"))
+        command = [_anonymous(word, image) for word in destination.command()]
+        process = stack.enter_context(child(command, folder / "destination.log"))
+        qmp = stack.enter_context(open_monitor(destination.qmp, process, folder / "destination.log"))
+        try:
+            qmp.command("migrate-set-capabilities", capabilities=_CAPABILITIES)
+        except Exception as error:
+            raise WayError(f"no post-copy here (userfaultfd?): {error}") from error
+        qmp.command("migrate-incoming", uri=f"tcp:127.0.0.1:{port}")
+        source_qmp.command("migrate", uri=f"tcp:{seen.address}")
+        _start_postcopy(source_qmp)
+        qmp.wait_status(lambda state: state == "running", 60)
+        found = PostCopy(begun, time.perf_counter(), serial, source_qmp, seen)
+        yield found
+        with contextlib.suppress(WayError):
+            found.wait_done()
+
+
+def _start_postcopy(source: QmpClient) -> None:
+    """As soon as the migration is on its way: before that QEMU refuses."""
+
+    def active() -> bool:
+        return source.command("query-migrate").get("status") in ("active", "completed", "failed")
+
+    wait_until(active, "the migration to begin")
+    source.command("migrate-start-postcopy")
+
+
+def _anonymous(word: str, image: Image) -> str:
+    """The RAM of a post-copy destination is ordinary memory."""
+    if word.startswith("memory-backend-file,"):
+        return f"memory-backend-ram,id=pc.ram,size={image.ram_bytes}"
+    return word

@@ -1,0 +1,221 @@
+"""A link as a process: a TCP relay with one wire a direction for all its connections. `bench/README.md` has its limits.
+
+    python -m bench.relay --target 127.0.0.1:7411 --rate 125e6 --round-trip 0.001
+
+It says `{"listening": PORT}` on stdout, and for each line that it reads on stdin what it has carried so far; it ends
+when stdin does. A connection's first bytes wait one round trip, as they would for a SYN and its answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import select
+import socket
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from time import monotonic
+
+from bench.wire import Wire
+
+MAX_PENDING_BYTES = 256 * 1024
+"""Arrived, but not taken by the receiver; then its sender is not read any more, as a closed TCP window has it."""
+
+SOCKET_BUFFER_BYTES = 64 * 1024
+"""Of the sender's bytes in the kernel on this side, beyond the queue: a few milliseconds of the slowest link."""
+
+_PR_SET_TIMERSLACK = 29
+_STDIN = 0
+
+
+@dataclass(eq=False, slots=True)
+class End:
+    """One socket of a connection; `peer` is its other one. `wire` carries what is read here."""
+
+    socket: socket.socket
+    wire: Wire[Piece]
+    readable_from: float = 0.0
+    ended: bool = False
+    closing: bool = False
+    under_way: int = 0
+    pending: deque[memoryview] = field(default_factory=deque)
+    pending_bytes: int = 0
+    peer: End | None = None
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+
+Piece = tuple[End, bytes]
+"""Where it goes, and what; no bytes: the sender's stream ended."""
+
+
+class Relay:
+    """Serves `listener`; every connection goes to `target`."""
+
+    def __init__(
+        self, listener: socket.socket, target: tuple[str, int], rate_bytes: float, round_trip_seconds: float
+    ) -> None:
+        self._listener = listener
+        self._target = target
+        self._round_trip = round_trip_seconds
+        self.forth: Wire[Piece] = Wire(rate_bytes, round_trip_seconds / 2)
+        self.back: Wire[Piece] = Wire(rate_bytes, round_trip_seconds / 2)
+        self._ends: list[End] = []
+
+    def run(self) -> None:
+        """Until stdin ends."""
+        while True:
+            now = monotonic()
+            self._deliver(now)
+            readers = [end for end in self._ends if self._wants_read(end, now)]
+            writers = [end for end in self._ends if end.pending]
+            readable, writable, _ = select.select(
+                [_STDIN, self._listener, *readers], writers, [], self._timeout(monotonic())
+            )
+            for end in writable:
+                self._flush(end)
+            for found in readable:
+                if found is self._listener:
+                    self._accept()
+                elif found == _STDIN:
+                    if not self._report():
+                        return
+                else:
+                    self._read(found)
+            if len(readable) > 1:  # whoever was first comes last: room in the queue goes round
+                self._ends.append(self._ends.pop(0))
+
+    def _wants_read(self, end: End, now: float) -> bool:
+        assert end.peer is not None
+        return (
+            not end.ended
+            and end.readable_from <= now
+            and end.peer.pending_bytes < MAX_PENDING_BYTES
+            and end.wire.room(now) >= end.wire.piece_bytes
+        )
+
+    def _timeout(self, now: float) -> float | None:
+        at = min(self.forth.next_event(), self.back.next_event())
+        for end in self._ends:
+            if end.readable_from > now:
+                at = min(at, end.readable_from)
+        return None if at == math.inf else max(0.0, at - now)
+
+    def _accept(self) -> None:
+        ours, _ = self._listener.accept()
+        try:
+            theirs = socket.create_connection(self._target)
+        except OSError:
+            ours.close()
+            return
+        for one in (ours, theirs):
+            one.setblocking(False)
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+        client = End(ours, self.forth, monotonic() + self._round_trip)
+        server = End(theirs, self.back, peer=client)
+        client.peer = server
+        self._ends += [client, server]
+
+    def _read(self, end: End) -> None:
+        wire, peer = end.wire, end.peer
+        assert peer is not None
+        now = monotonic()
+        if end.ended or wire.room(now) < wire.piece_bytes:
+            return
+        try:
+            data = end.socket.recv(wire.piece_bytes)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            end.ended = True
+        wire.put(now, len(data), (peer, data))
+
+    def _deliver(self, now: float) -> None:
+        for wire in (self.forth, self.back):
+            while (piece := wire.arrived(now)) is not None:
+                end, data = piece
+                if data:
+                    end.pending.append(memoryview(data))
+                    end.pending_bytes += len(data)
+                else:
+                    end.closing = True
+                self._flush(end)
+
+    def _flush(self, end: End) -> None:
+        try:
+            while end.pending:
+                first = end.pending[0]
+                sent = end.socket.send(first)
+                end.pending_bytes -= sent
+                if sent < len(first):
+                    end.pending[0] = first[sent:]
+                    return
+                end.pending.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            end.pending.clear()
+            end.pending_bytes = 0
+            end.closing = True
+            if end.peer is not None:  # what the receiver does not take any more, the sender should not send
+                end.peer.closing = True
+                end.ended = True
+        if end.closing and not end.pending:
+            self._finish(end)
+
+    def _finish(self, end: End) -> None:
+        """The stream towards this end is over; with both directions over, the connection is."""
+        with contextlib.suppress(OSError):
+            end.socket.shutdown(socket.SHUT_WR)
+        peer = end.peer
+        assert peer is not None
+        if peer.closing and not peer.pending:
+            for one in (end, peer):
+                one.socket.close()
+                if one in self._ends:
+                    self._ends.remove(one)
+
+    def _report(self) -> bool:
+        if not os.read(_STDIN, 4096):
+            return False
+        report = {"forth_bytes": self.forth.carried_bytes, "back_bytes": self.back.carried_bytes}
+        report["cpu_seconds"] = sum(os.times()[:2])
+        print(json.dumps(report), flush=True)
+        return True
+
+
+def _hurry() -> None:
+    """Be late as seldom as possible: a link does not compete with those at its ends for a processor."""
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, ctypes.c_ulong(1000))  # sleeps end 50 us late by default
+    gc.disable()
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the relay; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.relay", description="A TCP relay with a rate and a delay.")
+    parser.add_argument("--target", metavar="HOST:PORT", required=True)
+    parser.add_argument("--rate", metavar="BYTES", type=float, required=True, help="bytes a second, each direction")
+    parser.add_argument("--round-trip", metavar="SECONDS", type=float, required=True)
+    found = parser.parse_args(arguments)
+    host, _, port = found.target.rpartition(":")
+    _hurry()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(json.dumps({"listening": listener.getsockname()[1]}), flush=True)
+        Relay(listener, (host, int(port)), found.rate, found.round_trip).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
