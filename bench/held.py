@@ -1,7 +1,8 @@
-"""How far a lazymem mount has come: polled from its own figures, by an attribute that costs it a tenth of a millisecond."""
+"""How far a lazymem mount has come: asked of its daemon, by an attribute that costs it a tenth of a millisecond."""
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 
@@ -44,8 +45,6 @@ def wait_held(mount: Mount) -> Progress:
 
 def cpu_seconds(pid: int) -> float:
     """Processor time of a process, all its threads."""
-    import os
-
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -13,12 +13,13 @@ import random
 import shutil
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import zstandard
 
+from lazymem.digests import page_digest
 from lazymem.pages import PAGE_SIZE, ZERO_PAGE
 from lazymem.snapshot.manifest import (
     DIGESTS_NAME,
@@ -121,8 +122,7 @@ def _kept(folder: Path) -> Image | None:
     return Image(folder, facts)
 
 
-def _made(folder: Path, write: object) -> Image:
-    assert callable(write)
+def _made(folder: Path, write: Callable[[Path], None]) -> Image:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -170,18 +170,12 @@ def look_through(ram: Path) -> Facts:
                 if page == ZERO_PAGE:
                     continue
                 nonzero += 1
-                short = _short_digest(page)
+                short = page_digest(page)
                 if short not in distinct:
                     distinct.add(short)
                     compressed += len(compressor.compress(page))
     compressed += len(compressor.flush())
     return Facts(size // PAGE_SIZE, nonzero, len(distinct), compressed)
-
-
-def _short_digest(page: bytes) -> bytes:
-    from lazymem.digests import page_digest
-
-    return page_digest(page)
 
 
 def _data_extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:

@@ -74,9 +74,7 @@ def through(link: Link, address: str) -> Iterator[Through]:
     command = [sys.executable, "-m", "bench.relay", "--target", address, "--rate", str(link.rate_bytes)]
     command += ["--round-trip", str(link.round_trip_seconds)]
     # A session of its own, so that an interrupt at the terminal does not end it before what uses it.
-    relay = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert relay.stdin is not None
     assert relay.stdout is not None
     try:

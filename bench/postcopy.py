@@ -62,8 +62,9 @@ def migrated(link: Link, image: Image, folder: Path) -> Iterator[PostCopy]:
         process = stack.enter_context(child(source.command(), folder / "source.log"))
         source_qmp = stack.enter_context(open_monitor(source.qmp, process, folder / "source.log"))
         take_over(source_qmp, image.vmstate)
-        source_qmp.command("migrate-set-capabilities", capabilities=[
-            {"capability": "x-ignore-shared", "state": False}, *_CAPABILITIES])
+        source_qmp.command(
+            "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}, *_CAPABILITIES]
+        )
         source_qmp.command("migrate-set-parameters", **{"max-bandwidth": _UNLIMITED})
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]

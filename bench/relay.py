@@ -76,19 +76,17 @@ class Relay:
             self._deliver(now)
             readers = [end for end in self._ends if self._wants_read(end, now)]
             writers = [end for end in self._ends if end.pending]
-            readable, writable, _ = select.select(
-                [_STDIN, self._listener, *readers], writers, [], self._timeout(monotonic())
-            )
+            asked: list[End | socket.socket | int] = [_STDIN, self._listener, *readers]
+            readable, writable, _ = select.select(asked, writers, [], self._timeout(monotonic()))
             for end in writable:
                 self._flush(end)
             for found in readable:
-                if found is self._listener:
-                    self._accept()
-                elif found == _STDIN:
-                    if not self._report():
-                        return
-                else:
+                if isinstance(found, End):
                     self._read(found)
+                elif found is self._listener:
+                    self._accept()
+                elif not self._report():
+                    return
             if len(readable) > 1:  # whoever was first comes last: room in the queue goes round
                 self._ends.append(self._ends.pop(0))
 
@@ -188,8 +186,12 @@ class Relay:
     def _report(self) -> bool:
         if not os.read(_STDIN, 4096):
             return False
-        report = {"forth_bytes": self.forth.carried_bytes, "back_bytes": self.back.carried_bytes}
-        report["cpu_seconds"] = sum(os.times()[:2])
+        spent = os.times()
+        report = {
+            "forth_bytes": self.forth.carried_bytes,
+            "back_bytes": self.back.carried_bytes,
+            "cpu_seconds": spent.user + spent.system,
+        }
         print(json.dumps(report), flush=True)
         return True
 

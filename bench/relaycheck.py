@@ -1,4 +1,4 @@
-"""What the relay itself does to bytes: its round trip, its rate with one and with four connections, its processor time."""
+"""What the relay itself does to bytes: round trip, rate with one and with four connections, processor time."""
 
 from __future__ import annotations
 

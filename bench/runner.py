@@ -59,9 +59,7 @@ def run(plan: Plan, work: Path, say: Callable[[str], None]) -> Iterator[Sample]:
     image = images.synthetic(work, plan.image_mib)
     for round_number in range(plan.rounds):
         for case in mixed(plan.cases(), round_number):
-            context = Context(
-                case, LINKS[case.link], WAYS[case.way], round_number, work, image, plan.touches
-            )
+            context = Context(case, LINKS[case.link], WAYS[case.way], round_number, work, image, plan.touches)
             started = time.monotonic()
             sample = _run_one(context)
             outcome = sample.problem or ", ".join(f"{name} {value:.6g}" for name, value in sample.figures.items())

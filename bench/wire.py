@@ -21,7 +21,7 @@ MIN_QUEUE_BYTES = 4 * MIN_PIECE_BYTES
 
 
 class Wire(Generic[T]):
-    """`rate_bytes` a second; `delay_seconds` one way. The queue holds two bandwidth-delay products (of a round trip)."""
+    """`rate_bytes` a second; `delay_seconds` one way. The queue holds two bandwidth-delay products of a round trip."""
 
     def __init__(self, rate_bytes: float, delay_seconds: float) -> None:
         self.rate_bytes = rate_bytes

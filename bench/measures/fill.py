@@ -1,4 +1,4 @@
-"""Everything held: how long, how many bytes crossed the wire, how fast in guest RAM; and one sequential read of it all."""
+"""Everything held: how long, how many bytes crossed the wire, how much guest RAM a second; and a sequential read."""
 
 from __future__ import annotations
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bench.context import Context, Measure, Target, pairs
 from bench.images import Image
-from bench.linuximage import ALL_MIB, SMALL_MIB, linux_image
 from bench.links import through
+from bench.linuximage import ALL_MIB, SMALL_MIB, linux_image
 from bench.postcopy import migrated
 from bench.record import Sample
 from bench.ways import Mount, WayError, copy_sparse, serve_nbdkit
@@ -38,22 +40,17 @@ def _run(context: Context) -> Sample:
                 return context.sample(_resumed(mount, vmstate, folder, begun))
 
 
-def _state_server(context: Context, image: Image, folder: Path):  # type: ignore[no-untyped-def]
-    """The other ways' device state: its own nbdkit behind a link of its own, since nothing else is under way then."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def serve():  # type: ignore[no-untyped-def]
-        if context.way.name not in ("nbdfuse", "qsd", "copy"):
-            yield ""
-            return
-        near = folder / "state"
-        near.mkdir()
-        copy_sparse(image.vmstate, near / "served.ram")
-        with serve_nbdkit(image, near) as server, through(context.link, server.address) as seen:
-            yield seen.address
-
-    return serve()
+@contextmanager
+def _state_server(context: Context, image: Image, folder: Path) -> Iterator[str]:
+    """The NBD ways' device state: its own nbdkit behind a link of its own, since nothing else is under way then."""
+    if context.way.name not in ("nbdfuse", "qsd", "copy"):
+        yield ""
+        return
+    near = folder / "state"
+    near.mkdir()
+    copy_sparse(image.vmstate, near / "served.ram")
+    with serve_nbdkit(image, near) as server, through(context.link, server.address) as seen:
+        yield seen.address
 
 
 def _vmstate(context: Context, mount: Mount, image: Image, folder: Path, address: str) -> Path:
@@ -71,9 +68,7 @@ def _vmstate(context: Context, mount: Mount, image: Image, folder: Path, address
 def _resumed(mount: Mount, vmstate: Path, folder: Path, begun: float) -> dict[str, float]:
     if mount.daemon_pid is None and mount.ready_seconds == 0.0:
         begun = mount.started  # local: the copy was made before
-    options = QemuOptions(
-        mount.ram, mount.ram.stat().st_size, folder / "qmp", folder / "serial", incoming="defer"
-    )
+    options = QemuOptions(mount.ram, mount.ram.stat().st_size, folder / "qmp", folder / "serial", incoming="defer")
     with started(options, folder / "qemu.log") as qemu:
         with qemu.open_monitor() as qmp:
             take_over(qmp, vmstate, JOB_SECONDS)

@@ -37,9 +37,7 @@ def _run(context: Context) -> Sample:
         cached = sum(page_cache_bytes(path) for path in (folder / "cache").rglob("*") if path.is_file())
         figures["mount_cache_bytes"] = page_cache_bytes(mount.ram)
         figures["own_files_cache_bytes"] = cached
-    figures["beyond_nonzero_bytes"] = (
-        sum(figures.values()) - context.image.facts.nonzero_pages * PAGE_SIZE
-    )
+    figures["beyond_nonzero_bytes"] = sum(figures.values()) - context.image.facts.nonzero_pages * PAGE_SIZE
     figures["allowed_bytes"] = 64e6 + 0.02 * context.image.facts.nonzero_pages * PAGE_SIZE
     figures["beyond_over_allowed"] = figures["beyond_nonzero_bytes"] / figures["allowed_bytes"]
     return context.sample(figures)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from bench.context import Context, Measure, Target, pairs
 from bench.record import Sample
 from bench.touching import chosen, toucher
@@ -20,7 +22,7 @@ def _run_start(context: Context) -> Sample:
     return _run(context, chosen(context.image, context.touches, context.round, nonzero=False))
 
 
-def _run(context: Context, numbers) -> Sample:  # type: ignore[no-untyped-def]
+def _run(context: Context, numbers: array[int]) -> Sample:
     with (
         context.folder() as folder,
         context.served(context.image, folder) as (_, seen),

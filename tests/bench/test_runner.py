@@ -1,0 +1,73 @@
+"""The order of a run, and a smoke of the whole benchmark on a small image."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from bench import cli
+from bench.images import look_through, synthetic
+from bench.links import LINKS
+from bench.measures import MEASURES
+from bench.record import Case
+from bench.runner import Plan, mixed
+from bench.ways import WAYS
+from lazymem.pages import PAGE_SIZE
+
+
+def test_every_case_names_what_there_is() -> None:
+    for measure in MEASURES.values():
+        assert measure.cases
+        for link, way in measure.cases:
+            assert link in LINKS
+            assert way in WAYS
+        for target in measure.targets:
+            needed = {target.way, target.beside or target.way, target.beyond or target.way}
+            assert {(target.link, way) for way in needed} <= set(measure.cases)
+
+
+def test_a_plan_takes_only_what_was_chosen() -> None:
+    cases = Plan(measures=("touch",), links=("loopback",), ways=("nbdfuse", "copy")).cases()
+    assert cases == [Case("touch", "loopback", "nbdfuse")]
+    assert len(Plan().cases()) == sum(len(measure.cases) for measure in MEASURES.values())
+
+
+def test_rounds_mix_the_order_and_keep_what_is_compared_together() -> None:
+    cases = Plan().cases()
+    orders = [mixed(cases, number) for number in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for order in orders:
+        assert sorted(order, key=repr) == sorted(cases, key=repr)
+        groups = [(case.measure, case.link) for case in order]
+        changes = sum(before != after for before, after in pairwise(groups))
+        assert changes == len(set(groups)) - 1
+
+
+def test_an_image_is_what_it_says(tmp_path: Path) -> None:
+    image = synthetic(tmp_path, 8)
+    facts = image.facts
+    assert facts.pages == 8 << 20 >> 12
+    assert facts.nonzero_pages == facts.pages // 2
+    assert facts.distinct_pages < facts.nonzero_pages
+    assert facts.zstd_bytes < facts.distinct_pages * PAGE_SIZE
+    assert look_through(image.ram) == facts
+    assert len(image.nonzero_numbers()) == facts.nonzero_pages
+    assert synthetic(tmp_path, 8) == image  # kept
+
+
+@pytest.mark.system
+def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Our own way only: the peers' packages are the benchmark's need, not the tests'."""
+    options = ["--measure", "touch", "--measure", "start", "--way", "lazymem", "--way", "lazymem-none"]
+    options += ["--link", "loopback", "--link", "1ms", "--rounds", "1", "--image-mib", "8", "--touches", "200"]
+    code = cli.main([*options, "--no-plots", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(found["samples"]) == 4
+    assert all(sample["figures"]["touches"] == 200 for sample in found["samples"])
+    assert "| loopback TCP | lazymem, guessing off | wait p50 seconds |" in output
+    assert (tmp_path / "out" / "results.md").read_text() in output
