@@ -71,8 +71,10 @@ async def test_each_fetch_fails_once(snapshot: BuiltSnapshot, tmp_path: Path) ->
             made.append(ErrorLayer(source, range(nth, nth + 1)))  # type: ignore[arg-type]
             return made[0]
 
-        async with opened_store(snapshot, tmp_path / str(number), over=failing) as store:
+        cache, state = tmp_path / f"cache{number}", tmp_path / f"state{number}"
+        async with opened_store(snapshot, cache, state, over=failing) as store:
             await work(store.ram, model, errors.append)
+        async with opened_store(snapshot, cache, state) as store:
             assert await store.ram.read(0, len(model)) == model
         assert all(isinstance(error, ServerUnreachableError) for error in errors)
         if layers[0].fetches <= number:
