@@ -30,7 +30,7 @@ from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.catalog import Catalog
 from lazymem_server.limits import ServerLimits
-from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
+from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, send_nowait, spoken_address, tune
 from lazymem_server.session import Counters, Session, say_last
 
 log = logging.getLogger("lazymem.server")
@@ -86,7 +86,8 @@ class Serving:
             await say_last(stream, frame, self._limits.farewell_seconds)
             await trio.aclose_forcefully(stream)
             return
-        session = Session(stream, self._catalog, self._limits, self._threads, self.counters, peer)
+        direct = partial(send_nowait, stream)
+        session = Session(stream, self._catalog, self._limits, self._threads, self.counters, peer, direct)
         self._sessions[session] = host
         try:
             if self._stop_reason is not None:

@@ -328,9 +328,10 @@ async def finally_set(event: threading.Event) -> AsyncIterator[None]:
 async def test_a_cancelled_cold_read_ends_with_cancelled(
     snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk_answers = threading.Event()
+    at_work, disk_answers = threading.Event(), threading.Event()
 
     def cold_read(self: SnapshotReader, pages: PageRange, most: int) -> list[VouchedRun]:
+        at_work.set()
         assert disk_answers.wait(60)
         return []
 
@@ -339,6 +340,7 @@ async def test_a_cancelled_cold_read_ends_with_cancelled(
     monkeypatch.setattr(FetchJob, "_answers", lambda self, leaf, runs: [])
     async with served(snapshot) as serving, connected(serving.addresses[0]) as client, finally_set(disk_answers):
         await client.send(Fetch(1, (PageRange(5, 1),)))
+        assert await trio.to_thread.run_sync(at_work.wait, 60)
         await client.send(Cancel(1))
         await client.send(Ping(1))
         assert await client.receive() == Pong(1)  # the CANCEL was read, the disk is still at work
