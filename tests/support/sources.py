@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
+import trio
+from lazymem_server.app import serve
+
+from lazymem.fetch.client import connect
+from lazymem.settings import ServerAddress, parse_endpoint
 from lazymem.store.layers import CountLayer, DelayLayer, ErrorLayer, Layer
 from lazymem.store.source import PageSource
 from tests.support.snapshots import BuiltSnapshot
@@ -33,9 +39,22 @@ def layered(*layers: Callable[[PageSource], PageSource]) -> OpenSource:
     return opened
 
 
+@asynccontextmanager
+async def served(snapshot: BuiltSnapshot) -> AsyncIterator[PageSource]:
+    """A server and a client of it, over a loopback socket."""
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            serving = await nursery.start(partial(serve, [snapshot.folder], ["127.0.0.1:0"]))
+            client = await connect(nursery, ServerAddress(parse_endpoint(serving.addresses[0])))
+            yield client
+            client.close()
+            nursery.cancel_scope.cancel()
+
+
 SOURCES: dict[str, OpenSource] = {
     "local": local,
     "layer": layered(Layer),
     "delay": layered(lambda source: DelayLayer(source, 0.001)),
     "layers": layered(CountLayer, lambda source: ErrorLayer(source, range(0)), lambda source: DelayLayer(source, 0)),
+    "served": served,
 }
