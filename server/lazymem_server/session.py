@@ -306,6 +306,8 @@ class Session:
         data = frames[0] if len(frames) == 1 else b"".join(frames)
         sent = self._send_nowait(data)
         self._counters.bytes_sent += sent
+        if self._leaving:
+            self._output.wake()  # the send task ends the session after the last answer, also if it did not send it
         if sent < len(data):
             # A frame that was begun goes before everything else; that it takes its followers along costs little.
             self._output.put(data[sent:], Lane.CONTROL if sent else lane)
