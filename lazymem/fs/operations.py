@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 
-from lazymem.errors import BusyError, DeadlineError, LazymemError, StoreError
+from lazymem.errors import BusyError, DeadlineError, LazymemError, StoreError, TemplateWriteError
 from lazymem.fs.tree import FOREVER_SECONDS, RAM_INODE, ROOT_INODE, Node, Tree
 from lazymem.pages import PAGE_SIZE
 
@@ -48,6 +48,8 @@ def _errno_for(error: LazymemError) -> int:
         return errno.ETIMEDOUT
     if isinstance(error, BusyError):
         return errno.EBUSY
+    if isinstance(error, TemplateWriteError):
+        return errno.EROFS
     if isinstance(error, StoreError) and isinstance(error.__cause__, OSError):
         return error.__cause__.errno or errno.EIO
     return errno.EIO

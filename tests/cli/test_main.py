@@ -23,9 +23,11 @@ def test_no_command_and_an_unknown_one(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("command", main.COMMANDS)
 def test_every_command_is_there(command: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main.main([command, "--help"])
-    assert ended.value.code == 0
+    try:
+        code: object = main.main([command, "--help"])
+    except SystemExit as ended:  # argparse's own way
+        code = ended.code
+    assert code == 0
 
 
 @pytest.mark.parametrize("command", ["status", "umount"])
