@@ -295,6 +295,7 @@ class Machine:
             listeners, self._end_listeners = self._end_listeners, []
             self._lock.notify_all()
         for listener in listeners:
+            # An event loop that the listener wants to tell may be over already.
             with contextlib.suppress(RuntimeError):
                 listener(ending)
 

@@ -106,6 +106,15 @@ def test_from_user_mode_the_stack_comes_from_the_task() -> None:
     assert image.segment("cs").selector == 0x10
 
 
+def test_a_handler_of_the_users_own_level_stays_there() -> None:
+    image, memory = machine(level=3)
+    memory.put(IDT + 16 * 6, *gate(selector=0x20))
+    deliver(image, memory, Event(6), 2)
+    assert (image.privilege_level, image.segment("cs").selector) == (3, 0x23)
+    assert image.rsp == 0x2FF0 - 40
+    assert image.segment("ss").selector == 0x1B
+
+
 def test_interrupt_stack_table() -> None:
     image, memory = machine()
     memory.put(IDT + 16 * 6, *gate(stack=1))

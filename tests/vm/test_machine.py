@@ -154,6 +154,33 @@ def test_input_wakes_a_halted_guest(icount: bool, tmp_path: Path) -> None:
         assert rig.ended().exit_code == PASSED
 
 
+SELF_RAISED = """
+    # Enables the transmitter's interrupt while the transmitter is empty, which raises it, and counts until it comes.
+_start:
+    gate 0x24, sent
+    load_idt
+    start_timer 0
+    outb 0x43, 0x3a
+    outb 0x21, 0xef
+    outb 0x3fc, 0x08
+    xor %ecx, %ecx
+    sti
+    outb 0x3f9, 0x02
+again:
+    inc %ecx
+    cmp $5000, %ecx
+    jne again
+    finish FAIL
+sent:
+    finish PASS
+"""
+
+
+def test_an_interrupt_that_the_guest_itself_raises_comes_at_once(tmp_path: Path) -> None:
+    with rig_for(SELF_RAISED, tmp_path, icount=True) as rig:
+        assert rig.boot().ended().exit_code == PASSED
+
+
 def test_what_is_typed_while_the_guest_stands_arrives_later(tmp_path: Path) -> None:
     with rig_for(ECHO, tmp_path, icount=False) as rig:
         rig.boot().line.wait_for(lambda sent: sent == b">")
@@ -400,6 +427,25 @@ _start:
         words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, 32, 8)]
         assert tuple(words[:2]) == cpuid(1, 0)[2:]
         assert 0 < words[2] < words[3] < 1_000_000, "nanoseconds since the start"
+
+
+def test_ram_beyond_the_hole_below_4_gib(tmp_path: Path) -> None:
+    source = """
+_start:
+    mov $0x100001000, %rdi
+    movq $0x5a, (%rdi)
+    mov $0xbffffff8, %edi
+    movq $0x5b, (%rdi)
+    mov $0xc0000000, %edi
+    mov (%rdi), %rax
+    finish PASS
+"""
+    with Rig(MachineConfig(5 << 30, assemble(source, tmp_path))) as rig:
+        ending = rig.boot().ended()
+        assert "read of 8 bytes at physical address 0xc0000000" in ending.reason
+        ram = rig.blocks["pc.ram"]
+        assert ram.read((3 << 30) + 0x1000, 1) == b"\x5a"
+        assert ram.read((3 << 30) - 8, 1) == b"\x5b"
 
 
 @pytest.mark.parametrize("size", [0, 4096, 2 * MIB + 1, 2 * MIB - 4096])

@@ -228,6 +228,45 @@ def test_senseless_values_are_refused(kernel: Path, cpu_state: State, field: str
         assert rig.save() == before
 
 
+MEMORY_TYPES = """
+_start:
+    mov $0x2ff, %ecx
+    mov $0xc06, %eax
+    xor %edx, %edx
+    wrmsr
+    mov $0x201, %ecx
+    mov $0xf0000800, %eax
+    mov $0xf, %edx
+    wrmsr
+    rdmsr
+    cmp $0xf0000800, %eax
+    jne bad
+    mov $0x2ff, %ecx
+    rdmsr
+    cmp $0xc06, %eax
+    jne bad
+    finish PASS
+bad:
+    finish FAIL
+"""
+
+
+def test_memory_types_travel_too(tmp_path: Path) -> None:
+    """The library keeps these registers outside of its context."""
+    config = MachineConfig(4 * MIB, assemble(MEMORY_TYPES, tmp_path), icount=True)
+    with Rig(config) as rig:
+        rig.machine.boot()
+        states = {device.layout.name: device.state() for device in rig.machine.stateful()}
+        rig.machine.start()
+        assert rig.ended().exit_code == 33
+        after = rig.machine.cpu.state()
+    assert states["cpu"]["msr_2ff"] == 0
+    assert (after["msr_2ff"], after["msr_201"]) == (0xC06, 0xF_F000_0800)
+    with Rig(config) as rig:
+        rig.machine.cpu.load_state(after)
+        assert {name: rig.machine.cpu.state()[name] for name in after} == after
+
+
 def test_saved_context_holds_no_pointer_of_this_process(kernel: Path) -> None:
     """Two processes that did the same must save the same bytes."""
     _, (states, _) = whole_run(kernel)
