@@ -29,6 +29,9 @@ MAX_MANIFEST_BYTES = 256 * 1024
 MAX_RAM_BYTES = 1 << 46
 """64 TiB: beyond any x86 guest, and small enough that page counts fit their fields."""
 
+_MAX_PAUSE_SECONDS = 1e9
+"""30 years; a number beyond it is nonsense, and may not even fit a float."""
+
 
 @dataclass(frozen=True, slots=True)
 class Emulator:
@@ -106,7 +109,7 @@ def parse(text: bytes) -> Manifest:
             f"manifest.json has {len(text)} bytes, more than the {MAX_MANIFEST_BYTES} any manifest needs"
         )
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise SnapshotError(f"manifest.json is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -151,8 +154,8 @@ def _build(document: dict[str, Any]) -> Manifest:
         ),
         created=_text(document.get("created", "")),
         disks_handled=document.get("disks_handled", False) is True,
-        pause_seconds=float(pause) if isinstance(pause, int | float) else None,
-        extra=dict(document.get("extra", {})),
+        pause_seconds=float(pause) if isinstance(pause, int | float) and 0 <= pause < _MAX_PAUSE_SECONDS else None,
+        extra=_mapping(document.get("extra", {})),
     )
 
 
@@ -176,7 +179,20 @@ def _file_name(value: object) -> str:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise SnapshotError(f"manifest.json has {value!r} where a text belongs")
+    if not value.isascii() and any("\ud800" <= mark <= "\udfff" for mark in value):
+        raise SnapshotError(f"manifest.json has {value!r}, which is no text: half of a surrogate pair")
     return value
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SnapshotError(f"manifest.json has {value!r} where an object belongs")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    """Python's reader takes NaN and Infinity, which no JSON has."""
+    raise ValueError(f"{name} is no number")
 
 
 def _maybe_text(value: object) -> str | None:

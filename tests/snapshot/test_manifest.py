@@ -75,6 +75,9 @@ BAD = {
     "id null": (document(ram_id=None), "None"),
     "emulator a text": (document(emulator="qemu"), "field"),
     "vmstate without size": (document(vmstate={"file": "vmstate", "digest": "22" * 32}), "field"),
+    "extra a list": (document(extra=[""]), "object"),
+    "NaN": (document(pause_seconds=float("nan")), "not JSON"),
+    "half a surrogate pair": (document(blocks=block(file="\ud800")), "surrogate"),
     "blocks null": (document(blocks=None), "field"),
 }
 
@@ -95,10 +98,14 @@ def test_a_missing_field_is_named(field: str) -> None:
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
+
+
+def test_a_pause_beyond_any_float_is_unknown() -> None:
+    assert parse(document(pause_seconds=10**400)).pause_seconds is None
 
 
 @given(field=st.sampled_from(sorted(json.loads(GOOD.to_json()))), value=_json)
