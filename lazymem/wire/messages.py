@@ -2,7 +2,8 @@
 
 A request (client to server) carries an `id` of the client's choice, unused among its open requests; every answer
 carries the same. Replies come in any order. A `Fetch` is answered by any number of `Pages` (and `Digests`) frames whose
-pages are exactly the asked ones in ascending order; the last one is marked `final`. An `Error` with the request's id ends it too.
+pages are exactly the asked ones in ascending order; the last one is marked `final`. An `Error` with the request's id
+ends it too.
 """
 
 from __future__ import annotations
@@ -119,8 +120,8 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """`data` is as on the wire (encoded). `digests`: 16 bytes a page from an unhashed snapshot's server, else empty; zero
-    pages (`Encoding.ZERO`) have neither, their digest is known."""
+    """`data` is as on the wire (encoded). `digests`: 16 bytes a page from an unhashed snapshot's server, else empty.
+    Zero pages (`Encoding.ZERO`) have neither: their digest is known."""
 
     id: int
     pages: PageRange
