@@ -108,12 +108,14 @@ def _check_file(ram: RamBacking, pid: int | None) -> None:
 
 
 def _mapped_inodes(pid: int | None) -> set[int] | None:
-    """Inode numbers that the process maps; None where that may not be read."""
+    """Inode numbers of what the process maps shared; None where that may not be read."""
     try:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     except OSError:
         return None
-    return {int(line.split()[4]) for line in lines} or None
+    # address, permissions ("rw-s"), offset, device, inode, path. Devices are not compared: btrfs tells others in stat.
+    fields = [line.split(maxsplit=5) for line in lines]
+    return {int(field[4]) for field in fields if field[1].endswith("s")} if fields else None
 
 
 def writable_disks(qmp: QmpClient) -> list[str]:

@@ -151,7 +151,11 @@ REFUSALS: list[tuple[dict[str, Any], str, int]] = [
     ({"properties": {"mem-path": None}}, "no mem-path", RamFileError.exit_code),
     ({"properties": {"mem-path": "/"}}, "unnamed file in the folder", RamFileError.exit_code),
     ({"properties": {"mem-path": "/no/such"}}, "No such file", RamFileError.exit_code),
-    ({"properties": {"mem-path": sys.executable}}, "bytes, the guest's RAM|not the file", RamFileError.exit_code),
+    (
+        {"properties": {"mem-path": os.path.realpath("/proc/self/exe")}},
+        "bytes, the guest's RAM|not the file",
+        RamFileError.exit_code,
+    ),
     ({"properties": {"offset": 4096}}, "offset", RamFileError.exit_code),
 ]
 
