@@ -103,7 +103,7 @@ def _check_file(ram: RamBacking, pid: int | None) -> None:
     if status.st_size < ram.size_bytes:
         raise RamFileError(f"the RAM file {ram.path} has {status.st_size} bytes, the guest's RAM {ram.size_bytes}")
     inodes = _mapped_inodes(pid)
-    if inodes is not None and status.st_ino not in inodes:
+    if ram.share and inodes is not None and status.st_ino not in inodes:
         raise RamFileError(f"{ram.path} is not the file that the guest maps: it was removed or replaced meanwhile")
 
 
