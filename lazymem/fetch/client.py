@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter
 from typing import TypeVar
 
 import trio
@@ -116,6 +117,12 @@ class Client:
         request = FetchRequest(ranges, want_leaves, background, ended)
         (self._background if background else self._demand).submit(request)
         return FetchHandle(self, request)
+
+    def receive_for(self, seconds: float, done: Callable[[], bool]) -> None:
+        """Take in answers on the demand connection without giving up the processor, until `done` or for so long."""
+        give_up_at = perf_counter() + seconds
+        while not done() and (self._demand.receive_nowait() or perf_counter() < give_up_at):
+            pass
 
     async def fetch(
         self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False

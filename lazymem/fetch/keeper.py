@@ -19,8 +19,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-GATHER_SECONDS = 0.001
-"""The reply to the reader goes first, and the writes of a burst of faults share one trip to a thread."""
+GATHER_SECONDS = 0.01
+PLENTY_PAGES = 256
+"""The writes of so long a time, or so many pages, share one trip to a thread: each trip costs as much processor time as
+a fault, and takes it from the next one. What waits answers readers from memory meanwhile."""
 
 MAX_BATCH_PAGES = 1024
 """4 MiB a write to the disk: large enough for any of them, and memory is given back in steps."""
@@ -42,14 +44,19 @@ class Keeper(Generic[T]):
         self._sink = sink
         self._on_kept = on_kept
         self._backlog: deque[tuple[T, Fetched]] = deque()
+        self._backlog_pages = 0
         self._something = trio.Event()
+        self._plenty = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
         self._over = False
 
     def put(self, tag: T, fetched: Fetched) -> None:
         self._backlog.append((tag, fetched))
+        self._backlog_pages += _pages_of(fetched)
         self._something.set()
+        if self._backlog_pages >= PLENTY_PAGES:
+            self._plenty.set()
         if self._idle.is_set() and not self._over:
             self._idle = trio.Event()
 
@@ -69,19 +76,23 @@ class Keeper(Generic[T]):
     async def _run(self) -> None:
         while True:
             await self._something.wait()
-            await trio.sleep(GATHER_SECONDS)
-            while self._backlog:
-                await self._keep(self._next_batch())
-            self._something = trio.Event()
-            self._idle.set()
+            with trio.move_on_after(GATHER_SECONDS):
+                await self._plenty.wait()
+            await self._keep(self._next_batch())
+            if self._backlog_pages < PLENTY_PAGES:
+                self._plenty = trio.Event()
+            if not self._backlog:
+                self._something = trio.Event()
+                self._idle.set()
 
     def _next_batch(self) -> list[tuple[T, Fetched]]:
         batch: list[tuple[T, Fetched]] = []
         pages = 0
         while self._backlog and (not batch or pages < MAX_BATCH_PAGES):
             entry = self._backlog.popleft()
-            pages += sum(run.pages.count for run in entry[1].runs)
+            pages += _pages_of(entry[1])
             batch.append(entry)
+        self._backlog_pages -= pages
         return batch
 
     async def _keep(self, batch: list[tuple[T, Fetched]]) -> None:
@@ -93,6 +104,10 @@ class Keeper(Generic[T]):
             maybe_error = error
         for tag, _ in batch:
             self._on_kept(tag, maybe_error)
+
+
+def _pages_of(fetched: Fetched) -> int:
+    return sum([run.pages.count for run in fetched.runs])
 
 
 def joined(answers: Sequence[Fetched]) -> Fetched:

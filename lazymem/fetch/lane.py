@@ -101,6 +101,10 @@ class Lane:
             self._queue(request, self._session)
             self._pump(self._session)
 
+    def receive_nowait(self) -> bool:
+        """Take in what has come on the connection; False when that is nothing."""
+        return self._session is not None and self._session.receive_nowait()
+
     @property
     def requests(self) -> list[Request]:
         """Everything submitted and not ended."""

@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 INLINE_VERIFY_PAGES = 64
 """Verified at once in a quarter of a millisecond; of larger answers others get a turn after each so many pages."""
 
+LINGER_BELOW_SECONDS = 0.0004
+LINGER_SECONDS = 0.0002
+"""Where an answer comes this fast, a lone demand waits for it on the processor for so long: to sleep and be woken costs
+as much as the answer takes. On a slower link, or with company, the processor has better things to do."""
+
 MAX_ATTEMPTS = 2
 """A wrong answer is asked for once more, since memory and wires do flip bits; a source that insists is not believed."""
 
@@ -93,7 +98,10 @@ class Scheduler:
             if self._guesses.maybe_prefetcher is not None:
                 self._guesses.maybe_prefetcher.faulted(pages)
             try:
-                await self._wait(arrived, pages)
+                if self._demand_flights == 1 and self._best_demand < LINGER_BELOW_SECONDS:
+                    self._starter.receive_for(LINGER_SECONDS, arrived.is_set)
+                if not arrived.is_set():
+                    await self._wait(arrived, pages)
             finally:
                 if demand.open or demand.error is not None:
                     self._leave(demand)

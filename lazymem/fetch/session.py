@@ -47,6 +47,7 @@ class Session:
         self._ping_id = 0
         self._ping_sent_at: float | None = None
         self._cause: LazymemError | None = None
+        self._on_message: Callable[[Message], None] | None = None
         self._scope = trio.CancelScope()
 
     @property
@@ -91,6 +92,7 @@ class Session:
             RemoteProtocolError: the peer broke the protocol.
             ServerRefusedError: the server ended the connection and said why.
         """
+        self._on_message = on_message
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -100,6 +102,19 @@ class Session:
         finally:
             self.close()
         raise self._cause or ServerUnreachableError("connection closed")
+
+    def receive_nowait(self) -> bool:
+        """Handle what has come, without a task switch; False when that was nothing. Between awaits of `run` only."""
+        if self._on_message is None or self._cause is not None:
+            return False
+        try:
+            data = self._transport.receive_nowait()
+            if data is None:
+                return False
+            self._take(data, self._on_message)
+        except LazymemError as error:
+            self._fail(error)
+        return True
 
     def close(self) -> None:
         """Drop the connection; `run` raises."""
@@ -120,16 +135,22 @@ class Session:
             self._fail(error)
 
     async def _receive(self, on_message: Callable[[Message], None]) -> None:
-        connection, transport = self._connection, self._transport
+        self._handle_all(on_message)  # what came right behind the welcome
         while True:
-            event = connection.next_event()
-            while event is not NEED_DATA:
-                self._handle(event, on_message)
-                event = connection.next_event()
-            data = await transport.receive()
-            self._counters.wire_received_bytes += len(data)
-            self._last_received = trio.current_time()
-            connection.receive_data(data)
+            self._take(await self._transport.receive(), on_message)
+
+    def _take(self, data: bytes, on_message: Callable[[Message], None]) -> None:
+        self._counters.wire_received_bytes += len(data)
+        self._last_received = trio.current_time()
+        self._connection.receive_data(data)
+        self._handle_all(on_message)
+
+    def _handle_all(self, on_message: Callable[[Message], None]) -> None:
+        next_event = self._connection.next_event
+        event = next_event()
+        while event is not NEED_DATA:
+            self._handle(event, on_message)
+            event = next_event()
 
     def _handle(self, event: Event, on_message: Callable[[Message], None]) -> None:
         kind = type(event)

@@ -54,6 +54,10 @@ class FetchStarter(Protocol):
         self, ranges: Sequence[PageRange], *, want_leaves: bool, background: bool, on_done: OnFetched
     ) -> Handle: ...
 
+    def receive_for(self, seconds: float, done: Callable[[], bool]) -> None:
+        """Handle answers to demands as they come, without giving up the processor, until `done` or so long."""
+        ...
+
     @property
     def best_round_trip_seconds(self) -> float: ...
 
@@ -96,6 +100,9 @@ class TaskStarter:
 
         self._nursery.start_soon(fetch)
         return _TaskHandle(scope)
+
+    def receive_for(self, seconds: float, done: Callable[[], bool]) -> None:
+        """Its fetches need their tasks to run."""
 
     async def _fetch(self, ranges: Sequence[PageRange], want_leaves: bool, background: bool) -> Fetched | LazymemError:
         backoff = Backoff(BACKOFF_BASE_SECONDS, BACKOFF_CAP_SECONDS, self._rng)

@@ -41,6 +41,13 @@ class Transport(Protocol):
         """The next bytes; empty at the end of the stream. Raises as `send_nowait`."""
         ...
 
+    def receive_nowait(self) -> bytes | None:
+        """What is here already, None if that is nothing. Never the end of the stream: `receive` tells that.
+
+        Raises as `send_nowait`.
+        """
+        ...
+
     def close(self) -> None:
         """Drop the stream. Every task that waits in it gets an error. May be called twice."""
         ...
@@ -79,6 +86,14 @@ class SocketTransport:
                 except BlockingIOError:
                     continue
         except (trio.ClosedResourceError, OSError, ValueError) as error:  # ValueError: closed, so its number is -1
+            raise _lost(error) from error
+
+    def receive_nowait(self) -> bytes | None:
+        try:
+            return self._socket.recv(RECEIVE_BYTES) or None
+        except BlockingIOError:
+            return None
+        except OSError as error:
             raise _lost(error) from error
 
     def close(self) -> None:

@@ -36,6 +36,9 @@ class MemoryTransport:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ServerUnreachableError("connection lost") from error
 
+    def receive_nowait(self) -> bytes | None:
+        return None
+
     def close(self) -> None:
         self._closed = True
         self._stream.send_stream.close()
