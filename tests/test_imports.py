@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fs": BASE | {"store"},
     "vm": BASE | {"snapshot"},
     # The demo's guest and processes: a QEMU from outside, looked at through vm's monitor client.
-    "demo": BASE | {"vm"},
+    "demo": BASE | {"vm", "snapshot"},
     "lazymem_server": BASE | {"wire", "snapshot"},
 }
 """Room to the rooms (or base modules) it may import besides itself. `cli` may import anything; nothing imports it."""

@@ -23,6 +23,10 @@ _EXIT_WRONG = 1
 
 _EPILOG = """Each guest is booted, saved, served, mounted and resumed from the mount, all on this machine, with files in
 a temporary folder (TMPDIR chooses where) and ports of this host only.
+
+examples:
+  lazymem demo
+  lazymem demo --guest pages --memory 1024 --prefetch none    every page comes when it is touched
 """
 
 
