@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv/bin
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,6 +15,10 @@ demo: setup ## set up, then resume guests whose RAM is elsewhere, and show what 
 
 test: setup lint ## set up, then lint, type check and run all tests (PYTEST_ARGS=... passes more to pytest)
 	@$(VENV)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup ## set up with the peers' packages, then measure lazymem beside them (BENCH_ARGS='--help' lists what)
+	@$(VENV)/python -m bench.prepare
+	@$(VENV)/python -m bench $(BENCH_ARGS)
 
 lint: setup ## ruff (rules and format) and mypy in strict mode
 	@$(VENV)/ruff check

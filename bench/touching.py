@@ -71,8 +71,9 @@ class Toucher:
         """Wait for the end. Raises WayError when the bytes were wrong or it died."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
+        code = self._process.wait(10)  # it holds the file until then, and an unmount would find it busy
         if not line:
-            raise WayError(f"the toucher ended with {self._process.wait()}")
+            raise WayError(f"the toucher ended with {code}")
         found = json.loads(line)
         if found["byte_sum"] != _byte_sum(image, numbers[: found["touched"]]):
             raise WayError("the touched bytes are not the image's")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.context import Measure
-from bench.measures import background, fill, linux, memory, ready, relay, stream, touch, writes
+from bench.measures import background, clients, fill, linux, memory, ready, relay, stream, touch, writes
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -19,6 +19,7 @@ MEASURES: dict[str, Measure] = {
         memory.MEASURE,
         ready.READY,
         ready.SPARSE,
+        clients.MEASURE,
         relay.MEASURE,
     )
 }

@@ -9,12 +9,14 @@ from bench.record import Sample
 from bench.touching import chosen, toucher
 
 SINGLE_TOUCHES = 4000
+SINGLE_SECONDS = 10.0
+"""A median needs no more of a slow link."""
 
 
 def _run_single(context: Context) -> Sample:
     """Pages with data only: what a zero page costs differs too much between ways to be in the same median."""
     numbers = chosen(context.image, min(context.touches, SINGLE_TOUCHES), context.round, nonzero=True)
-    return _run(context, numbers)
+    return _run(context, numbers, SINGLE_SECONDS)
 
 
 def _run_start(context: Context) -> Sample:
@@ -22,14 +24,14 @@ def _run_start(context: Context) -> Sample:
     return _run(context, chosen(context.image, context.touches, context.round, nonzero=False))
 
 
-def _run(context: Context, numbers: array[int]) -> Sample:
+def _run(context: Context, numbers: array[int], until_seconds: float | None = None) -> Sample:
     with (
         context.folder() as folder,
         context.served(context.image, folder) as (_, seen),
         toucher(folder, numbers) as hand,
         context.way.mount(seen, context.image, folder) as mount,
     ):
-        hand.go(mount.ram)
+        hand.go(mount.ram, until_seconds)
         touches = hand.result(context.image, numbers)
         figures = touches.figures()
         figures["ready_seconds"] = mount.ready_seconds
