@@ -1,4 +1,7 @@
-"""How far a lazymem mount has come: asked of its daemon, by an attribute that costs it a tenth of a millisecond."""
+"""How far a lazymem mount has come: asked of its daemon, by an attribute.
+
+An answer costs the daemon a millisecond or more of what is being measured, so it is asked seldom until the end is near.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from dataclasses import dataclass, field
 
 from bench.ways import Mount, WayError
 
-POLL_SECONDS = 0.02
+MIN_POLL_SECONDS = 0.005
+MAX_POLL_SECONDS = 0.2
+POLL_SHARE = 0.15
+"""Of the time that is probably left; the end is then seen a few milliseconds late."""
+
 GIVE_UP_SECONDS = 300.0
 
 
@@ -40,7 +47,16 @@ def wait_held(mount: Mount) -> Progress:
             return progress
         if now > GIVE_UP_SECONDS:
             raise WayError(f"{status['pages_held']} of {status['pages_total']} pages held after {now:.0f} s")
-        time.sleep(POLL_SECONDS)
+        time.sleep(_pause(progress, status["pages_total"]))
+
+
+def _pause(progress: Progress, total: float) -> float:
+    """From the rate since the start."""
+    held = progress.pages[-1] - progress.pages[0]
+    if not held:
+        return MIN_POLL_SECONDS * 4
+    left = (total - progress.pages[-1]) * (progress.seconds[-1] - progress.seconds[0]) / held
+    return min(max(left * POLL_SHARE, MIN_POLL_SECONDS), MAX_POLL_SECONDS)
 
 
 def cpu_seconds(pid: int) -> float:
