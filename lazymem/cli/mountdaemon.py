@@ -136,7 +136,7 @@ async def _mount_and_serve(
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
         async with _mounted(path, str(settings.server), options) as (descriptor, mounted):
-            lifetime = Lifetime(path, mounted.device, wish)
+            lifetime = Lifetime(path, mounted.device, descriptor, wish)
             operations = Operations(
                 tree, ram, files.read, xattrs, mounted_ns=time.time_ns(), on_release=lifetime.released
             )

@@ -24,11 +24,14 @@ RETRY_SECONDS = 1.0
 
 
 class Lifetime:
-    """Serves the attached session of the mount at `path` with device number `device` ("MAJ:MIN"). `wish_to_end` is set
-    by a signal: unmount as soon as nobody holds the file."""
+    """Serves the attached session of the mount at `path`, with device number `device` ("MAJ:MIN"), over `descriptor`.
 
-    def __init__(self, path: str, device: str, wish_to_end: trio.Event) -> None:
+    `wish_to_end` is set by a signal: unmount as soon as nobody holds the file.
+    """
+
+    def __init__(self, path: str, device: str, descriptor: int, wish_to_end: trio.Event) -> None:
         self._path = path
+        self._descriptor = descriptor
         self._device = device
         self._wish = wish_to_end
         self._changed = trio.Event()
@@ -41,8 +44,14 @@ class Lifetime:
         """Return once the mount is gone, whoever unmounted it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._unmount_when_asked)
-            await pyfuse3.main(max_tasks=MAX_REQUESTS)
+            nursery.start_soon(self._answer_requests)
+            # Not the library's word: it waits for every request, also for one whose page cannot come and whose reader
+            # is dead. What is still unanswered when the mount has gone has nobody who waits for it.
+            await trio.to_thread.run_sync(session.wait_gone, self._descriptor, abandon_on_cancel=True)
             nursery.cancel_scope.cancel()
+
+    async def _answer_requests(self) -> None:
+        await pyfuse3.main(max_tasks=MAX_REQUESTS)
 
     async def _unmount_when_asked(self) -> None:
         await self._wish.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -135,6 +136,13 @@ def attach(operations: pyfuse3.Operations, descriptor: int) -> None:
 def detach() -> None:
     """Give pyfuse3's session up without unmounting; the mount is unmounted by `unmount`, or is gone already."""
     pyfuse3.close(unmount=False)
+
+
+def wait_gone(descriptor: int) -> None:
+    """Block until the connection over `descriptor` is over: unmounted or aborted. For a thread."""
+    gone = select.poll()
+    gone.register(descriptor, 0)  # errors only, which cannot be masked: requests do not wake this
+    gone.poll()
 
 
 def unmount(path: str, *, lazy: bool = False) -> bool:

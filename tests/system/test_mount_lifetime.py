@@ -233,6 +233,23 @@ def test_a_mount_right_after_an_unmount(mounts: Stage, snapshot: BuiltSnapshot) 
         assert file.read(3) == bytes([1, 2, 3])
 
 
+def test_an_unanswerable_request_does_not_keep_the_daemon(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """The server is gone, a reader that waits for its page is killed, the mount is unmounted: the daemon ends."""
+    server = mounts.serve(snapshot.folder)
+    mount = mounts.mount(server.address, *QUIET)
+    server.kill()
+    child = os.fork()
+    if child == 0:
+        # With the kernel's read-ahead, so that it waits for the page and not for the request: that wait can be killed.
+        os.pread(os.open(mount.ram_path, os.O_RDONLY), 1, 0)
+        os._exit(0)
+    wait_until(lambda: mount.status()["demand_faults"] >= 1, "the reader waits for its page")
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    mount.unmount()
+    assert not Path(f"/proc/{mount.pid}").exists() or _is_zombie(mount.pid)
+
+
 def test_fusermount_ends_it_too(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     subprocess.run(["fusermount3", "-u", mount.path], check=True, timeout=30)
@@ -279,6 +296,10 @@ def test_without_root_fusermount_mounts(snapshot: BuiltSnapshot, mounts: Stage) 
         arguments = command("lazymem.cli.mount", server.address, point, "--log", log, *QUIET)
         result = subprocess.run(become + arguments, env=environ, capture_output=True, text=True, check=False)
         try:
+            if os.stat("/dev/fuse").st_mode & 0o006 != 0o006:  # no udev here: the helper says so, and we pass it on
+                assert result.returncode == 13
+                assert "failed to open /dev/fuse: Permission denied" in result.stderr
+                return
             assert result.returncode == 0, result.stderr
             mounted = mountinfo.maybe_mount_at(str(point))
             assert mounted is not None
@@ -291,6 +312,6 @@ def test_without_root_fusermount_mounts(snapshot: BuiltSnapshot, mounts: Stage) 
         finally:
             subprocess.run(["umount", "-l", point], capture_output=True, check=False)
             give_up = time.monotonic() + 30
-            while "is unmounted" not in (log.read_text() if log.exists() else "is unmounted"):
+            while result.returncode == 0 and "is unmounted" not in log.read_text():
                 assert time.monotonic() < give_up, "the daemon did not end"
                 time.sleep(0.02)
