@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.images import Image
 from bench.links import Link, Through, through
@@ -26,25 +27,27 @@ _UNLIMITED = 1 << 40
 
 @dataclass(slots=True)
 class PostCopy:
-    """The destination, asked to take over. Times are perf_counter's."""
+    """The destination, asked to take over. Times are perf_counter's; `migrating`: when the source was told."""
 
     started: float
+    migrating: float
     resumed: float
     serial: SerialLine
     source: QmpClient
     seen: Through
 
     def wait_done(self, seconds: float = 300) -> float:
-        """When the source has sent everything."""
+        """When the source had sent everything, by its own clock, which may have been before it was asked."""
+        answer: dict[str, Any] = {}
 
         def done() -> bool:
-            status = self.source.command("query-migrate").get("status")
-            if status == "failed":
+            answer.update(self.source.command("query-migrate"))
+            if answer.get("status") == "failed":
                 raise WayError("the migration failed")
-            return bool(status == "completed")
+            return answer.get("status") == "completed"
 
         wait_until(done, "the end of the stream", seconds)
-        return time.perf_counter()
+        return self.migrating + float(answer["total-time"]) / 1000
 
 
 @contextmanager
@@ -81,10 +84,11 @@ def migrated(link: Link, image: Image, folder: Path) -> Iterator[PostCopy]:
         except Exception as error:
             raise WayError(f"no post-copy here (userfaultfd?): {error}") from error
         qmp.command("migrate-incoming", uri=f"tcp:127.0.0.1:{port}")
+        migrating = time.perf_counter()
         source_qmp.command("migrate", uri=f"tcp:{seen.address}")
         _start_postcopy(source_qmp)
         qmp.wait_status(lambda state: state == "running", 60)
-        found = PostCopy(begun, time.perf_counter(), serial, source_qmp, seen)
+        found = PostCopy(begun, migrating, time.perf_counter(), serial, source_qmp, seen)
         yield found
         with contextlib.suppress(WayError):
             found.wait_done()

@@ -14,8 +14,9 @@ import selectors
 import socket
 import sys
 import time
+from collections.abc import Iterator
 
-from lazymem.pages import PageRange
+from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.wire import frame
 from lazymem.wire.codec import encode
 from lazymem.wire.connection import NEED_DATA, ClientConnection
@@ -45,16 +46,44 @@ def connect(address: str) -> tuple[socket.socket, ClientConnection, Welcome]:
     return sock, connection, event
 
 
+class FrameHeads:
+    """Frames as far as they must be looked at: payloads are skipped, not kept. Pure."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._skip = 0
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bool, int]]:
+        """Of each frame whose head is complete now: type, whether it is the last of an answer, pages in it."""
+        at, end = min(self._skip, len(data)), len(data)
+        self._skip -= at
+        while at < end:
+            before = len(self._head)
+            self._head += data[at : at + _HEAD - before]
+            if len(self._head) < frame.HEADER_BYTES:
+                return
+            length, number, flags = frame.HEADER.unpack_from(self._head)[:3]
+            wanted = min(_HEAD, frame.HEADER_BYTES + length)
+            if len(self._head) < wanted:
+                return
+            at += wanted - before
+            rest = frame.HEADER_BYTES + length - wanted
+            self._skip = max(0, rest - (end - at))
+            at = min(end, at + rest)
+            pages = frame.PAGES.unpack_from(self._head, frame.HEADER_BYTES)[1] if number == FrameType.PAGES else 0
+            self._head = b""
+            yield number, bool(flags & frame.FINAL), pages
+
+
 class Reader:
     """Reads the image from start to end, and from the start again."""
 
     def __init__(self, address: str) -> None:
         self.socket, _, welcome = connect(address)
         self.socket.setblocking(False)
-        self._total = welcome.ram_bytes // 4096
+        self._total = welcome.ram_bytes // PAGE_SIZE
         self._next = self._ids = 0
-        self._head = b""
-        self._skip = 0
+        self._heads = FrameHeads()
         self.pages = 0
         for _ in range(OPEN_REQUESTS):
             self._ask()
@@ -72,28 +101,11 @@ class Reader:
         data = self.socket.recv(_RECEIVE_BYTES)
         if not data:
             raise RuntimeError("the server closed the connection")
-        at, end = min(self._skip, len(data)), len(data)
-        self._skip -= at
-        while at < end:
-            head = self._head + data[at : at + _HEAD - len(self._head)]
-            length, number = frame.HEADER.unpack_from(head)[:2] if len(head) >= frame.HEADER_BYTES else (0, 0)
-            whole = frame.HEADER_BYTES + length
-            if len(head) < min(_HEAD, whole):
-                self._head = head
-                return
-            at += min(_HEAD, whole) - len(self._head)
-            self._head = b""
-            left = whole - min(_HEAD, whole)
-            self._skip = max(0, left - (end - at))
-            at = min(end, at + left)
-            self._note(number, head)
-
-    def _note(self, number: int, head: bytes) -> None:
-        if number == FrameType.ERROR:
-            raise RuntimeError("the server sent an error")
-        if number == FrameType.PAGES:
-            self.pages += frame.PAGES.unpack_from(head, frame.HEADER_BYTES)[1]
-            if frame.HEADER.unpack_from(head)[2] & frame.FINAL:
+        for number, final, pages in self._heads.feed(data):
+            if number == FrameType.ERROR:
+                raise RuntimeError("the server sent an error")
+            self.pages += pages
+            if number == FrameType.PAGES and final:
                 self._ask()
 
 
@@ -119,7 +131,7 @@ def demand(address: str, seconds: float) -> dict[str, list[float]]:
     waits: list[float] = []
     end = time.perf_counter() + seconds
     while (started := time.perf_counter()) < end:
-        page = choose.randrange(welcome.ram_bytes // 4096)
+        page = choose.randrange(welcome.ram_bytes // PAGE_SIZE)
         sock.sendall(connection.send(Fetch(len(waits) + 1, (PageRange(page, 1),), FetchFlag.WANT_DIGESTS)))
         while not getattr(event := connection.next_event(), "final", False):
             if isinstance(event, Error):
