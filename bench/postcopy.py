@@ -18,6 +18,7 @@ from lazymem.demo.processes import child, open_monitor
 from lazymem.demo.qemu import QemuOptions
 from lazymem.demo.qemurun import take_over
 from lazymem.demo.serialline import SerialLine
+from lazymem.errors import LazymemError
 from lazymem.vm.qmpclient import QmpClient
 
 _CAPABILITIES = [{"capability": "postcopy-ram", "state": True}]
@@ -81,7 +82,7 @@ def migrated(link: Link, image: Image, folder: Path) -> Iterator[PostCopy]:
         qmp = stack.enter_context(open_monitor(destination.qmp, process, folder / "destination.log"))
         try:
             qmp.command("migrate-set-capabilities", capabilities=_CAPABILITIES)
-        except Exception as error:
+        except LazymemError as error:
             raise WayError(f"no post-copy here (userfaultfd?): {error}") from error
         qmp.command("migrate-incoming", uri=f"tcp:127.0.0.1:{port}")
         migrating = time.perf_counter()
