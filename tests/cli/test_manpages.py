@@ -16,6 +16,7 @@ COMMANDS = {
     "lazymem-snapshot": "lazymem.cli.snapshot",
     "lazymem-status": "lazymem.cli.status",
     "lazymem-umount": "lazymem.cli.umount",
+    "lazymem-guest": "lazymem.cli.guest",
     "lazymem-demo": "lazymem.cli.demo",
 }
 
