@@ -67,17 +67,17 @@ class Relay:
         self._round_trip = round_trip_seconds
         self.forth: Wire[Piece] = Wire(rate_bytes, round_trip_seconds / 2)
         self.back: Wire[Piece] = Wire(rate_bytes, round_trip_seconds / 2)
-        self._ends: list[End] = []
+        self.ends: list[End] = []
 
     def run(self) -> None:
         """Until stdin ends."""
         while True:
             now = monotonic()
             self._deliver(now)
-            readers = [end for end in self._ends if self._wants_read(end, now)]
-            writers = [end for end in self._ends if end.pending]
+            readers = [end for end in self.ends if self.wants_read(end, now)]
+            writers = [end for end in self.ends if end.pending]
             asked: list[End | socket.socket | int] = [_STDIN, self._listener, *readers]
-            readable, writable, _ = select.select(asked, writers, [], self._timeout(monotonic()))
+            readable, writable, _ = select.select(asked, writers, [], self._timeout(now))
             for end in writable:
                 self._flush(end)
             for found in readable:
@@ -88,9 +88,9 @@ class Relay:
                 elif not self._report():
                     return
             if len(readable) > 1:  # whoever was first comes last: room in the queue goes round
-                self._ends.append(self._ends.pop(0))
+                self.ends.append(self.ends.pop(0))
 
-    def _wants_read(self, end: End, now: float) -> bool:
+    def wants_read(self, end: End, now: float) -> bool:
         assert end.peer is not None
         return (
             not end.ended
@@ -100,11 +100,18 @@ class Relay:
         )
 
     def _timeout(self, now: float) -> float | None:
+        at = self.wake_at(now)
+        return None if at == math.inf else max(0.0, at - monotonic())
+
+    def wake_at(self, now: float) -> float:
+        """When to look again. `now` is the moment at which `wants_read` was asked: by a later one, an end that has
+        become readable in between would be in neither, and wait for ever.
+        """
         at = min(self.forth.next_event(), self.back.next_event())
-        for end in self._ends:
+        for end in self.ends:
             if end.readable_from > now:
                 at = min(at, end.readable_from)
-        return None if at == math.inf else max(0.0, at - now)
+        return at
 
     def _accept(self) -> None:
         ours, _ = self._listener.accept()
@@ -120,7 +127,7 @@ class Relay:
         client = End(ours, self.forth, monotonic() + self._round_trip)
         server = End(theirs, self.back, peer=client)
         client.peer = server
-        self._ends += [client, server]
+        self.ends += [client, server]
 
     def _read(self, end: End) -> None:
         wire, peer = end.wire, end.peer
@@ -180,8 +187,8 @@ class Relay:
         if peer.closing and not peer.pending:
             for one in (end, peer):
                 one.socket.close()
-                if one in self._ends:
-                    self._ends.remove(one)
+                if one in self.ends:
+                    self.ends.remove(one)
 
     def _report(self) -> bool:
         if not os.read(_STDIN, 4096):

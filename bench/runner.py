@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,5 +74,5 @@ def run(plan: Plan, work: Path, say: Callable[[str], None]) -> Iterator[Sample]:
 def _run_one(context: Context) -> Sample:
     try:
         return MEASURES[context.case.measure].run(context)
-    except (LazymemError, OSError, RuntimeError, ValueError) as error:
+    except (LazymemError, OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return Sample(context.case, context.round, problem=f"{type(error).__name__}: {error}")

@@ -23,6 +23,7 @@ from bench.links import Through
 from lazymem.demo.processes import child, tail
 
 START_SECONDS = 60.0
+COMMAND_SECONDS = 300.0
 STATUS_XATTR = "user.lazymem.status"
 
 
@@ -243,10 +244,20 @@ def mount_copied(through: Through, image: Image, folder: Path) -> Iterator[Mount
         file.truncate(image.ram_bytes)
     started = time.perf_counter()
     command = ["nbdcopy", "--destination-is-zero", f"nbd://{through.address}", str(ram)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise WayError(f"nbdcopy: {done.stderr.strip()}")
+    run_to_end(command)
     yield Mount(ram, started, time.perf_counter() - started)
+
+
+def run_to_end(command: list[str]) -> None:
+    """Raises WayError with the command's words when it fails, or takes longer than any link needs."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=COMMAND_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise WayError(f"{command[0]} did not end in {COMMAND_SECONDS:g} s") from None
+    if done.returncode:
+        raise WayError(f"{command[0]}: {done.stderr.strip()}")
 
 
 def copy_sparse(source: Path, target: Path) -> None:

@@ -6,7 +6,6 @@ beyond it is the way's. The device state comes over the same link first, by each
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from bench.links import through
 from bench.linuximage import ALL_MIB, SMALL_MIB, linux_image
 from bench.postcopy import migrated
 from bench.record import Sample
-from bench.ways import Mount, WayError, copy_sparse, serve_nbdkit
+from bench.ways import Mount, copy_sparse, run_to_end, serve_nbdkit
 from lazymem.demo.qemu import QemuOptions
 from lazymem.demo.qemurun import started, take_over
 from lazymem.demo.serialline import SerialLine
@@ -59,9 +58,7 @@ def _vmstate(context: Context, mount: Mount, image: Image, folder: Path, address
     if not address:
         return image.vmstate
     target = folder / "vmstate"
-    done = subprocess.run(["nbdcopy", f"nbd://{address}", str(target)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise WayError(f"nbdcopy of the device state: {done.stderr.strip()}")
+    run_to_end(["nbdcopy", f"nbd://{address}", str(target)])
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from bench.links import Link, through
+from bench.relay import End, Relay
 
 SLOW = Link("slow", "20 ms, 10 MB/s", 0.020, 10e6)
 BULK_BYTES = 3_000_000
@@ -124,6 +126,23 @@ def test_nobody_behind_the_relay_ends_the_connection(peer: _Peer) -> None:
         address = f"127.0.0.1:{unused.getsockname()[1]}"
     with through(SLOW, address) as seen, _connect(seen.address) as connection:
         assert connection.recv(1) == b""
+
+
+def test_an_end_is_read_now_or_looked_at_again_in_time() -> None:
+    """Whatever the moment: a relay that neither reads an end nor wakes up for it stands still for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        relay = Relay(listener, ("127.0.0.1", 1), SLOW.rate_bytes, SLOW.round_trip_seconds)
+        one, other = socket.socketpair()
+        with one, other:
+            client, server = End(one, relay.forth, readable_from=5.0), End(other, relay.back)
+            client.peer, server.peer = server, client
+            relay.ends += [client, server]
+            for now in (0.0, 4.999, 5.0, 6.0):
+                assert relay.wants_read(client, now) or relay.wake_at(now) <= 5.0
+            relay.forth.put(6.0, relay.forth.queue_bytes, (server, b""))
+            for step in range(200):
+                now = 6.0 + step * 0.001
+                assert relay.wants_read(client, now) or relay.wake_at(now) < math.inf
 
 
 def test_without_a_rate_there_is_no_relay(peer: _Peer) -> None:
