@@ -1,0 +1,78 @@
+"""The README's tour, run as printed: every block marked `sh tour`, in order, in one shell and an empty folder."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lazymem.fs import mountinfo
+from tests.support.mounts import Mounted
+
+pytestmark = pytest.mark.system
+
+CHECKOUT = Path(__file__).parents[2]
+PORTS = ("7411", "7412")
+
+
+def _free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+def _script(readme: str) -> str:
+    """The blocks as one script that ends at the first failure, with ports that nobody has here."""
+    blocks = re.findall(r"^```sh tour\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 6
+    text = "\n".join(blocks)
+    for port in PORTS:
+        assert port in text
+        text = text.replace(port, _free_port())
+    return "set -eu\n" + text
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path
+    mounted = mountinfo.maybe_mount_at(str(tmp_path / "mnt"))
+    if mounted is not None:
+        left = Mounted.__new__(Mounted)
+        left.path = tmp_path / "mnt"
+        left.clean_up()
+
+
+@pytest.mark.timeout(180)
+def test_the_tour(folder: Path) -> None:
+    environ = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "LAZYMEM": str(CHECKOUT),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    with open(folder / "output", "w") as output_file:  # not a pipe: the tour's servers would keep it open
+        shell = subprocess.Popen(
+            ["bash", "-c", _script((CHECKOUT / "README.md").read_text())],
+            cwd=folder,
+            env=environ,
+            stdout=output_file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        shell.wait(120)
+    finally:
+        os.killpg(shell.pid, signal.SIGKILL)  # what the tour left running: its two servers
+        shell.wait()
+        output = (folder / "output").read_text()
+    assert shell.returncode == 0, output
+    ticks = [int(line.split()[1]) for line in (folder / "second.txt").read_text().splitlines() if "tick" in line]
+    assert ticks[0] > 50 > 0, "it went on, and did not begin again"
+    assert ticks == sorted(ticks)
+    assert "manifest.json" in output
+    assert output.count("demand faults") == 2
+    assert mountinfo.maybe_mount_at(str(folder / "mnt")) is None
