@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import stat
-from pathlib import Path
 
 from lazymem.errors import EnvironmentRefusedError, MountError
 from lazymem.fs import mountinfo
@@ -96,7 +95,7 @@ def _propagates(path: str) -> bool:
     if group is None:
         return False
     with contextlib.suppress(OSError):
-        theirs = mountinfo.parse(Path("/proc/1/mountinfo").read_text(errors="surrogateescape"))
+        theirs = mountinfo.parse(mountinfo.read("1"))
         return any(mount.peer_group == group for mount in theirs)
     return False
 

@@ -55,6 +55,6 @@ def _target(link: Path) -> str:
 
 def _name(process: Path) -> str:
     try:
-        return (process / "comm").read_text().strip()
+        return (process / "comm").read_text(errors="replace").strip()  # any bytes, cut at 15 of them
     except OSError:
         return "a process"

@@ -30,7 +30,7 @@ class Mount:
 def parse(text: str) -> list[Mount]:
     """Mounts in order; a later one hides an earlier one at the same path (proc(5))."""
     mounts = []
-    for line in text.splitlines():
+    for line in filter(None, text.split("\n")):
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         shared = next((field for field in fields[6:] if field.startswith("shared:")), None)
@@ -55,7 +55,16 @@ def _unescape(path: str) -> str:
 
 
 def current() -> list[Mount]:
-    return parse(Path("/proc/self/mountinfo").read_text(errors="surrogateescape"))
+    return parse(read("self"))
+
+
+def read(pid: str) -> str:
+    """A process's mountinfo as it is: reading text would make a line's end of a carriage return in a name.
+
+    Raises:
+        OSError: the process is gone, or not ours to see.
+    """
+    return os.fsdecode(Path(f"/proc/{pid}/mountinfo").read_bytes())
 
 
 def maybe_mount_at(path: str) -> Mount | None:

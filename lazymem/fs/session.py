@@ -86,7 +86,7 @@ def _mount_as_root(path: str, source: str, options: MountOptions) -> int:
     data = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0,{options.kernel_text()}"
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_NOATIME | options.flags
     try:
-        system_call("mount", source.encode(), os.fsencode(path), b"fuse.lazymem", flags, data.encode())
+        system_call("mount", os.fsencode(source), os.fsencode(path), b"fuse.lazymem", flags, data.encode())
     except OSError as error:
         os.close(descriptor)
         if error.errno == errno.EPERM:
@@ -104,7 +104,8 @@ def _mount_by_helper(path: str, source: str, options: MountOptions) -> int:
         raise EnvironmentRefusedError("fusermount3 is missing: install the package fuse3, or run as root")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:
-        text = f"{options.kernel_text()},nosuid,nodev,noexec,noatime,fsname={source},subtype=lazymem"
+        name = source.replace("\\", "\\\\").replace(",", "\\,")  # a comma would begin another option
+        text = f"{options.kernel_text()},nosuid,nodev,noexec,noatime,fsname={name},subtype=lazymem"
         if options.flags & 1:
             text += ",ro"
         result = subprocess.run(
@@ -113,6 +114,7 @@ def _mount_by_helper(path: str, source: str, options: MountOptions) -> int:
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
             check=False,
         )
         if result.returncode:
@@ -166,9 +168,11 @@ def unmount(path: str, *, lazy: bool = False) -> bool:
 
 
 def _unmount_by_helper(path: str, *, lazy: bool) -> bool:
-    result = subprocess.run(
-        ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path], stderr=subprocess.PIPE, text=True, check=False
-    )
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+    try:
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    except OSError as error:  # it went away since the mount, or no process can be made now
+        raise MountError(f"cannot run fusermount3 to unmount {path}: {error.strerror}") from error
     if result.returncode and mountinfo.maybe_mount_at(path) is not None:
         if "busy" in result.stderr.lower():
             return False
