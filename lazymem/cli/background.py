@@ -16,8 +16,9 @@ class Announcer:
     def __init__(self, descriptor: int = -1) -> None:
         self._descriptor = descriptor
 
-    def ready(self) -> None:
-        self._say({"ready": True})
+    def ready(self, notices: tuple[str, ...] = ()) -> None:
+        """`notices`: lines that the user should read although all is well."""
+        self._say({"ready": True, "notices": notices})
 
     def failed(self, text: str, exit_code: int) -> None:
         self._say({"ready": False, "text": text, "exit_code": exit_code})
@@ -65,6 +66,8 @@ def _report(program: str, text: bytes) -> int:
         return 70
     message = json.loads(text)
     if message["ready"]:
+        for notice in message["notices"]:
+            print(f"{program}: {notice}", file=sys.stderr)
         return 0
     print(f"{program}: {message['text']}", file=sys.stderr)
     return int(message["exit_code"])

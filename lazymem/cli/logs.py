@@ -7,14 +7,23 @@ import logging.handlers
 import os
 from pathlib import Path
 
+from lazymem.errors import UsageError
+
 SYSLOG_SOCKET = "/dev/log"
 
 
 def set_up(program: str, *, in_front: bool, verbose: bool, file: Path | None) -> None:
-    """Send log records of this process where they belong."""
+    """Send log records of this process where they belong.
+
+    Raises:
+        UsageError: `file` cannot be written.
+    """
     handler: logging.Handler
     if file is not None:
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UsageError(f"cannot write the log file {file}: {error.strerror}") from error
         handler = logging.StreamHandler(os.fdopen(descriptor, "w", buffering=1))
         handler.setFormatter(logging.Formatter(f"%(asctime)s {program}[{os.getpid()}]: %(levelname)s: %(message)s"))
     elif in_front:

@@ -12,7 +12,15 @@ from lazymem.cli.background import Announcer, run_in_background
 from lazymem.cli.groups import cause_of
 from lazymem.errors import LazymemError
 from lazymem.fs import checks, mountinfo
-from lazymem.settings import MountSettings, Prefetch, default_cache_dir, parse_server
+from lazymem.settings import (
+    MountSettings,
+    Prefetch,
+    ServerAddress,
+    TcpEndpoint,
+    default_cache_dir,
+    parse_endpoint,
+    parse_server,
+)
 
 PROGRAM = "lazymem-mount"
 
@@ -33,6 +41,8 @@ LOCK_WAIT_SECONDS = 30.0
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     found = _parser().parse_args(arguments)
+    if found.log:
+        found.log = found.log.absolute()  # a daemon works in another folder
     try:
         settings = _settings(found)
         _check_host(settings)
@@ -83,13 +93,21 @@ def _version() -> str:
 
 def _settings(found: argparse.Namespace) -> MountSettings:
     return MountSettings(
-        server=parse_server(found.server),
+        server=_from_anywhere(parse_server(found.server)),
         mountpoint=Path(mountinfo.real_path(found.mountpoint)),
         cache_dir=(found.cache or default_cache_dir()).absolute(),
         state_dir=found.state.absolute() if found.state else None,
         deadline_seconds=found.deadline,
         prefetch=Prefetch(found.prefetch),
     )
+
+
+def _from_anywhere(server: ServerAddress) -> ServerAddress:
+    """A socket's path made absolute: the daemon works in another folder than the user who named it."""
+    endpoint = server.endpoint
+    if isinstance(endpoint, TcpEndpoint):
+        return server
+    return ServerAddress(parse_endpoint(f"unix:{os.path.abspath(endpoint.path)}"), server.name)
 
 
 def _check_host(settings: MountSettings) -> None:
@@ -115,9 +133,9 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     lock.acquire(LOCK_WAIT_SECONDS)
     notifier = sdnotify.SystemdNotifier()
 
-    def ready() -> None:
+    def ready(notices: tuple[str, ...]) -> None:
         notifier.notify(f"READY=1\nMAINPID={os.getpid()}")
-        announcer.ready()
+        announcer.ready(notices)
 
     try:
         trio.run(mountdaemon.run, settings, options, ready)

@@ -43,7 +43,11 @@ STATE_WAIT_SECONDS = 30.0
 """For the daemon of an earlier mount to store what its guest wrote: 3 GB at a slow disk's 100 MB/s."""
 
 
-async def run(settings: MountSettings, options: MountOptions, ready: Callable[[], None]) -> None:
+Ready = Callable[[tuple[str, ...]], None]
+"""Called once, when the mount answers, with lines that the user should read."""
+
+
+async def run(settings: MountSettings, options: MountOptions, ready: Ready) -> None:
     """Serve the mount from start to end; `ready` is called once it answers.
 
     Raises:
@@ -56,7 +60,7 @@ async def run(settings: MountSettings, options: MountOptions, ready: Callable[[]
 
 
 async def _serve(
-    client: Client, settings: MountSettings, options: MountOptions, ready: Callable[[], None], nursery: trio.Nursery
+    client: Client, settings: MountSettings, options: MountOptions, ready: Ready, nursery: trio.Nursery
 ) -> None:
     manifest = _maybe_manifest(client.welcome)
     origin = RamOrigin(
@@ -121,7 +125,7 @@ async def _mount_and_serve(
     settings: MountSettings,
     options: MountOptions,
     status: MountStatus,
-    ready: Callable[[], None],
+    ready: Ready,
 ) -> None:
     path = str(settings.mountpoint)
     tree = Tree(
@@ -141,7 +145,8 @@ async def _mount_and_serve(
                 tree, ram, files.read, xattrs, mounted_ns=time.time_ns(), on_release=lifetime.released
             )
             session.attach(operations, descriptor)
-            nursery.start_soon(_announce, path, mounted, ready)
+            notices = manifest.resume_notices if manifest else ()
+            nursery.start_soon(_announce, path, mounted, ready, notices)
             await lifetime.serve()
             session.detach()
         nursery.cancel_scope.cancel()
@@ -162,7 +167,7 @@ async def _mounted(path: str, source: str, options: MountOptions) -> AsyncIterat
             session.unmount(path, lazy=True)  # an error ended us; lazily, since nobody serves its flush any more
 
 
-async def _announce(path: str, mounted: mountinfo.Mount, ready: Callable[[], None]) -> None:
+async def _announce(path: str, mounted: mountinfo.Mount, ready: Ready, notices: tuple[str, ...]) -> None:
     """Turn the kernel's knobs, see the mount answer, say so."""
 
     def tune_and_look() -> None:
@@ -171,8 +176,10 @@ async def _announce(path: str, mounted: mountinfo.Mount, ready: Callable[[], Non
         os.stat(path)
 
     await trio.to_thread.run_sync(tune_and_look, abandon_on_cancel=True)
-    ready()
+    ready(notices)
     log.info("%s is ready (pid %d)", path, os.getpid())
+    for notice in notices:
+        log.warning("%s: %s", path, notice)
 
 
 async def _wish_to_end(*, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED) -> None:

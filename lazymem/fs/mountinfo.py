@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from lazymem.errors import MountError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Mount:
 def parse(text: str) -> list[Mount]:
     """Mounts in order; a later one hides an earlier one at the same path (proc(5))."""
     mounts = []
-    for line in filter(None, text.split("\n")):
+    for line in filter(None, text.split("\n")):  # other line ends stand in names as they are
         before, _, after = line.partition(" - ")
         fields = before.split(" ")
         shared = next((field for field in fields[6:] if field.startswith("shared:")), None)
@@ -49,9 +52,8 @@ def parse(text: str) -> list[Mount]:
 
 
 def _unescape(path: str) -> str:
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        path = path.replace(code, char)
-    return path
+    """The kernel writes white space, backslashes and, in a source, # as three octal digits."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
 def current() -> list[Mount]:
@@ -85,9 +87,16 @@ def mount_holding(path: str) -> Mount:
 
 
 def real_path(path: str) -> str:
-    """`path` absolute, with the symlinks of its parents resolved; the last part is not followed or looked at.
+    """`path` absolute, with all symlinks resolved.
 
-    A dead FUSE mount answers no stat, so the mount point itself is never asked.
+    A dead FUSE mount answers no stat, not even one that only wants to know whether it is a symlink; so a mount point is
+    never looked at. Elsewhere mount(2) follows a symlink, and mountinfo names its end.
+
+    Raises:
+        MountError: an empty path, which a shell makes of a variable that nobody set; it is not the current folder.
     """
+    if not path:
+        raise MountError("the mount point has no name")
     absolute = os.path.abspath(path)
-    return os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+    resolved = os.path.join(os.path.realpath(os.path.dirname(absolute)), os.path.basename(absolute))
+    return resolved if maybe_mount_at(resolved) is not None else os.path.realpath(resolved)

@@ -82,6 +82,16 @@ class Manifest:
     def ram(self) -> Block:
         return next(block for block in self.blocks if block.name == RAM_BLOCK)
 
+    @property
+    def resume_notices(self) -> tuple[str, ...]:
+        """Lines that a person should read each time a guest is resumed from this snapshot."""
+        if not self.disks_handled:
+            return ()
+        return (
+            "this snapshot does not cover the guest's writable disks; who made it said that he sees to them: "
+            "make sure that they are as they were then",
+        )
+
     def to_json(self) -> bytes:
         """The text of manifest.json."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}

@@ -125,11 +125,8 @@ def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[
     if run is None and _changed_since(ram):
         notice(f"{ram} is newer than its manifest: reading all of it against its digests")
         _verify_all(ram, manifest, entry)
-    if manifest.disks_handled:
-        notice(
-            "this snapshot does not cover the guest's writable disks; who made it said that he sees to them: "
-            "make sure that they are as they were then"
-        )
+    for line in manifest.resume_notices:
+        notice(line)
 
 
 def _check_stream(manifest: Manifest, stream: bytes) -> None:
