@@ -160,8 +160,15 @@ class MountSettings:
     def __post_init__(self) -> None:
         if self.deadline_seconds is not None:
             check_seconds("--deadline", self.deadline_seconds)
-        if self.state_dir is not None and self.state_dir.absolute() == self.cache_dir.absolute():
-            raise UsageError("--cache and --state are the same folder: one may be deleted at any time, the other never")
+        if self.state_dir is not None:
+            _check_apart(self.cache_dir.absolute(), self.state_dir.absolute())
+
+
+def _check_apart(cache: Path, state: Path) -> None:
+    if state == cache:
+        raise UsageError("--cache and --state are the same folder: one may be deleted at any time, the other never")
+    if cache in state.parents:
+        raise UsageError(f"--state {state} is inside of --cache {cache}, which may be deleted at any time")
 
 
 def check_seconds(name: str, value: float) -> float:

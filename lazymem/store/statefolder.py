@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -36,6 +37,9 @@ MAP_NAME = "written"
 META_NAME = "state.json"
 LOCK_NAME = "lock"
 PRIVATE_PREFIX = "run-"
+
+_PRIVATE_NAME = re.compile(re.escape(PRIVATE_PREFIX) + "[0-9a-f]{16}")
+_OWN_NAMES = frozenset({RAM_NAME, MAP_NAME, META_NAME, LOCK_NAME})
 
 _POLL_SECONDS = 0.05
 """Between tries for the lock: a mount's end is noticed sooner than a person would."""
@@ -194,10 +198,22 @@ def _has_bytes(path: Path) -> bool:
 
 
 def _remove_abandoned(cache: Path) -> None:
+    """Whoever names a folder of his as the cache keeps what he has in it, whatever that is called."""
     for path in cache.glob(f"{PRIVATE_PREFIX}*"):
-        if folders.why_not_ours(path):
+        if not _PRIVATE_NAME.fullmatch(path.name) or folders.why_not_ours(path) or not _only_ours_in(path):
             continue
         lock_fd = folders.maybe_lock(path / LOCK_NAME)
         if lock_fd is not None:
             folders.remove_folder(path)
             os.close(lock_fd)
+
+
+def _only_ours_in(path: Path) -> bool:
+    try:
+        return all(_is_own(name) for name in os.listdir(path))
+    except FileNotFoundError:  # its own mount was faster
+        return False
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN_NAMES or name.startswith(f".{META_NAME}.")

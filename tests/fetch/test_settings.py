@@ -82,9 +82,11 @@ def test_times_are_positive(seconds: float) -> None:
         MountSettings(parse_server("h:1"), Path("/m"), Path("/c"), deadline_seconds=seconds)
 
 
-def test_cache_and_state_are_two_folders() -> None:
-    with pytest.raises(UsageError):
-        MountSettings(parse_server("h:1"), Path("/m"), Path("/c"), state_dir=Path("/c"))
+@pytest.mark.parametrize("state", ["/c", "/c/run-1", "/c/a/b"])
+def test_state_is_not_in_the_cache(state: str) -> None:
+    """Which anybody may empty at any time."""
+    with pytest.raises(UsageError, match="deleted at any time"):
+        MountSettings(parse_server("h:1"), Path("/m"), Path("/c"), state_dir=Path(state))
 
 
 def test_cache_folder_follows_xdg() -> None:

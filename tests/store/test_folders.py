@@ -18,7 +18,7 @@ from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store import cachefolder, statefolder
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.origin import RamOrigin
-from lazymem.store.statefolder import open_state
+from lazymem.store.statefolder import open_private_state, open_state
 
 ORIGIN = RamOrigin(bytes(range(32)), 300 * PAGE_SIZE, None)
 OTHER = RamOrigin(bytes(32), 300 * PAGE_SIZE, None)
@@ -241,3 +241,20 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
     for attempt in (lambda: open_cache(tmp_path / "file", ORIGIN), lambda: open_state(tmp_path / "file" / "x", ORIGIN)):
         with pytest.raises(StoreError, match="cannot make the folder"):
             attempt()
+
+
+@pytest.mark.parametrize("name", ["run-2024", "run-1", "run-" + "a" * 16])
+def test_a_private_run_clears_away_nothing_of_the_users(tmp_path: Path, name: str) -> None:
+    """Whoever names a folder of his as the cache has other things in it, perhaps a state folder called run-1."""
+    (tmp_path / name).mkdir(mode=0o700)
+    (tmp_path / name / "precious").write_text("bytes")
+    open_private_state(tmp_path, ORIGIN).close()
+    assert os.listdir(tmp_path / name) == ["precious"]
+
+
+def test_a_state_folder_beside_private_runs_is_kept(tmp_path: Path) -> None:
+    write_page(tmp_path / "run-1")
+    open_private_state(tmp_path, ORIGIN).close()
+    state = open_state(tmp_path / "run-1", ORIGIN)
+    assert state.written.count == 1
+    state.close()
