@@ -29,23 +29,17 @@ class Wire(Generic[T]):
         self.piece_bytes = round(min(max(rate_bytes * PIECE_SECONDS, MIN_PIECE_BYTES), MAX_PIECE_BYTES))
         self.queue_bytes = max(round(2 * rate_bytes * 2 * delay_seconds), 2 * self.piece_bytes, MIN_QUEUE_BYTES)
         self.carried_bytes = 0
-        self._free_at = -math.inf
-        self._waiting: deque[tuple[float, int]] = deque()
-        self._waiting_bytes = 0
+        self._free_at = 0.0
         self._arriving: deque[tuple[float, T]] = deque()
+        self._full_seconds = (self.queue_bytes - self.piece_bytes) / rate_bytes
 
     def room(self, now: float) -> int:
-        """Bytes that the queue takes now."""
-        waiting = self._waiting
-        while waiting and waiting[0][0] <= now:
-            self._waiting_bytes -= waiting.popleft()[1]
-        return self.queue_bytes - self._waiting_bytes
+        """Bytes that the queue takes now. What waits leaves it at the rate, byte by byte."""
+        return self.queue_bytes - math.ceil(max(0.0, self._free_at - now) * self.rate_bytes)
 
     def put(self, now: float, length: int, what: T) -> None:
         """Queue `length` bytes; `what` comes out of `arrived` in its time."""
         self._free_at = max(self._free_at, now) + length / self.rate_bytes
-        self._waiting.append((self._free_at, length))
-        self._waiting_bytes += length
         self.carried_bytes += length
         self._arriving.append((self._free_at + self.delay_seconds, what))
 
@@ -55,9 +49,13 @@ class Wire(Generic[T]):
             return self._arriving.popleft()[1]
         return None
 
-    def next_event(self) -> float:
-        """When something arrives, or the queue has room for one more piece; infinite if nothing is under way."""
+    @property
+    def under_way(self) -> int:
+        """Things put in that have not come out."""
+        return len(self._arriving)
+
+    def next_event(self, now: float) -> float:
+        """When something arrives, or a full queue has room for one more piece; infinite if nothing is under way."""
         at = self._arriving[0][0] if self._arriving else math.inf
-        if self.queue_bytes - self._waiting_bytes < self.piece_bytes and self._waiting:
-            at = min(at, self._waiting[0][0])
-        return at
+        room_at = self._free_at - self._full_seconds
+        return min(at, room_at) if room_at > now else at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.context import Measure
-from bench.measures import background, clients, fill, linux, memory, ready, relay, stream, touch, writes
+from bench.measures import background, clients, fill, linux, memory, ready, relay, rewrite, stream, touch, writes
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -20,6 +20,7 @@ MEASURES: dict[str, Measure] = {
         ready.READY,
         ready.SPARSE,
         clients.MEASURE,
+        rewrite.MEASURE,
         relay.MEASURE,
     )
 }

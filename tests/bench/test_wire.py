@@ -53,17 +53,21 @@ def test_the_queue_is_two_bandwidth_delay_products_and_empties_at_the_rate() -> 
     wire.put(0.0, 100_000, 1)
     wire.put(0.0, 100_000, 2)
     assert wire.room(0.0) == wire.queue_bytes - 200_000
-    assert wire.room(0.0081) == wire.queue_bytes - 100_000
+    assert wire.room(0.008) == pytest.approx(wire.queue_bytes - 100_000, abs=1)
     assert wire.room(1.0) == wire.queue_bytes
 
 
 def test_the_next_event_is_an_arrival_or_room_in_a_full_queue() -> None:
     wire: Wire[int] = Wire(12.5e6, 0.010)
-    assert wire.next_event() == float("inf")
+    assert wire.next_event(0.0) == float("inf")
     wire.put(0.0, wire.piece_bytes, 1)
-    assert wire.next_event() == pytest.approx(wire.piece_bytes / 12.5e6 + 0.010)
+    assert wire.next_event(0.0) == pytest.approx(wire.piece_bytes / 12.5e6 + 0.010)
     wire.put(0.0, wire.queue_bytes - wire.piece_bytes, 2)
-    assert wire.next_event() == pytest.approx(wire.piece_bytes / 12.5e6)
+    room_at = wire.next_event(0.0)
+    assert room_at == pytest.approx(wire.piece_bytes / 12.5e6)
+    assert wire.room(0.0) < wire.piece_bytes
+    assert wire.room(room_at + 1e-9) == pytest.approx(wire.piece_bytes, abs=1)
+    assert wire.next_event(room_at) == pytest.approx(wire.piece_bytes / 12.5e6 + 0.010)  # the first one arrives
 
 
 @given(st.lists(st.tuples(st.floats(0, 0.01), st.integers(0, 60_000)), min_size=1, max_size=40))
