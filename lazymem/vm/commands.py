@@ -93,8 +93,13 @@ class Commands:
         check(request.arguments, command.signature)
         try:
             return await command.handler(request.arguments)
+        except QmpError:
+            raise
         except LazymemError as error:
             raise QmpError(str(error)) from error
+        except Exception as error:
+            # Whatever it is, it must not end the guest, whose only copy this process is.
+            raise QmpError(f"a bug in lazymem-vm: {error!r}") from error
 
     async def _query_commands(self, _: Arguments) -> list[dict[str, str]]:
         return [{"name": name} for name in [*self._table, "qmp_capabilities"]]

@@ -127,12 +127,11 @@ class Migrations:
 
         Ends with the guest stopped (postmigrate), or going on as before with progress "failed" or "cancelled".
         """
-        was_running = self._runstate.status == "running"
-        status = self._runstate.status
+        saver = _Saver(self._runstate, self._progress)
         with trio.CancelScope() as self._cancel:
             try:
-                await self._save(uri, "running" if was_running else "paused")
-            except (LazymemError, OSError) as error:
+                await self._save(uri, saver)
+            except Exception as error:  # noqa: BLE001 (also a bug of ours: it must not end the guest with the save)
                 self._fail(error)
                 self._notice(f"the save to {uri} failed: {self._progress.error}")
             else:
@@ -143,15 +142,12 @@ class Migrations:
                 self._cancel = None
         if not self._progress.over:
             self._set("cancelled")
-        if was_running:
-            await self._runstate.resume_after_save()
-        else:
-            self._runstate.set_overlay(status)
+        await saver.undo()
 
-    async def _save(self, uri: Uri, run_state: str) -> None:
+    async def _save(self, uri: Uri, saver: _Saver) -> None:
         output = await open_output(uri)
         try:
-            await _Saver(self._runstate, self._progress, output).run(run_state, on_active=lambda: self._set("active"))
+            await saver.run(output, on_active=lambda: self._set("active"))
             # The other side has all of it now and may run: nothing from here on may let this side run too (rule 14).
             with trio.CancelScope(shield=True):
                 await output.commit()
@@ -168,8 +164,10 @@ class Migrations:
         """
         try:
             saved = await self._receive(uri)
-        except BaseException as error:
-            self._fail(error if isinstance(error, LazymemError) else MonitorError(f"incoming broken off: {error!r}"))
+        except Exception as error:
+            raise self._fail(error) from error
+        except BaseException:
+            self._fail(MonitorError("incoming broken off"))
             raise
         self._set("completed")
         ran = saved.devices[GLOBAL_STATE.name, 0]["runstate"] == global_state("running")["runstate"]
@@ -200,46 +198,62 @@ class Migrations:
             self._progress.ended = time.monotonic()
         self._runstate.emit("MIGRATION", {"status": status})
 
-    def _fail(self, error: LazymemError | OSError) -> None:
-        if isinstance(error, OSError):
-            wrapped: LazymemError = MonitorError(f"the save stream cannot be written: {error.strerror or error}")
-            wrapped.__cause__ = error
-        else:
-            wrapped = error
-        self._progress.error = wrapped
+    def _fail(self, error: Exception) -> LazymemError:
+        """Set "failed"; returns the error as it is told."""
+        told = error if isinstance(error, LazymemError) else _translated(error)
+        self._progress.error = told
         self._set("failed")
+        return told
+
+
+def _translated(error: Exception) -> LazymemError:
+    if isinstance(error, OSError):
+        found = MonitorError(f"the save stream cannot be written: {error.strerror or error}")
+    else:
+        found = MonitorError(f"a bug in lazymem-vm broke it off: {error!r}")
+    found.__cause__ = error
+    return found
 
 
 class _Saver:
-    """One save's passes."""
+    """One save's passes, and the way back from them."""
 
-    def __init__(self, runstate: RunState, progress: Progress, output: Output) -> None:
+    def __init__(self, runstate: RunState, progress: Progress) -> None:
         self._runstate = runstate
         self._machine = runstate.machine
         self._progress = progress
-        self._output = output
         self._writer = StreamWriter(shape_of(runstate.machine))
         self._blocks = [block for block in self._machine.blocks.values() if not block.do_not_save]
         self._sent: dict[tuple[str, int], bytes] = {}
+        self._before: str | None = None
         progress.total = progress.remaining = sum(block.size for block in self._blocks)
 
-    async def run(self, run_state: str, on_active: Callable[[], None]) -> None:
+    async def run(self, output: Output, on_active: Callable[[], None]) -> None:
+        self._output = output
         await self._send(self._writer.begin())
         on_active()
         await self._pass()
         self._progress.stopped = time.monotonic()
-        await self._runstate.stop("finish-migrate")
+        # Asked now and not at the start: somebody may have stopped the guest, or let it go on, during the pass.
+        self._before = await self._runstate.stop("finish-migrate")
         if self._machine.run_state in ENDED:
             raise MonitorError(f"the guest ended while it was saved ({self._machine.run_state})")
         await self._pass()
         await self._send(self._writer.ram_end())
-        await self._send(self._writer.device(global_state(run_state)))
+        await self._send(self._writer.device(global_state("running" if self._before == "running" else "paused")))
         for device in self._machine.stateful():
             await self._send(self._writer.device(device.state()))
         # The files are part of the saved state. Before the end is sent, since a failure here lets this side run on,
         # and a stream without its end runs nowhere.
         await trio.to_thread.run_sync(self._machine.blocks.sync)
         await self._send(self._writer.end())
+
+    async def undo(self) -> None:
+        """The guest is as it was when the save stopped it, or as it is when the save had not come so far."""
+        if self._before == "running":
+            await self._runstate.resume_after_save()
+        elif self._before is not None:
+            self._runstate.set_overlay(self._before)
 
     async def _pass(self) -> None:
         """Send every page that is not yet, or no longer, as it was sent."""

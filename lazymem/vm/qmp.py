@@ -7,12 +7,15 @@ clients show it to people.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_COMMAND_BYTES = 64 * 1024
 """Our longest command is a migrate with a path: 4 KiB. A client that sends more without its end is cut off."""
+
+MAX_NESTING = 64
+"""Ours nest three deep. JSON that can just be read may be too deep to be written again, as an answer's id is."""
 
 _KNOWN_MEMBERS = {"execute", "arguments", "id"}
 
@@ -102,10 +105,7 @@ def parse(line: bytes) -> Request:
     Raises:
         QmpError: not a command.
     """
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise QmpError(f"JSON parse error, {error}") from error
+    document = _load(line)
     if not isinstance(document, dict):
         raise QmpError("QMP input must be a JSON object")
     unexpected = sorted(set(document) - _KNOWN_MEMBERS)
@@ -124,12 +124,31 @@ def parse(line: bytes) -> Request:
 def request_id(line: bytes) -> tuple[Any, bool]:
     """The id of a line that `parse` refused, where it has one: (id, True), else (None, False)."""
     try:
-        document = json.loads(line)
-    except (ValueError, RecursionError):
+        document = _load(line)
+    except QmpError:
         return None, False
     if isinstance(document, dict) and "id" in document:
         return document["id"], True
     return None, False
+
+
+def _load(line: bytes) -> Any:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise QmpError(f"JSON parse error, {error}") from error
+    level = [document]
+    for _ in range(MAX_NESTING):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return document
+    raise QmpError(f"JSON parse error, nested more than {MAX_NESTING} deep")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def check(arguments: Mapping[str, Any], signature: Signature) -> None:

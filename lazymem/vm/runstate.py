@@ -50,6 +50,8 @@ class RunState:
         self._overlay: str | None = "inmigrate" if incoming else None
         self._listeners: list[Listener] = []
         self._lock = trio.Lock()
+        # Its own: stops that were abandoned (each waits for its page in a thread) must not use up everybody's threads.
+        self._stops = trio.CapacityLimiter(1)
 
     @property
     def status(self) -> str:
@@ -72,17 +74,28 @@ class RunState:
         for listener in list(self._listeners):
             listener(name, data or {})
 
-    async def stop(self, overlay: str | None = None) -> None:
-        """The guest stands when this returns; it may wait for a page. Cancelled: the guest stands a little later."""
+    async def stop(self, overlay: str | None = None) -> str:
+        """The guest stands when this returns; it may wait for a page. Returns the status before.
+
+        `overlay`: the status from then on, for a save. Cancelled: a save's stop is taken back, another one's takes
+        effect a little later.
+        """
         async with self._lock:
-            if self.status != "running":
+            before = self.status
+            if before != "running":
                 if overlay is not None:
                     self._overlay = overlay
-                return
-            # Abandoned on cancellation, since a quit must not wait for a page that never comes.
-            await trio.to_thread.run_sync(self.machine.stop, abandon_on_cancel=True)
+                return before
+            try:
+                # Abandoned on cancellation, since a quit must not wait for a page that never comes.
+                await trio.to_thread.run_sync(self.machine.stop, abandon_on_cancel=True, limiter=self._stops)
+            except trio.Cancelled:
+                if overlay is not None:
+                    self.machine.start()
+                raise
             self._overlay = overlay
             self.emit("STOP")
+            return before
 
     async def cont(self) -> None:
         """Let the guest run.
@@ -103,16 +116,12 @@ class RunState:
             self._start()
 
     async def resume_after_save(self) -> None:
-        """A save failed: the guest goes on where it was running before."""
+        """A save that stopped the guest failed: it goes on."""
         async with self._lock:
             if self.machine.run_state in ENDED:
                 self._overlay = None
-                return
-            if self.status == "running":
-                # Broken off before it stood; a stop that is still on its way is taken back.
-                self.machine.start()
-                return
-            self._start()
+            else:
+                self._start()
 
     def arrived(self, *, run: bool) -> None:
         """The state came in whole. `run`: let the guest go on, else it stands paused."""

@@ -69,6 +69,11 @@ def parse_uri(text: str) -> Uri:
     raise MonitorError(f"{text!r} is no place for a save stream: use file:PATH, tcp:HOST:PORT or unix:PATH")
 
 
+def _reason(error: OSError | ValueError) -> str:
+    """ValueError: a path with a NUL, a host name that cannot be one (UnicodeError), a text that is no path."""
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
 class Output(Protocol):
     """Where a stream goes. `commit` when it is whole, `abort` when not: exactly one of them, as the last call."""
 
@@ -91,8 +96,8 @@ async def open_output(uri: Uri) -> Output:
         if isinstance(uri, UnixUri):
             return StreamOutput(await trio.open_unix_socket(str(uri.path)))
         return StreamOutput(await trio.open_tcp_stream(uri.host, uri.port))
-    except OSError as error:
-        raise MonitorError(f"cannot save to {uri}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise MonitorError(f"cannot save to {uri}: {_reason(error)}") from error
 
 
 class FileOutput:
@@ -166,8 +171,8 @@ async def receive(uri: Uri, max_bytes: int, on_listening: Callable[[Address], No
         if isinstance(uri, FileUri):
             return await trio.to_thread.run_sync(_read_file, uri.path, max_bytes)
         listener = await _listen(uri)
-    except OSError as error:
-        raise MonitorError(f"cannot read the save stream from {uri}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise MonitorError(f"cannot read the save stream from {uri}: {_reason(error)}") from error
     try:
         on_listening(_address(listener, uri))
         stream = await listener.accept()

@@ -208,6 +208,12 @@ async def test_a_failed_save_lets_the_guest_go_on(tmp_path: Path, after_bytes: i
         ("file:/nowhere/at/all", "No such file"),
         ("unix:/nowhere/at/all", "No such file"),
         ("tcp:127.0.0.1:1", "cannot save to tcp"),
+        # Python has a ValueError for each of these, not an OSError.
+        ("file:/tmp/with\0nul", "embedded null byte"),
+        ("file:/tmp/half\ud800", "surrogates"),
+        ("unix:/tmp/half\ud800", "surrogates"),
+        ("tcp:two..dots:80", "label"),
+        (f"tcp:{'x' * 64}.example:80", "label"),
     ],
 )
 async def test_a_save_to_nowhere_fails(tmp_path: Path, uri: str, reason: str) -> None:
@@ -247,6 +253,73 @@ async def test_a_save_waits_for_a_page_and_can_be_cancelled(tmp_path: Path) -> N
         page.set()
         assert os.listdir(tmp_path) == ["qmp"]
         await client.ask("migrate_cancel")  # Nothing under way: nothing happens.
+
+
+async def test_a_bug_in_a_save_does_not_end_the_guest(tmp_path: Path) -> None:
+    machine = FakeMachine()
+    machine.devices[1].values = {}
+    async with serving(tmp_path, machine) as vm:
+        client = await vm.connect()
+        await client.ask("cont")
+        await client.ask("migrate", uri=f"file:{tmp_path}/vmstate")
+        info = await wait_migrated(client)
+        assert (info["status"], "a bug in lazymem-vm" in info["error-desc"]) == ("failed", True)
+        await client.event("RESUME")
+        assert (await client.ask("query-status"))["status"] == "running"
+        assert os.listdir(tmp_path) == ["qmp"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_guest_that_was_stopped_during_the_first_pass_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Whoever stopped it meant it: neither a failed save nor the saved state lets it run."""
+    machine = FakeMachine()
+    stopped = threading.Event()
+    ordinary = machine.blocks["vga.vram"]
+    read = ordinary.read
+
+    def read_when_stopped(offset: int, length: int) -> bytes:
+        assert stopped.wait(30)
+        return read(offset, length)
+
+    monkeypatch.setattr(ordinary, "read", read_when_stopped)
+    if fails:
+        machine.devices[1].values = {}
+    async with serving(tmp_path, machine) as vm:
+        client = await vm.connect()
+        await client.ask("cont")
+        await client.ask("migrate", uri=f"file:{tmp_path}/vmstate")
+        await client.ask("stop")
+        stopped.set()
+        info = await wait_migrated(client)
+        await trio.testing.wait_all_tasks_blocked()
+        status = (await client.ask("query-status"))["status"]
+        assert (info["status"], status) == (("failed", "paused") if fails else ("completed", "postmigrate"))
+        if not fails:
+            stream = read_stream(await trio.Path(tmp_path / "vmstate").read_bytes())
+            assert stream.device("globalstate").fields["runstate"] == b"paused".ljust(100, b"\0")
+
+
+async def test_saves_that_are_cancelled_over_and_over_use_nothing_up(tmp_path: Path) -> None:
+    """Each waited for the same page in a thread of its own, and trio has 40 of them."""
+    page = threading.Event()
+    machine = FakeMachine()
+    machine.on_stop = lambda: void(page.wait(30))
+    async with serving(tmp_path, machine) as vm:
+        client = await vm.connect()
+        await client.ask("cont")
+        for _ in range(50):
+            await client.ask("migrate", uri=f"file:{tmp_path}/vmstate")
+            while vm.migrations.progress is None or vm.migrations.progress.stopped is None:
+                await trio.lowlevel.checkpoint()
+            await trio.testing.wait_all_tasks_blocked()
+            await client.ask("migrate_cancel")
+            await client.event("MIGRATION", status="cancelled")
+        assert (await client.ask("query-status"))["status"] == "running"
+        with trio.fail_after(10):
+            await trio.to_thread.run_sync(void, None)
+        page.set()
 
 
 async def test_a_guest_that_ends_during_a_save_fails_it(tmp_path: Path) -> None:

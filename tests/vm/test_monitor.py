@@ -16,6 +16,7 @@ import trio.testing
 from qemu.qmp import EventListener, ExecuteError, QMPClient
 
 from lazymem.errors import MonitorError
+from lazymem.vm.migration import Migrations
 from lazymem.vm.monitor import MAX_CLIENTS, Monitor
 from lazymem.vm.qmp import MAX_COMMAND_BYTES
 from lazymem.vm.ram import MemFile
@@ -147,6 +148,24 @@ async def test_nonsense_is_answered_and_the_connection_lives(tmp_path: Path) -> 
         for nonsense in (b"hello\n", b"[]\n", b'{"execute": 5}\n', b"\xff\xfe\n", b"}\n"):
             await client.stream.send_all(nonsense)
             assert (await client.answer())["error"]["class"] == "GenericError"
+        assert (await client.ask("query-status"))["running"] is False
+
+
+@pytest.mark.parametrize("depth", [64, 900, 980, 990, 1000, 20_000])
+async def test_nesting_that_could_be_read_but_not_answered(tmp_path: Path, depth: int) -> None:
+    """An answer's id is the command's, and Python's reader goes a little deeper than its writer."""
+    async with serving(tmp_path) as vm:
+        client = await vm.connect()
+        await client.stream.send_all(b'{"execute": "query-status", "id": ' + b"[" * depth + b"]" * depth + b"}")
+        assert (await client.answer())["error"]["desc"].startswith("JSON parse error")
+        assert (await client.ask("query-status"))["running"] is False
+
+
+async def test_a_bug_in_a_command_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path) as vm:
+        client = await vm.connect()
+        monkeypatch.setattr(Migrations, "cancel", lambda _: 1 // 0)
+        assert "a bug in lazymem-vm: ZeroDivisionError" in (await client.refused("migrate_cancel"))[1]
         assert (await client.ask("query-status"))["running"] is False
 
 
