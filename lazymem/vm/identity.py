@@ -13,6 +13,7 @@ Caveat: a raw QEMU asks none of this.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -34,6 +35,11 @@ from lazymem.snapshot.manifest import (
 
 RUN_ATTRIBUTE = "user.lazymem.run"
 
+_NO_SUCH_ATTRIBUTE = frozenset(
+    {errno.ENODATA, errno.EOPNOTSUPP, errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM}
+)
+"""Not a lazymem mount, or a file that opening will say more about. A mount that is dead or broken is no such case."""
+
 
 @dataclass(frozen=True, slots=True)
 class MountRun:
@@ -52,8 +58,10 @@ def maybe_mount_run(ram: Path) -> MountRun | None:
     """
     try:
         raw = os.getxattr(ram, RUN_ATTRIBUTE)
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NO_SUCH_ATTRIBUTE:
+            return None
+        raise IdentityError(f"{ram}: cannot ask which RAM it is: {error.strerror}") from error
     try:
         told = json.loads(raw)
         return MountRun(str(told["identity"]), int(told["written_pages"]), told["template"] is True)
@@ -110,6 +118,10 @@ def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[
     """
     ram = ram.resolve()
     run = maybe_mount_run(ram)
+    if run is not None:
+        # What another mapper (a raw QEMU) has dirtied is in the kernel's cache only, and the mount knows nothing of it.
+        _write_out(ram)
+        run = maybe_mount_run(ram)
     if run is not None and run.written_pages:
         raise IdentityError(
             f"a guest has written {run.written_pages} pages of {ram} in this run, so the saved state is of other RAM: "
@@ -127,6 +139,17 @@ def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[
         _verify_all(ram, manifest, entry)
     for line in manifest.resume_notices:
         notice(line)
+
+
+def _write_out(ram: Path) -> None:
+    try:
+        fd = os.open(ram, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise IdentityError(f"{ram}: cannot see whether a guest has written to it: {error.strerror}") from error
 
 
 def _check_stream(manifest: Manifest, stream: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 from lazymem.cli.main import main as lazymem
 from lazymem.errors import IdentityError
 from lazymem.vm.guests import build_guest
+from lazymem.vm.identity import check_state_belongs
 from tests.support.mounts import Mounted, Server, Stage
 from tests.support.streamreader import read_stream
 from tests.support.vmprocess import WAIT_SECONDS, Process, Start, starting, wait_until
@@ -132,6 +134,20 @@ def test_ram_of_another_snapshot_is_refused(start: Start, mounts: Stage, saved: 
     refused = start("--pcram-file", f"{mount.ram_path},share=off", "-incoming", f"file:{tmp_path}/other")
     code, said = refused.end()
     assert (code, "not that of the snapshot" in said) == (IdentityError.exit_code, True), said
+
+
+def test_pages_that_are_dirty_in_the_kernel_only_count_as_written(mounts: Stage, saved: Path) -> None:
+    """A stock QEMU maps the file, and locks nothing: what it wrote is not at the mount before it is written back.
+
+    In this process, since the kernel writes back when a child closes its copies of our descriptors.
+    """
+    mount = mounts.mount(mounts.serve(saved).address, *QUIET)
+    stream = (saved / "vmstate").read_bytes()
+    check_state_belongs(mount.ram_path, "pc.ram", stream, pytest.fail)
+    with mount.ram_path.open("r+b") as file, mmap.mmap(file.fileno(), RAM_MIB << 20) as ram:
+        ram[5 << 12] ^= 1
+        with pytest.raises(IdentityError, match="has written 1 pages"):
+            check_state_belongs(mount.ram_path, "pc.ram", stream, pytest.fail)
 
 
 @contextlib.contextmanager

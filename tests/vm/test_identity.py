@@ -173,6 +173,17 @@ class TestOnAMount:
         with pytest.raises(LazymemError):
             check_may_share(ram_of(snapshot), "pc.ram")
 
+    @pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EIO])
+    def test_a_dead_mount_is_not_taken_for_none(
+        self, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        def dead(*_: object) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "getxattr", dead)
+        with pytest.raises(IdentityError, match="cannot ask which RAM it is"):
+            notices(snapshot)
+
 
 class TestAlone:
     def test_nothing_is_known_and_nothing_refused(self, tmp_path: Path) -> None:
