@@ -29,6 +29,8 @@ from lazymem.store.stats import StoreStatistics
 class _Reading:
     """A read that waits: `stale` are the pages that a write changed since it began."""
 
+    __slots__ = ("pages", "stale")
+
     def __init__(self, pages: PageRange) -> None:
         self.pages = pages
         self.stale: set[int] = set()
@@ -96,10 +98,13 @@ class GuestRam:
             return b""
         pages = covering(offset, length)
         self._reads += 1
-        data = self._maybe_read_nowait(pages)
-        if data is None:
+        planned = self._plan(pages)
+        if planned[0][0] is Place.MISSING and len(planned) == 1:
+            data = await self._read_missing(pages)
+        elif (found := self._maybe_read_nowait(planned)) is None:
             data = await self._read_waiting(pages)
         else:
+            data = found
             self._reads_at_hand += 1
         if len(data) == length:
             return data
@@ -157,14 +162,16 @@ class GuestRam:
         written = self._state.written.states(pages) if self._state else bytes(pages.count)
         return plan(pages, self._pristine.states(pages), written)
 
-    def _maybe_read_nowait(self, pages: PageRange) -> bytes | None:
+    def _maybe_read_nowait(self, planned: list[tuple[Place, PageRange]]) -> bytes | None:
+        if len(planned) == 1:
+            return self._maybe_piece_nowait(*planned[0])
         pieces = []
-        for place, run in self._plan(pages):
+        for place, run in planned:
             piece = self._maybe_piece_nowait(place, run)
             if piece is None:
                 return None
             pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return b"".join(pieces)
 
     def _maybe_piece_nowait(self, place: Place, run: PageRange) -> bytes | None:
         if place is Place.CACHED:
@@ -175,20 +182,35 @@ class GuestRam:
             return self._state.ram.maybe_read_nowait(run.offset_bytes, run.length_bytes)
         return None
 
+    async def _read_missing(self, pages: PageRange) -> bytes:
+        """`pages`, none of which is here: the answer of one demand, as it is. The commonest fault, and the barest."""
+        reading = _Reading(pages)
+        self._readings.add(reading)
+        try:
+            self._demanded_pages += pages.count
+            data = _joined(await self._demand_exactly(pages))
+            return await self._refreshed(reading, bytearray(data)) if reading.stale else data
+        finally:
+            self._readings.discard(reading)
+
     async def _read_waiting(self, pages: PageRange) -> bytes:
         reading = _Reading(pages)
         self._readings.add(reading)
         try:
             buffer = bytearray(pages.length_bytes)
             await self._gather(pages, buffer, pages)
-            while reading.stale:
-                again = runs(reading.stale)
-                reading.stale.clear()
-                for run in again:
-                    await self._gather(run, buffer, pages)
-            return bytes(buffer)
+            return await self._refreshed(reading, buffer)
         finally:
             self._readings.discard(reading)
+
+    async def _refreshed(self, reading: _Reading, buffer: bytearray) -> bytes:
+        """`buffer`, which holds `reading.pages`, with the pages in it read again that writes have changed."""
+        while reading.stale:
+            again = runs(reading.stale)
+            reading.stale.clear()
+            for run in again:
+                await self._gather(run, buffer, reading.pages)
+        return bytes(buffer)
 
     async def _gather(self, wanted: PageRange, buffer: bytearray, whole: PageRange) -> None:
         """Put the bytes of `wanted` at their places in `buffer`, which holds `whole`."""
@@ -271,10 +293,16 @@ class GuestRam:
 
     async def _read_page(self, page: int) -> bytes:
         pages = PageRange(page, 1)
-        data = self._maybe_read_nowait(pages)
+        data = self._maybe_read_nowait(self._plan(pages))
         return data if data is not None else await self._read_waiting(pages)
 
     def _mark_stale(self, pages: PageRange) -> None:
         for reading in self._readings:
             overlap = range(max(pages.start, reading.pages.start), min(pages.end, reading.pages.end))
             reading.stale.update(overlap)
+
+
+def _joined(found: list[PageRun]) -> bytes:
+    if len(found) == 1 and isinstance(found[0].data, bytes):
+        return found[0].data
+    return b"".join([run.data if run.data is not None else bytes(run.pages.length_bytes) for run in found])

@@ -20,16 +20,17 @@ class Place(enum.IntEnum):
 
 
 # A state in a cache's map that no store of ours wrote is not believed: the page is missing.
+_PLACES = tuple(Place)
 _HELD_PLACES = bytes({SET: Place.CACHED, SET_ZERO: Place.ZERO}.get(state, Place.MISSING) for state in range(256))
 
 
 def plan(pages: PageRange, held: bytes, written: bytes) -> list[tuple[Place, PageRange]]:
     """Consecutive runs that cover `pages`, from the two maps' states of them (one byte a page)."""
     places = held.translate(_HELD_PLACES)
-    if any(written):
+    if written.count(0) != len(written):
         places = bytes(Place.WRITTEN if was else place for place, was in zip(places, written, strict=True))
     if places.count(places[0]) == len(places):
-        return [(Place(places[0]), pages)]
+        return [(_PLACES[places[0]], pages)]
     found = []
     start = pages.start
     for place, group in itertools.groupby(places):
