@@ -31,6 +31,10 @@ _POLL_SECONDS = 0.002
 _OVER = frozenset({"completed", "failed", "cancelled"})
 
 
+class SaveRefusedError(MonitorError):
+    """The emulator did not even begin: the guest is as it was."""
+
+
 class StreamReceiver:
     """Listens on a fresh unix socket and writes what one emulator sends to a file; removes the socket at the end."""
 
@@ -140,11 +144,15 @@ def save_device_state(qmp: QmpClient, monitor: Path, target: Path, timeout_secon
     """Writes the save stream to `target`; the guest stands afterwards. Call within `ram_left_out`.
 
     Raises:
-        MonitorError: the emulator could not save, with its reason; the guest may stand, see `let_go_on`.
+        SaveRefusedError: the emulator did not begin, with its reason.
+        MonitorError: it could not save, with its reason; the guest may stand, see `let_go_on`.
         OSError: the stream could not be written.
     """
     with StreamReceiver(target, monitor, qmp.peer_uid) as receiver:
-        qmp.command("migrate", uri=f"unix:{receiver.path}")
+        try:
+            qmp.command("migrate", uri=f"unix:{receiver.path}")
+        except CommandError as error:
+            raise SaveRefusedError(str(error)) from error
         status = wait_migration_over(qmp, timeout_seconds)
         if status.get("status") != "completed":
             # Our side failing (a full disk) is the cause behind the emulator's broken pipe.

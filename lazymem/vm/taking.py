@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
 from lazymem.vm.identity import RUN_ATTRIBUTE
 from lazymem.vm.qmpclient import CommandError, QmpClient
-from lazymem.vm.savestate import abandon, let_go_on, ram_left_out, save_device_state
+from lazymem.vm.savestate import SaveRefusedError, abandon, let_go_on, ram_left_out, save_device_state
 
 _EXIT_SECONDS = 60.0
 _PREREAD_BYTES = 4 << 20
@@ -90,9 +89,7 @@ def take_snapshot(options: Options, reporter: Reporter) -> Result:
     started = time.monotonic()
     with PendingSnapshot(options.target) as pending, QmpClient(options.monitor) as qmp:
         guest = _look(qmp, options)
-        with _goes_on_when_we_fail(qmp, guest):
-            taking = _Taking(options, reporter, qmp, guest, pending)
-            way, pause = taking.run()
+        way, pause = _Taking(options, reporter, qmp, guest, pending).run()
     folder = Path(os.path.abspath(options.target))
     return Result(
         directory=str(folder),
@@ -137,20 +134,6 @@ def on_lazymem_mount(path: Path) -> bool:
     return True
 
 
-@contextmanager
-def _goes_on_when_we_fail(qmp: QmpClient, guest: _Guest) -> Iterator[None]:
-    """A guest that ran runs again after any failure or interrupt within."""
-    try:
-        yield
-    except BaseException:
-        # Not only errors of ours: an interrupt, too, must not leave a guest standing. It may also have ended already.
-        with suppress(MonitorError):
-            abandon(qmp)
-            if guest.was_running:
-                let_go_on(qmp)
-        raise
-
-
 class _Taking:
     """One snapshot on its way: the steps, in order, over what they share."""
 
@@ -163,8 +146,24 @@ class _Taking:
         self._guest = guest
         self._pending = pending
         self._ram_id = new_ram_id()
+        self._begun = False
+        self._times: dict[str, float] = {}
 
     def run(self) -> tuple[str, float | None]:
+        """As `_run`; a guest that ran runs again after any failure or interrupt within."""
+        try:
+            return self._run()
+        except BaseException:
+            # Not only errors of ours: an interrupt, too, must not leave a guest standing. It may also have ended
+            # already. A guest that stands because of somebody else (another snapshot) is left alone.
+            if self._begun:
+                with suppress(MonitorError):
+                    abandon(self._qmp)
+                    if self._guest.was_running:
+                        let_go_on(self._qmp)
+            raise
+
+    def _run(self) -> tuple[str, float | None]:
         """Returns how the RAM file was taken, and the guest's pause in seconds when it runs on."""
         ram = self._guest.ram
         moving = self._may_move()
@@ -173,12 +172,12 @@ class _Taking:
             self._warm_up(source, moving)
             with ram_left_out(self._qmp):
                 self._reporter.phase("saving device state")
-                self._qmp.take_events()
-                save_device_state(self._qmp, self._options.monitor, self._pending.vmstate)
+                self._save()
                 if moving:
                     os.fsync(source)
                     return self._end_moving(), None
                 copied = self._copy(source)
+                self._check_it_stood()
                 pause = self._resume() if self._options.resume else None
         finally:
             os.close(source)
@@ -187,6 +186,26 @@ class _Taking:
         if not self._options.resume:
             self._quit()
         return copied.way, pause
+
+    def _save(self) -> None:
+        self._qmp.take_events()
+        self._begun = True
+        try:
+            save_device_state(self._qmp, self._options.monitor, self._pending.vmstate)
+        except SaveRefusedError:
+            self._begun = False
+            raise
+
+    def _check_it_stood(self) -> None:
+        """RAM that changed behind the device state would be a snapshot of no guest, and no digest would tell.
+
+        Raises:
+            MonitorError: somebody else let the guest run since the save (another monitor, another snapshot command).
+        """
+        status = self._qmp.command("query-status")["status"]
+        self._times |= {event.name: event.seconds for event in self._qmp.take_events()}
+        if status == "running" or "RESUME" in self._times:
+            raise MonitorError("somebody let the guest go on while its RAM was being saved; try again")
 
     def _may_move(self) -> bool:
         """A move needs to see the emulator end, since nothing may map a snapshot's file."""
@@ -228,8 +247,8 @@ class _Taking:
             return None
         let_go_on(self._qmp)
         self._qmp.command("query-status")
-        times = {event.name: event.seconds for event in self._qmp.take_events() if event.name in ("STOP", "RESUME")}
-        return times["RESUME"] - times["STOP"] if len(times) == 2 else None
+        times = self._times | {event.name: event.seconds for event in self._qmp.take_events()}
+        return times["RESUME"] - times["STOP"] if {"RESUME", "STOP"} <= set(times) else None
 
     def _seal(self, ram: Path, pause: float | None) -> None:
         size = self._guest.ram.size_bytes
@@ -255,6 +274,7 @@ class _Taking:
         """The guest ends here, so its RAM file becomes the snapshot's. All that can fail comes before it ends."""
         ram = self._guest.ram.path
         self._seal(ram, None)
+        self._check_it_stood()
         pid = self._qmp.peer_pid
         process = os.pidfd_open(pid) if pid else None
         self._pending.keep()

@@ -117,6 +117,29 @@ def test_an_emulator_that_does_not_end_is_copied_from(
         assert fake.ram.exists()
 
 
+@pytest.mark.parametrize("options", [["--resume"], []])
+@pytest.mark.parametrize("how", ["briefly", "for good"])
+def test_a_guest_that_somebody_else_let_go_on_is_no_snapshot(
+    behaviour: Behaviour, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], how: str
+) -> None:
+    """Its RAM would be newer than its device state, and every digest right."""
+    with fake_emulator(replace(behaviour, resumed_by_another=how), tmp_path) as fake:
+        assert run(fake, tmp_path / "snap", *options) == MonitorError.exit_code
+        assert "somebody let the guest go on" in capsys.readouterr().err
+        assert fake.runs()
+        assert "quit" not in fake.commands
+    assert not leftovers(tmp_path)
+
+
+def test_a_save_of_somebody_else_is_left_alone(behaviour: Behaviour, tmp_path: Path) -> None:
+    """The emulator refuses ours since another one began in the meantime: that one is not ours to cancel."""
+    refuses = replace(behaviour, errors={"migrate": "There's a migration process in progress"})
+    with fake_emulator(refuses, tmp_path) as fake:
+        assert run(fake, tmp_path / "snap", "--resume") == MonitorError.exit_code
+        assert not {"migrate_cancel", "cont"} & set(fake.commands)
+    assert not leftovers(tmp_path)
+
+
 def test_a_paused_guest_stays_paused(behaviour: Behaviour, tmp_path: Path) -> None:
     with fake_emulator(replace(behaviour, status="paused"), tmp_path) as fake:
         assert run(fake, tmp_path / "snap", "--resume") == 0

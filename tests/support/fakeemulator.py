@@ -28,7 +28,11 @@ VMSTATE = b"QEVM fake device state" * 1000
 class Behaviour:
     """`fail_at`: the number (from 1, after the greeting's) of the command that is answered by an error; 0 for none.
 
-    `answers`: command name to the result that it gives instead of the usual one. `stall`: migrate never ends.
+    `answers`: command name to the result that it gives instead of the usual one; `errors`: to an error's text (migrate:
+    another one is under way then).
+    `stall`: migrate never ends.
+    `resumed_by_another`: as soon as the save is over, somebody else lets the guest go on (and, with "briefly", stops it
+    again).
     """
 
     qmp: str
@@ -37,7 +41,9 @@ class Behaviour:
     fail_at: int = 0
     stall: bool = False
     status: str = "running"
+    resumed_by_another: str = ""
     answers: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
     properties: dict[str, Any] = field(default_factory=dict)
 
 
@@ -129,7 +135,11 @@ class _Monitor:
                 continue
             print(name, flush=True)
             self.count += 1
-            if self.count == self.behaviour.fail_at:
+            if name in self.behaviour.errors:
+                answer = {"error": {"class": "GenericError", "desc": self.behaviour.errors[name]}}
+                if name == "migrate":
+                    self.migration = {"status": "active"}
+            elif self.count == self.behaviour.fail_at:
                 answer = {"error": {"class": "GenericError", "desc": f"told to fail at {name}"}}
             else:
                 answer = self.answer(name, arguments)
@@ -169,6 +179,12 @@ class _Monitor:
         return {"value": {"qemu": {"major": 9, "minor": 1, "micro": 2}, "package": ""}}
 
     def on_query_migrate(self, _: dict[str, Any]) -> dict[str, Any]:
+        if self.behaviour.resumed_by_another and self.migration.get("status") == "completed":
+            self.on_cont({})
+            if self.behaviour.resumed_by_another == "briefly":
+                with self.lock:
+                    self.status = "paused"
+                self.event("STOP")
         return {"value": self.migration}
 
     def on_query_migrate_capabilities(self, _: dict[str, Any]) -> dict[str, Any]:
