@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lazymem.digests import DIGEST_BYTES, ZERO_PAGE_DIGEST
 from lazymem.errors import StoreError
-from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, is_zero, runs
+from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagemap import SET, SET_ZERO, UNSET, PageMap
@@ -94,15 +95,14 @@ class PristinePages:
         pieces: list[tuple[int, bytes | memoryview]] = []
         marks: list[tuple[PageRange, int]] = []
         for run in fetched.runs:
-            for part, data in _split_zeros(run):
+            for part, data in _split_zeros(run, self._verifier.digests_of(run.pages)):
                 marks.append((part, SET if data is not None else SET_ZERO))
                 if data is not None:
                     pieces.append((part.offset_bytes, data))
         self._verifier.store(fetched)
         if pieces:
             await self._cache.pages.write_many(pieces)
-        for part, state in marks:
-            self._cache.held.set(part, state)
+        self._cache.held.set_many(marks)
 
     def maybe_read_nowait(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
@@ -139,16 +139,20 @@ class PristinePages:
         self._cache.close()
 
 
-def _split_zeros(run: PageRun) -> Iterator[tuple[PageRange, memoryview | None]]:
-    """`run` as parts that are all zero (None) and parts that are not: zero pages stay holes of the file."""
-    if run.data is None:
-        yield run.pages, None
+def _split_zeros(run: PageRun, digests: bytes) -> Iterator[tuple[PageRange, bytes | memoryview | None]]:
+    """An accepted `run` as parts that are all zero (None) and parts that are not: zero pages stay holes of the file.
+
+    `digests`: 16 bytes a page, as the pages were verified against; they tell without a look at the bytes.
+    """
+    if run.data is None or ZERO_PAGE_DIGEST not in digests:
+        yield run.pages, run.data
         return
     view = memoryview(run.data)
-    start, zero = 0, is_zero(view[:PAGE_SIZE])
+    zeros = [digests[at : at + DIGEST_BYTES] == ZERO_PAGE_DIGEST for at in range(0, len(digests), DIGEST_BYTES)]
+    start, zero = 0, zeros[0]
     for index in range(1, run.pages.count + 1):
         last = index == run.pages.count
-        now = zero if last else is_zero(view[index * PAGE_SIZE : (index + 1) * PAGE_SIZE])
+        now = zero if last else zeros[index]
         if last or now != zero:
             part = PageRange(run.pages.start + start, index - start)
             yield part, None if zero else view[start * PAGE_SIZE : index * PAGE_SIZE]
