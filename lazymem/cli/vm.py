@@ -1,7 +1,7 @@
 """lazymem-vm: puts RAM blocks, machine, monitor and migration together, and ends with the right exit code.
 
 Threads: trio's (this one) has the monitor and the signals, the vCPU has its own (vm/machine.py); what may wait for a
-page of a mount, or for a disk, is done in others.
+page of a mount, or for a disk, is done in others. None of them can keep the process from ending.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NoReturn
 
@@ -29,6 +30,10 @@ from lazymem.vm.transport import Uri
 
 _CLOSE_SECONDS = 2.0
 """For the vCPU to stand at the end: a slice takes 10 ms. One that waits for a page is left waiting."""
+
+_LEAVE_SECONDS = 5.0
+"""For a save or a load to let go at the end. One that waits for a file (a pipe, a mount whose server is away) is left
+waiting; a save's file gets its time to reach the disk."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,6 +98,7 @@ class _Vm:
         self._options = options
         self._exit_code: int | None = None
         self._over = trio.Event()
+        self._let_go = threading.Event()
         with contextlib.ExitStack() as undo:
             self._blocks = undo.enter_context(_open_blocks(options))
             self._serial = _open_serial(options.serial, undo)
@@ -114,6 +120,7 @@ class _Vm:
                 await self._serve(nursery, signals, monitor)
                 nursery.cancel_scope.cancel()
         finally:
+            self._let_go.set()
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._close)
         assert self._exit_code is not None
@@ -173,6 +180,13 @@ class _Vm:
             self._exit_code = exit_code
             self._runstate.emit("SHUTDOWN", event)
             self._over.set()
+            threading.Thread(target=self._leave_in_time, args=(exit_code,), name="leave", daemon=True).start()
+
+    def _leave_in_time(self, exit_code: int) -> None:
+        if not self._let_go.wait(_LEAVE_SECONDS):
+            self._serial.close()
+            say("left a save or a load that still waited for a file")
+            self._leave(exit_code)
 
     def _close(self) -> None:
         """The guest stands, its RAM files are synced, and everything is given back."""

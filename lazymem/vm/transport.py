@@ -177,9 +177,10 @@ async def receive(uri: Uri, max_bytes: int, on_listening: Callable[[Address], No
         on_listening(_address(listener, uri))
         stream = await listener.accept()
     finally:
-        await listener.aclose()
+        # First, since closing is a checkpoint: a cancellation would leave the socket there.
         if isinstance(uri, UnixUri):
             uri.path.unlink(missing_ok=True)
+        await listener.aclose()
     async with stream:
         return await _read_all(stream, max_bytes)
 

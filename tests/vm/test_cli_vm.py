@@ -162,6 +162,26 @@ class TestStartAndEnd:
         assert ram.read_bytes().strip(b"\0")
         assert ram.stat().st_size == RAM_MIB << 20
 
+    def test_a_signal_ends_it_while_its_state_does_not_come(self, start: Start, tmp_path: Path) -> None:
+        """As of a file on a mount whose server is away."""
+        os.mkfifo(tmp_path / "state")
+        guest = start("-incoming", f"file:{tmp_path}/state")
+        with guest.qmp() as qmp:
+            assert qmp.command("query-status")["status"] == "inmigrate"
+        guest.process.send_signal(signal.SIGTERM)
+        code, said = guest.end()
+        assert (code, "still waited for a file" in said) == (143, True), said
+        assert not guest.monitor.exists()
+
+    def test_quit_ends_it_while_its_state_goes_nowhere(self, start: Start, heartbeat: Path, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "state")
+        guest = start("-kernel", heartbeat)
+        with guest.qmp() as qmp:
+            qmp.command("migrate", uri=f"file:{tmp_path}/state")
+            assert qmp.command("query-migrate")["status"] == "setup"
+            qmp.command("quit")
+        assert guest.end()[0] == 0
+
     def test_the_terminal_shows_the_guest_and_ctrl_c_ends_it(self, heartbeat: Path) -> None:
         command = [sys.executable, "-m", "lazymem.cli.vm", "-m", "16", "-kernel", str(heartbeat), "-serial", "stdio"]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:

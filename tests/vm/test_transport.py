@@ -192,3 +192,10 @@ async def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
         await listen_unix(tmp_path / "s")
     assert await trio.Path(tmp_path / "s").read_bytes() == b"a file"
     assert os.listdir(tmp_path) == ["s"]
+
+
+async def test_a_cancelled_wait_for_a_peer_leaves_no_socket(tmp_path: Path) -> None:
+    with trio.CancelScope() as scope:
+        await receive(UnixUri(tmp_path / "state"), 100, lambda _: scope.cancel())
+    assert scope.cancelled_caught
+    assert os.listdir(tmp_path) == []
