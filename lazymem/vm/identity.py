@@ -12,7 +12,6 @@ Caveat: a raw QEMU asks none of this.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -90,7 +89,8 @@ def check_may_share(ram: Path, block: str) -> None:
     """Whether a guest may write to `ram` (share=on). Asked before the file is opened.
 
     Raises:
-        RamFileError: it is a snapshot's own, or a template.
+        RamFileError: it is a snapshot's own (or nobody can say, since the manifest beside it cannot be read), or a
+            template.
     """
     ram = ram.resolve()
     run = maybe_mount_run(ram)
@@ -98,9 +98,13 @@ def check_may_share(ram: Path, block: str) -> None:
         if run.template:
             raise RamFileError(f"{ram} is a template for many guests: use share=off")
         return
-    with contextlib.suppress(SnapshotError):
+    try:
         if maybe_manifest(ram, block) is None:
             return
+    except SnapshotError as error:
+        if isinstance(error.__cause__, OSError):
+            raise RamFileError(f"{ram} may be a snapshot's own {block}, which cannot be found out: {error}") from error
+        # A broken manifest protects too.
     raise RamFileError(
         f"{ram} is a snapshot's own {block}, and a guest with share=on would destroy the snapshot: "
         "use share=off, a lazymem-mount of it, or a copy of the file elsewhere"

@@ -49,10 +49,10 @@ class MachineConfig:
     epoch_seconds: int | None = None
 
     def __post_init__(self) -> None:
-        if self.ram_bytes < memorymap.MIN_RAM_BYTES or self.ram_bytes % PAGE_SIZE:
+        if not memorymap.MIN_RAM_BYTES <= self.ram_bytes <= memorymap.MAX_RAM_BYTES or self.ram_bytes % PAGE_SIZE:
             raise UsageError(
                 f"RAM of {self.ram_bytes} bytes: it must be a multiple of {PAGE_SIZE}, at least "
-                f"{memorymap.MIN_RAM_BYTES}"
+                f"{memorymap.MIN_RAM_BYTES} and at most {memorymap.MAX_RAM_BYTES}"
             )
 
 

@@ -19,6 +19,9 @@ LOW_RAM_LIMIT = 3 << 30
 HIGH_RAM = 1 << 32
 MIN_RAM_BYTES = 2 * MIB
 """Below it there is no room for a kernel at 1 MiB."""
+MAX_RAM_BYTES = (1 << 40) - (HIGH_RAM - LOW_RAM_LIMIT)
+"""What a CPU with 40 physical address bits reaches, as QEMU's pc has them by default. Mapping it costs the engine time
+for each page, half a minute for this much."""
 
 
 class Memory(Protocol):

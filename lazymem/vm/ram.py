@@ -85,8 +85,7 @@ class RamBlock:
             self.address = host
             return
         if mem_file is None:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-            self._map = mmap.mmap(-1, size, flags=flags)
+            self._map = _map_memory(name, size)
         else:
             self._fd = _open(mem_file, size)
             try:
@@ -306,6 +305,13 @@ def _lock(fd: int, mem_file: MemFile) -> None:
             f"{mem_file.path} for RAM block {mem_file.block} is in use by another guest: "
             "one guest with share=on, or many with share=off"
         ) from error
+
+
+def _map_memory(name: str, size: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except OSError as error:
+        raise EnvironmentRefusedError(f"cannot map {size} bytes for RAM block {name}: {error.strerror}") from error
 
 
 def _map_file(fd: int, mem_file: MemFile, size: int) -> mmap.mmap:

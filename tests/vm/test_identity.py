@@ -116,6 +116,13 @@ class TestSnapshotsOwnFolder:
         with pytest.raises(SnapshotError, match="not JSON"):
             notices(snapshot)
 
+    def test_a_manifest_that_cannot_be_read_is_said_to_be_that(self, snapshot: BuiltSnapshot) -> None:
+        """Not that the file is a snapshot's, which nobody could see."""
+        (snapshot.folder / "manifest.json").unlink()
+        (snapshot.folder / "manifest.json").symlink_to("manifest.json")
+        with pytest.raises(RamFileError, match="cannot be found out: cannot read .*manifest.json"):
+            check_may_share(ram_of(snapshot), "pc.ram")
+
     def test_uncovered_disks_are_said_on_each_resume(self, snapshot: BuiltSnapshot) -> None:
         assert snapshot.manifest is not None
         manifest = replace(snapshot.manifest, disks_handled=True)

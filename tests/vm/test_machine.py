@@ -448,7 +448,7 @@ _start:
         assert ram.read((3 << 30) - 8, 1) == b"\x5b"
 
 
-@pytest.mark.parametrize("size", [0, 4096, 2 * MIB + 1, 2 * MIB - 4096])
+@pytest.mark.parametrize("size", [0, 4096, 2 * MIB + 1, 2 * MIB - 4096, 1 << 40, 60 << 40, 10**30])
 def test_ram_of_a_senseless_size_is_refused(size: int) -> None:
     with pytest.raises(UsageError, match=f"RAM of {size} bytes"):
         MachineConfig(size)

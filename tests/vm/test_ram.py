@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import os
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lazymem.errors import BusyError, RamFileError
+from lazymem.errors import BusyError, EnvironmentRefusedError, RamFileError
 from lazymem.vm.ram import MemFile, RamBlock, RamBlocks
 
 SIZE = 16 * 4096
@@ -61,6 +63,17 @@ def test_outside_of_the_block_is_refused(offset: int, length: int, file: Path) -
 def test_a_size_that_is_no_pages_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="multiple"):
         RamBlock("a", size)
+
+
+def test_memory_that_the_host_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", fails)
+    with pytest.raises(
+        EnvironmentRefusedError, match=r"cannot map 8192 bytes for RAM block vga\.vram: Cannot allocate"
+    ):
+        RamBlocks([("vga.vram", 8192)])
 
 
 def test_a_shared_file_has_one_guest(file: Path) -> None:
