@@ -120,7 +120,7 @@ class TestSnapshotsOwnFolder:
         """Not that the file is a snapshot's, which nobody could see."""
         (snapshot.folder / "manifest.json").unlink()
         (snapshot.folder / "manifest.json").symlink_to("manifest.json")
-        with pytest.raises(RamFileError, match="cannot be found out: cannot read .*manifest.json"):
+        with pytest.raises(RamFileError, match=r"cannot be found out: cannot read .*manifest\.json"):
             check_may_share(ram_of(snapshot), "pc.ram")
 
     def test_uncovered_disks_are_said_on_each_resume(self, snapshot: BuiltSnapshot) -> None:
