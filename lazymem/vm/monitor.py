@@ -34,8 +34,9 @@ from lazymem.vm.transport import listen_unix
 MAX_CLIENTS = 16
 """A management tool, a person or two, and tests; each costs a task and a buffer."""
 
-_MAX_QUEUED_LINES = 1024
-"""Events wait here for a client that does not read; one that lets so many pile up is cut off."""
+_MAX_QUEUED_BYTES = 1 << 20
+"""Answers and events wait here for a client that does not read (ours are under 4 KiB, but an answer repeats the
+command's id); one that lets so many pile up is cut off."""
 
 _READ_BYTES = 4096
 
@@ -110,11 +111,12 @@ class _Session:
         self._stream = stream
         self._commands = commands
         self._negotiated = False
-        self._lines: deque[bytes] = deque([greeting(version())])
+        self._lines: deque[bytes] = deque()
+        self._queued_bytes = 0
         self._ready = trio.Event()
-        self._ready.set()
         self._scope = trio.CancelScope()
         self._closing = False
+        self._put(greeting(version()))
 
     def on_event(self, name: str, data: Mapping[str, Any]) -> None:
         if self._negotiated:
@@ -134,16 +136,19 @@ class _Session:
         self._ready.set()
 
     def _put(self, line: bytes) -> None:
-        if len(self._lines) >= _MAX_QUEUED_LINES:
+        if self._queued_bytes + len(line) > _MAX_QUEUED_BYTES:
             self._scope.cancel()
             return
         self._lines.append(line)
+        self._queued_bytes += len(line)
         self._ready.set()
 
     async def _write(self) -> None:
         while True:
             while self._lines:
-                await self._stream.send_all(self._lines.popleft())
+                line = self._lines.popleft()
+                self._queued_bytes -= len(line)
+                await self._stream.send_all(line)
             if self._closing:
                 self._scope.cancel()
                 return

@@ -203,6 +203,22 @@ async def test_a_client_that_reads_no_events_is_cut_off(tmp_path: Path) -> None:
             await deaf.event("NEVER")
 
 
+async def test_a_client_that_reads_no_answers_is_cut_off(tmp_path: Path) -> None:
+    """An answer repeats its command's id, which may be 64 KiB; the answers that wait are bounded in bytes."""
+    async with serving(tmp_path) as vm:
+        deaf = await vm.connect()
+        command = b'{"execute": "query-status", "id": "' + b"x" * 60_000 + b'"}'
+
+        async def send_on() -> None:
+            for _ in range(100):
+                await deaf.stream.send_all(command)
+                await trio.testing.wait_all_tasks_blocked()
+
+        with trio.fail_after(30), pytest.raises(trio.BrokenResourceError):
+            await send_on()
+        assert (await (await vm.connect()).ask("query-status"))["running"] is False
+
+
 async def test_a_live_monitors_socket_is_not_taken(tmp_path: Path) -> None:
     async with serving(tmp_path) as vm:
         with pytest.raises(MonitorError, match=r"cannot listen for the monitor on .*in use"):

@@ -223,6 +223,22 @@ def test_a_device_twice_is_refused() -> None:
         load(twice, SHAPE)
 
 
+@pytest.mark.parametrize("name", [b"\x1b[2J\x1b[1m", b"serial\n", b"\xe2\x80\xae", b"a\0b", b"\xff", b""])
+def test_an_error_cannot_move_the_terminals_cursor(name: bytes) -> None:
+    stream = good_stream()
+    at = stream.index(b"\x06serial") + 1
+    with pytest.raises(SaveStreamError, match=r"section of a device .* a name ") as refused:
+        load(stream[: at - 1] + bytes([len(name)]) + name + stream[at + 6 :], SHAPE)
+    assert str(refused.value).isprintable()
+
+
+def test_an_error_is_short_however_long_a_name_is() -> None:
+    stream = good_stream()
+    long = stream[:9] + struct.pack(">I", 10 << 20) + b"x" * (10 << 20)
+    with pytest.raises(SaveStreamError, match=r"section configuration.*a name of 10485760 bytes"):
+        load(long, SHAPE)
+
+
 def test_a_page_record_with_unknown_flags_is_refused() -> None:
     word = struct.pack(">Q", RamFlag.PAGE | RamFlag.CONTINUE | PAGE_SIZE * 2)
     stream = good_stream()

@@ -30,16 +30,19 @@ class Cursor:
 
     def name(self) -> str:
         """A name with its length byte."""
-        length = self.number(1)
-        if not 0 < length <= MAX_NAME_BYTES:
-            raise self.refuse(f"a name of {length} bytes")
-        return self.text(length)
+        return self.text(self.number(1))
 
     def text(self, length: int) -> str:
+        """A name of so many bytes. Names stand in errors' texts: none is long, or moves a terminal's cursor."""
+        if not 0 < length <= MAX_NAME_BYTES:
+            raise self.refuse(f"a name of {length} bytes")
         try:
-            return str(self.take(length), "utf-8")
+            found = str(self.take(length), "utf-8")
         except UnicodeDecodeError as error:
             raise self.refuse("a name is not text") from error
+        if not found.isprintable():
+            raise self.refuse(f"a name is not text: {found!r}")
+        return found
 
     def expect(self, size_bytes: int, value: int, what: str) -> None:
         """The next integer has to be `value`."""
