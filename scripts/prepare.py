@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "lazymem-setup-stamp"
 GUEST_PARTS = ROOT / ".cache" / "linux-guest"
+SOURCES = (ROOT / "lazymem", ROOT / "server" / "lazymem_server")
 PYTHON_PACKAGE = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 
 
@@ -89,6 +90,7 @@ def main() -> None:
     install_missing()
     provide_guest_parts()
     make_environment()
+    compile_sources(SOURCES)
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         say(
             "WARNING: /dev/fuse is missing or closed to this user, so nothing can be mounted "
@@ -254,6 +256,17 @@ def make_environment() -> None:
         fail("pip could not install lazymem (its reason is above)")
     STAMP.write_text(stamp)
     say("done")
+
+
+def compile_sources(folders: tuple[Path, ...]) -> None:
+    """Byte code beside the sources, where it is missing or old (nothing else does that for an editable install).
+
+    Python itself keeps it only where it may: not in a checkout of root's that a user runs, nor where
+    PYTHONDONTWRITEBYTECODE is set, as in many containers. Then a third of each command's start would be compiling.
+    """
+    command = [str(VENV / "bin" / "python"), "-m", "compileall", "-q", *map(str, folders)]
+    # Where it may not be written it is not: that costs time, and nothing else.
+    subprocess.run(command, capture_output=True, check=False)
 
 
 def environment_works() -> bool:

@@ -129,6 +129,17 @@ def test_the_stamp_changes_with_what_is_installed(prepare: ModuleType, tmp_path:
     assert prepare.stamp_text() != first
 
 
+def test_byte_code_is_kept_even_where_python_would_not(
+    prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    (tmp_path / "module.py").write_text("x = 1\n")
+    (tmp_path / "broken.py").write_text("x = \n")
+    prepare.compile_sources((tmp_path, tmp_path / "missing"))
+    assert [path.name.partition(".")[0] for path in (tmp_path / "__pycache__").iterdir()] == ["module"]
+
+
 def test_an_old_python_gets_one_clear_line(tmp_path: Path) -> None:
     """scripts/setup with a python3 that is too old, and no other in sight."""
     old = tmp_path / "python3"
