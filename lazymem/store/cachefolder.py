@@ -18,6 +18,7 @@ from pathlib import Path
 from lazymem.errors import StoreError
 from lazymem.store import folders
 from lazymem.store.digestfile import DigestFile
+from lazymem.store.fulldisk import is_full
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import PageMap
@@ -65,6 +66,8 @@ def open_cache(cache: Path, origin: RamOrigin) -> CacheFolder:
         try:
             return _open(path, origin)
         except StoreError as error:
+            if is_full(error):
+                raise  # nothing is wrong with the folder, and another one would not fit either
             _set_aside(path, error)
     raise StoreError(f"the cache {path} does not become usable: remove it")
 

@@ -6,17 +6,21 @@ waiting read is therefore known here, and each write that ends marks its pages i
 those pages again before they return.
 
 One write at a time a page: a part of a page is merged with the page's bytes, and nobody may change those in between.
-A write is acknowledged (returns) when its bytes are in the state file and its map says so, in this order.
+A write is acknowledged (returns) when its bytes are in the state file and its map says so, in this order. On a full
+disk it waits for room: the kernel forgets the bytes of a write-back that failed, without a word to a guest that
+only has the file mapped, and would read older ones later.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import trio
 
 from lazymem.errors import LazymemError, StoreError, TemplateWriteError, VerificationError
 from lazymem.pages import PAGE_SIZE, PageRange, PageRun, covering, runs
+from lazymem.store.fulldisk import is_full
 from lazymem.store.pagemap import SET
 from lazymem.store.pristine import PristinePages
 from lazymem.store.rangelocks import RangeLocks
@@ -24,6 +28,11 @@ from lazymem.store.readplan import Place, plan
 from lazymem.store.source import PageDemand
 from lazymem.store.statefolder import StateFolder
 from lazymem.store.stats import StoreStatistics
+
+log = logging.getLogger(__name__)
+
+FULL_RETRY_SECONDS = 0.5
+"""A write that waits for room looks for it this often: soon for a person who makes room, rare for a disk."""
 
 
 class _Reading:
@@ -50,6 +59,9 @@ class GuestRam:
         self._readings: set[_Reading] = set()
         self._reads = self._reads_at_hand = self._demanded_pages = 0
         self._writes = self._merged_pages = 0
+        self._waiting_for_room = 0
+        # Not trio's own limiter: a stalled disk under many syncs would take all of its threads, and reads need some.
+        self._syncers = trio.CapacityLimiter(1)
 
     @property
     def template(self) -> bool:
@@ -114,12 +126,12 @@ class GuestRam:
     async def write(self, offset: int, data: bytes) -> None:
         """Put `data` at byte `offset`; returns when it is in the state file, which outlives this process.
 
-        Parts of missing pages wait for the fetched page. A cancelled write is done wholly or not at all, a failed one
-        may have changed bytes of pages that the guest wrote before.
+        Parts of missing pages wait for the fetched page, and all of it waits for room on a full disk. A cancelled write
+        is done wholly or not at all, a failed one may have changed bytes of pages that the guest wrote before.
 
         Raises:
             TemplateWriteError: this is a template.
-            StoreError: the disk refused, or `data` reaches beyond the RAM.
+            StoreError: the disk refused (other than for want of room), or `data` reaches beyond the RAM.
             VerificationError, DeadlineError: from the demand for a page that is written in part.
         """
         if self._state is None:
@@ -131,11 +143,32 @@ class GuestRam:
         pages = covering(offset, len(data))
         async with self._locks.hold(pages):
             merged_offset, merged = await self._merge(self._state, offset, data)
-            await self._state.ram.write(merged_offset, merged)
-            # No await from here to the end: the write counts in the map, and in waiting reads, at once.
-            self._state.written.set(pages, SET)
+            await self._put(self._state, pages, merged_offset, merged)
+            # No await from the map's change to here: the write counts in it, and in waiting reads, at once.
             self._mark_stale(pages)
             self._writes += 1
+
+    async def _put(self, state: StateFolder, pages: PageRange, offset: int, data: bytes) -> None:
+        """Whole pages into the state file, then into its map; waits while the disk is full."""
+        waited = False
+        try:
+            while True:
+                try:
+                    await state.ram.write(offset, data)
+                    state.written.set(pages, SET)
+                    return
+                except StoreError as error:
+                    if not is_full(error):
+                        raise
+                    if not self._waiting_for_room:
+                        log.error("%s: what the guest writes waits, and soon the guest too, until there is room", error)
+                    self._waiting_for_room += not waited
+                    waited = True
+                await trio.sleep(FULL_RETRY_SECONDS)
+        finally:
+            self._waiting_for_room -= waited
+            if waited and not self._waiting_for_room:
+                log.warning("nothing the guest wrote waits for room any more")
 
     async def sync(self) -> None:
         """What was written before the call reaches the disk.
@@ -145,7 +178,7 @@ class GuestRam:
         """
         if self._state is not None:
             await self._state.ram.sync()
-            await trio.to_thread.run_sync(self._state.written.sync)
+            await trio.to_thread.run_sync(self._state.written.sync, limiter=self._syncers)
 
     async def close(self) -> None:
         """Sync (unless the run ends here) and let all files go. No read or write may be open, none may follow."""

@@ -4,6 +4,9 @@ Stores are pwrite of single values, never read-modify-write of something shared,
 nothing; and a full disk is an error, where a store into a mapped hole would be SIGBUS. Look-ups go through a shared
 read-only mapping, at C speed, and see every other process's stores at once. The file outlives a killed process.
 
+All of the file is allocated when it is opened. A memory file system would otherwise allocate a hole when it is *looked
+at* through the mapping, and when it is full answer with SIGBUS, that is, with the daemon's death and the guest's.
+
 Caveat: `count` knows what other processes stored only up to the last `recount`.
 """
 
@@ -27,12 +30,21 @@ _CHUNK_BYTES = 64 * 1024
 
 
 class PageMap:
-    """States of `pages` pages in the open file `fd`, which has exactly that size. Takes `fd` over."""
+    """States of `pages` pages in the open file `fd`, which has exactly that size. Takes `fd` over, also when it fails.
+
+    Raises:
+        StoreError: the disk has no room for it, or refused.
+    """
 
     def __init__(self, fd: int, pages: int) -> None:
         self._fd = fd
         self._pages = pages
-        self._map = mmap.mmap(fd, pages, mmap.MAP_SHARED, mmap.PROT_READ)
+        try:
+            os.posix_fallocate(fd, 0, pages)
+            self._map = mmap.mmap(fd, pages, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError as error:
+            os.close(fd)
+            raise StoreError(f"no room for a page map of {pages} bytes: {error.strerror}") from error
         self._count = 0
         self.recount()
 

@@ -1,0 +1,14 @@
+"""A disk without room: the one failure that somebody can put right while the guest waits."""
+
+from __future__ import annotations
+
+import errno
+
+from lazymem.errors import StoreError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_full(error: StoreError) -> bool:
+    """Whether the disk, or the user's share of it, has no room."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
