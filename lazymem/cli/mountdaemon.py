@@ -72,7 +72,9 @@ async def _serve(
         pristine,
         nursery,
         deadline_seconds=settings.deadline_seconds,
-        prefetcher=SweepPrefetcher(pristine.next_missing, origin.pages) if settings.prefetch is Prefetch.ALL else None,
+        prefetcher=SweepPrefetcher(pristine.next_missing, origin.pages, pristine.missing_leaves)
+        if settings.prefetch is Prefetch.ALL
+        else None,
     )
     ram = GuestRam(pristine, state, scheduler)
     try:

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 INLINE_VERIFY_PAGES = 64
 """Verified at once in a quarter of a millisecond; of larger answers others get a turn after each so many pages."""
 
+DEMANDED_SECONDS = 0.25
+"""After a demand the next one is likely for so long, and guesses leave it more room."""
+
 LINGER_BELOW_SECONDS = 0.0004
 LINGER_SECONDS = 0.0002
 """Where an answer comes this fast, a lone demand waits for it on the processor for so long: to sleep and be woken costs
@@ -69,7 +72,9 @@ class Scheduler:
         self._demand_flights = 0
         self._guesses = GuessQueue(self._table, sink, prefetcher)
         self._window = BackgroundWindow()
-        self._best_demand = math.inf  # seconds; a round trip, and the only one measured while nothing pauses
+        self._demanded_at = -math.inf
+        self._best_demand = math.inf  # seconds
+        self._best_answer = math.inf  # of guesses too: a round trip, and the only one measured while nothing pauses
         self._keeper: Keeper[Flight] = Keeper(sink, self._kept)
         self._keep_failing = False
         self._waits = WaitHistogram()
@@ -157,6 +162,7 @@ class Scheduler:
             self._flights[want] = flight
         if not background:
             self._demand_flights += 1
+            self._demanded_at = flight.sent_at
 
         def on_done(answer: Fetched | LazymemError) -> None:
             self._answered(flight, answer)
@@ -221,14 +227,18 @@ class Scheduler:
         for want in flight.wants:
             self._table.arrived(want, fetched.runs)
         pages = flight.pages
-        elapsed = trio.current_time() - flight.sent_at
+        now = trio.current_time()
+        elapsed = now - flight.sent_at
+        self._best_answer = min(self._best_answer, elapsed)
         if flight.background:
             self._background_pages += pages
             self._window.note(
                 self._starter.wire_received_bytes - flight.bytes_before,
                 self._demand_pages + self._background_pages - flight.pages_before,
                 elapsed,
-                min(self._best_demand, self._starter.best_round_trip_seconds),
+                min(self._best_answer, self._starter.best_round_trip_seconds),
+                now,
+                now - self._demanded_at < DEMANDED_SECONDS,
             )
         else:
             self._demand_pages += pages

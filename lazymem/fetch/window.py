@@ -1,10 +1,17 @@
 """How much may be guessed at a time, so that a demand waits behind at most one bandwidth-delay product of it. Pure.
 
-The window is twice the product of the best round trip and the delivery rate: what is out beyond one product stands in
-queues on the way, and that is what a demand can meet there (rule 5). While the link is not full a rate sample is about
-window / round trip, so the window doubles each round trip until the link is.
+The window is twice the product of the best round trip and the delivery rate, both of bytes on the wire: what is out
+beyond one product stands in queues on the way, and that is what a demand can meet there (rule 5). While the link is
+not full a rate sample is about window / round trip, so the window doubles each round trip until the link is.
 
-Source of the rate samples and the gain: Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM Queue 2016.
+The first demand after a pause meets such a queue; while they go on, the window is smaller.
+
+The rate is the largest of the last round trips' samples. A sample that something other than the link has bounded
+(zeros cross the wire as next to nothing; an answer that met no queue says that there was room for more) may raise
+it and is no reason to forget an earlier one.
+
+Source of the rate samples, the filter and the gain: Cardwell et al., "BBR: Congestion-Based Congestion Control", ACM
+Queue 2016.
 """
 
 from __future__ import annotations
@@ -19,33 +26,53 @@ MIN_WINDOW_PAGES = 16
 MAX_WINDOW_PAGES = 2048
 """8 MiB: twice the product of 1 Gb/s and 32 ms. More would be memory for links that no guest should be resumed over."""
 
-MAX_PIECE_PAGES = 64
-"""256 KiB a request: verified in one go in a quarter of a millisecond, and 2 ms of a gigabit link."""
+MAX_PIECE_PAGES = 256
+"""1 MiB a request: a leaf of digests. Windows that have three of them are those of a link that sends one in 8 ms."""
 
-MIN_QUEUE_SECONDS = 0.002
-"""Where the round trip is shorter than that, the rate is the two processors', and this keeps both of them busy."""
+GAIN = 2.0
+MIN_QUEUE_SECONDS = 0.008
+"""Where half of that is more than a round trip, the rate is the two processors', and this keeps both of them busy."""
+
+DEMANDED_GAIN = 1.5
+DEMANDED_MIN_QUEUE_SECONDS = 0.002
+"""While somebody demands: half a product in queues, for a little of the rate."""
 
 FLOOR_PAGES = 64
 FLOOR_SECONDS = 0.02
 """Busy processors answer later than the best round trip and look like a slow link; what they get in 20 ms, up to 256
 KiB (two products of 1 Gb/s and 1 ms), is out in any case, or the window would shrink for no gain."""
 
+SLOW_SECONDS = 0.005
+"""Round trips from here on see smaller pieces, so that less of the window is of pieces that are nearly here."""
+
 MIN_SHARE = 0.25
 """Of a page's bytes that cross the wire. Where memory compresses better, more pages could be out; but what comes next
 may not compress at all, and then the queue is longer by the inverse of this until the window has noticed."""
 
+MAX_SHARE = 2.0
+"""A page that does not compress, and brings a leaf of digests along."""
+
 SHARE_WEIGHT = 0.25
-GAIN = 2.0
-RATE_DECAY = 0.97
-"""Each sample: a slower link is believed after some thirty of them."""
+
+QUEUED = 1.25
+"""An answer that took so many best round trips has met a queue: the link, or a processor, was all taken."""
+
+MEMORY_ROUND_TRIPS = 10
+MEMORY_SECONDS = 0.2
+MEMORY_SAMPLES = 10
+"""A slower link is believed after once or twice as long, and as many samples that something full has bounded."""
 
 
 class BackgroundWindow:
     """Fed with what was delivered; says how many pages may be out."""
 
     def __init__(self) -> None:
-        self._rate = 0.0  # wire bytes a second
+        self._best_now = 0.0  # wire bytes a second: largest sample since `_since`
+        self._best_before = 0.0  # and in the span before
+        self._since = -math.inf
+        self._samples = 0
         self._share = 1.0  # wire bytes a byte of pages, smoothed
+        self._round_trip = 0.0
         self._pages = MIN_WINDOW_PAGES * 2
 
     @property
@@ -54,20 +81,47 @@ class BackgroundWindow:
 
     @property
     def piece_pages(self) -> int:
-        """Size of one request: three in a window."""
-        return min(MAX_PIECE_PAGES, self._pages // 3)
+        """Size of one request: three in a window, or more where a round trip has time for their processors' share."""
+        return min(MAX_PIECE_PAGES, self._pages // (3 if self._round_trip < SLOW_SECONDS else 8))
 
     def note(
-        self, delivered_bytes: int, delivered_pages: int, elapsed_seconds: float, best_round_trip_seconds: float
+        self,
+        delivered_bytes: int,
+        delivered_pages: int,
+        elapsed_seconds: float,
+        best_round_trip_seconds: float,
+        now_seconds: float,
+        demanded: bool = False,
     ) -> None:
-        """A guess is here: so much came over the link, of anything, between its sending and now."""
+        """A guess is here: so much came over the link, of anything, between its sending and now.
+
+        `demanded`: somebody waits for pages, or did a moment ago.
+        """
         if not elapsed_seconds > 0 or not math.isfinite(best_round_trip_seconds):
             return
+        self._round_trip = best_round_trip_seconds
+        full = elapsed_seconds > QUEUED * best_round_trip_seconds
         if delivered_pages:
             share = delivered_bytes / (delivered_pages * PAGE_SIZE)
-            self._share += SHARE_WEIGHT * (min(1.0, max(MIN_SHARE, share)) - self._share)
-        self._rate = max(self._rate * RATE_DECAY, delivered_bytes / elapsed_seconds)
-        pages_a_second = self._rate / (PAGE_SIZE * self._share)
-        wanted = pages_a_second * max(GAIN * best_round_trip_seconds, MIN_QUEUE_SECONDS)
+            full = full and share >= MIN_SHARE
+            self._share += SHARE_WEIGHT * (min(MAX_SHARE, max(MIN_SHARE, share)) - self._share)
+        self._note_rate(delivered_bytes / elapsed_seconds, full, best_round_trip_seconds, now_seconds)
+        rate = max(self._best_before, self._best_now)
+        pages_a_second = rate / (PAGE_SIZE * self._share)
+        gain = DEMANDED_GAIN if demanded else GAIN
+        least = DEMANDED_MIN_QUEUE_SECONDS if demanded else MIN_QUEUE_SECONDS
+        wanted = pages_a_second * max(gain * best_round_trip_seconds, least)
         floor = min(FLOOR_PAGES, pages_a_second * FLOOR_SECONDS)
         self._pages = int(min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, wanted, floor)))
+
+    def _note_rate(self, rate: float, full: bool, best_round_trip: float, now: float) -> None:
+        """Samples that were not `full` raise the maximum and let no time pass."""
+        self._best_now = max(self._best_now, rate)
+        if not full:
+            return
+        self._samples += 1
+        over = now - self._since >= max(MEMORY_SECONDS, MEMORY_ROUND_TRIPS * best_round_trip)
+        if over and self._samples >= MEMORY_SAMPLES:
+            self._best_before, self._best_now = self._best_now, rate
+            self._since = now
+            self._samples = 0

@@ -4,13 +4,17 @@ Every page is verified twice: when it is fetched (`accept`), and each time it is
 others share and anybody may damage. A page that fails the second check is dropped, and fetched again like any other
 that is missing.
 
+What digests prove to be zero is held from then on: whole leaves by the upper level, at mount, and the zero pages of a
+leaf when its block comes.
+
 Several mounts, in several processes, may use one folder: bytes go into the file before the map says so, and whoever
 comes second writes the same verified bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 from lazymem.digests import DIGEST_BYTES, ZERO_PAGE_DIGEST
 from lazymem.errors import StoreError
@@ -19,6 +23,13 @@ from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagemap import SET, SET_ZERO, UNSET, PageMap
 from lazymem.store.verify import HashedVerifier, UnhashedVerifier, Verifier, wrong_pages
+
+MARK_PAGES = 1 << 20
+"""1 MiB of the map at a time, of what may be 16 MiB for 64 GiB of zeros."""
+
+
+MAX_GIVEN_EARLY = 1024
+"""Readers' ranges whose pages are not kept yet; of more the oldest stay cached twice until the kernel wants the room."""
 
 
 class PristinePages:
@@ -29,6 +40,7 @@ class PristinePages:
 
     Raises:
         VerificationError: `upper` is not the one under the snapshot's root.
+        StoreError: the disk refused.
     """
 
     def __init__(
@@ -44,7 +56,9 @@ class PristinePages:
             self._verifier = HashedVerifier(origin.shape, origin.root, upper, cache.digests)
             if cache.digests.maybe_upper(origin.root) is None:
                 cache.digests.store_upper(upper)
+            self._mark_zeros(self._verifier.zero_leaves())
         self._dropped_pages = 0
+        self._given_early: deque[PageRange] = deque(maxlen=MAX_GIVEN_EARLY)
 
     @property
     def total_pages(self) -> int:
@@ -99,10 +113,12 @@ class PristinePages:
                 marks.append((part, SET if data is not None else SET_ZERO))
                 if data is not None:
                     pieces.append((part.offset_bytes, data))
-        self._verifier.store(fetched)
+        self._mark_zeros(self._verifier.store(fetched))
         if pieces:
             await self._cache.pages.write_many(pieces)
         self._cache.held.set_many(marks)
+        if self._given_early:
+            self._let_go_of_kept()
 
     def maybe_read_nowait(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
@@ -124,9 +140,30 @@ class PristinePages:
             return bytes(pages.length_bytes), [pages]
         return data, self._drop_wrong(pages, data)
 
+    def given(self, pages: PageRange) -> None:
+        """The guest's kernel has got `pages`, from here or on their way here."""
+        if self._cache.held.states(pages).count(UNSET):
+            self._given_early.append(pages)
+        else:
+            self._cache.pages.let_go(pages)
+
+    def _let_go_of_kept(self) -> None:
+        for _ in range(len(self._given_early)):
+            self.given(self._given_early.popleft())
+
     def drop(self, pages: PageRange) -> None:
         """Call `pages` missing again; they stay verified against the same digests."""
         self._cache.held.set(pages, UNSET)
+
+    def _mark_zeros(self, proven: Iterable[PageRange]) -> None:
+        """Pages that must be zero, by verified digests, are as good as held: nobody asks the source for them.
+
+        Marked in steps, since a map's change costs a copy of its length.
+        """
+        for run in proven:
+            for hole in self.missing_runs(run):
+                for piece in hole.pieces(MARK_PAGES):
+                    self._cache.held.set(piece, SET_ZERO)
 
     def _drop_wrong(self, pages: PageRange, data: bytes | None) -> list[PageRange]:
         wrong = runs(wrong_pages(pages, data, self._verifier.digests_of(pages)))

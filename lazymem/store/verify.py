@@ -7,6 +7,7 @@ that the server first vouched for, for ever.
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Protocol
@@ -16,16 +17,19 @@ from lazymem.digests import (
     LEAF_PAGES,
     ZERO_PAGE_DIGEST,
     TreeShape,
+    leaf_digest,
     leaf_matches,
     page_digest,
     root_digest,
 )
 from lazymem.errors import StoreError, VerificationError
-from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
+from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.digestfile import NO_DIGEST, DigestFile
 
 RECENT_LEAVES = 1024
 """4 MiB of checked leaves, for 1 GiB of RAM around the last touches; loading one again: a read and a hash of 4 KiB."""
+
+_ZERO_LEAF = ZERO_PAGE_DIGEST * LEAF_PAGES
 
 
 class Verifier(Protocol):
@@ -47,12 +51,17 @@ class Verifier(Protocol):
         """
         ...
 
-    def store(self, fetched: Fetched) -> None:
-        """Put what `accept` learnt from `fetched` into the digest file.
+    def store(self, fetched: Fetched) -> list[PageRange]:
+        """Put what `accept` learnt from `fetched` into the digest file. Returns the pages below the leaves that came
+        with it that must be zero: nobody has to fetch them.
 
         Raises:
             StoreError: the disk refused; it stays known in memory.
         """
+        ...
+
+    def zero_leaves(self) -> Iterator[PageRange]:
+        """Pages of which the upper level alone says that they are zero, in order."""
         ...
 
 
@@ -84,6 +93,7 @@ class HashedVerifier:
             raise VerificationError("the upper level of the digest tree is not the one that the manifest names")
         self._shape = shape
         self._upper = upper
+        self._zero = _zero_leaves(shape, upper)
         self._file = file
         self._recent: OrderedDict[int, bytes] = OrderedDict()
         # Accepted but not yet in the file: may not be forgotten, or accepting their pages again would fail for ever.
@@ -105,13 +115,24 @@ class HashedVerifier:
             if leaf not in self._recent:
                 self._unstored[leaf] = bytes(digests)
 
-    def store(self, fetched: Fetched) -> None:
+    def store(self, fetched: Fetched) -> list[PageRange]:
         leaves = set(fetched.leaves) | {leaf for run in fetched.runs for leaf in _leaves(run.pages)}
+        zeros: list[PageRange] = []
         for leaf in leaves & self._unstored.keys():
             digests = self._unstored[leaf]
             self._file.store_page_digests(leaf * LEAF_PAGES, digests)
             self._unstored.pop(leaf, None)
             self._remember(leaf, digests)
+            zeros += _zero_runs(leaf * LEAF_PAGES, digests)
+        return zeros
+
+    def zero_leaves(self) -> Iterator[PageRange]:
+        start = self._zero.find(1)
+        while start >= 0:
+            end = self._zero.find(0, start)
+            end = len(self._zero) if end < 0 else end
+            yield PageRange(start * LEAF_PAGES, min(end * LEAF_PAGES, self._shape.pages) - start * LEAF_PAGES)
+            start = self._zero.find(1, end)
 
     def _digests_of(self, pages: PageRange, fresh: Mapping[int, bytes]) -> bytes:
         parts = []
@@ -127,6 +148,8 @@ class HashedVerifier:
         return b"".join(parts)
 
     def _maybe_leaf(self, leaf: int) -> bytes | None:
+        if self._zero[leaf]:
+            return _ZERO_LEAF
         digests = self._unstored.get(leaf)
         if digests is None:
             digests = self._recent.get(leaf)
@@ -161,6 +184,9 @@ class UnhashedVerifier:
 
     def missing_leaves(self, pages: PageRange) -> bool:
         return False
+
+    def zero_leaves(self) -> Iterator[PageRange]:
+        return iter(())
 
     def digests_of(self, pages: PageRange) -> bytes:
         stored = self._file.page_digests(pages)
@@ -205,16 +231,34 @@ class UnhashedVerifier:
             )
         return earlier
 
-    def store(self, fetched: Fetched) -> None:
+    def store(self, fetched: Fetched) -> list[PageRange]:
         for run in fetched.runs:
             digests = self.digests_of(run.pages)
             self._file.store_page_digests(run.pages.start, digests)
             for page in range(run.pages.start, run.pages.end):
                 self._unstored.pop(page, None)
+        return []
 
 
 def _leaves(pages: PageRange) -> range:
     return range(pages.start // LEAF_PAGES, (pages.end - 1) // LEAF_PAGES + 1)
+
+
+def _zero_leaves(shape: TreeShape, upper: bytes) -> bytes:
+    """One byte a leaf: 1 where its digest is that of a leaf of zero pages. 64 GiB: 4 ms."""
+    zero = leaf_digest(_ZERO_LEAF)
+    found = bytearray(digest == zero for (digest,) in struct.iter_unpack(f"{DIGEST_BYTES}s", upper))
+    last = shape.leaves - 1  # may be shorter
+    found[last] = upper[last * DIGEST_BYTES :] == leaf_digest(ZERO_PAGE_DIGEST * shape.leaf_pages(last))
+    return bytes(found)
+
+
+def _zero_runs(first_page: int, digests: bytes) -> list[PageRange]:
+    """The runs of zero pages, by a leaf's page digests."""
+    if ZERO_PAGE_DIGEST not in digests:
+        return []
+    each = enumerate(struct.iter_unpack(f"{DIGEST_BYTES}s", digests), first_page)
+    return runs(page for page, (digest,) in each if digest == ZERO_PAGE_DIGEST)
 
 
 def _sound_runs(fetched: Fetched, shape: TreeShape) -> Iterator[PageRun]:

@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from lazymem.fetch.window import MAX_WINDOW_PAGES, MIN_WINDOW_PAGES, BackgroundWindow
+from lazymem.fetch.window import (
+    MAX_WINDOW_PAGES,
+    MEMORY_SAMPLES,
+    MEMORY_SECONDS,
+    MIN_QUEUE_SECONDS,
+    MIN_WINDOW_PAGES,
+    BackgroundWindow,
+)
 from lazymem.pages import PAGE_SIZE
 
 
@@ -30,7 +37,7 @@ def simulate(rate: float, round_trip: float, seconds: float, share: float) -> tu
         delivered += pages
         late_pages += pages if now > seconds / 2 else 0
         came = delivered - before
-        window.note(int(came * PAGE_SIZE * share), came, now - sent_at, round_trip)
+        window.note(int(came * PAGE_SIZE * share), came, now - sent_at, round_trip, now)
     return window, late_pages * PAGE_SIZE * share / (rate * seconds / 2), queue
 
 
@@ -41,7 +48,7 @@ def simulate(rate: float, round_trip: float, seconds: float, share: float) -> tu
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
 def test_link_is_used_and_the_queue_is_short(rate: float, round_trip: float, share: float) -> None:
     _, use, queue = simulate(rate, round_trip, 10, share)
-    product = max(rate * round_trip, rate * 0.002, MIN_WINDOW_PAGES * PAGE_SIZE)
+    product = max(rate * round_trip, rate * MIN_QUEUE_SECONDS, MIN_WINDOW_PAGES * PAGE_SIZE)
     assert use > 0.85 * min(1.0, MAX_WINDOW_PAGES * PAGE_SIZE * share / (rate * round_trip))
     assert queue <= product * 1.1
 
@@ -50,6 +57,72 @@ def test_bounds_hold_whatever_is_measured() -> None:
     window = BackgroundWindow()
     for delivered, elapsed, best in [(1 << 40, 1e-6, 10.0), (0, 1e9, 1e-9), (5, 0.0, 1.0), (5, 1.0, math.inf)]:
         for _ in range(2000):
-            window.note(delivered, 3, elapsed, best)
+            window.note(delivered, 3, elapsed, best, delivered * 1.0)
             assert MIN_WINDOW_PAGES <= window.pages <= MAX_WINDOW_PAGES
             assert 1 <= window.piece_pages <= window.pages
+
+
+ROUND_TRIP = 0.02
+RATE = 12.5e6
+
+
+def settled() -> tuple[BackgroundWindow, float]:
+    """A window that has found a link of 100 Mb/s, and the time."""
+    window = BackgroundWindow()
+    now = 0.0
+    for _ in range(200):
+        now += 0.01
+        window.note(int(RATE * 2 * ROUND_TRIP), 122, 2 * ROUND_TRIP, ROUND_TRIP, now)
+    assert window.pages == pytest.approx(122, abs=2)
+    return window, now
+
+
+def test_zeros_do_not_make_the_link_look_slow() -> None:
+    window, now = settled()
+    for _ in range(1000):
+        now += 0.03
+        window.note(40, 64, 0.03, ROUND_TRIP, now)
+        assert window.pages >= 120
+    for _ in range(20):
+        now += 0.03
+        window.note(int(RATE * 2 * ROUND_TRIP), 122, 2 * ROUND_TRIP, ROUND_TRIP, now)
+    assert window.pages == pytest.approx(122, abs=2)
+
+
+def test_answers_that_met_no_queue_do_not_make_the_link_look_slow() -> None:
+    """Little was asked for: at the end of a sweep, or while the disk is behind."""
+    window, now = settled()
+    for _ in range(1000):
+        now += 0.03
+        window.note(16 * PAGE_SIZE, 16, 1.1 * ROUND_TRIP, ROUND_TRIP, now)
+    assert window.pages >= 120
+
+
+def test_a_slower_link_is_believed_after_a_while() -> None:
+    window, now = settled()
+    for _ in range(2 * MEMORY_SAMPLES + 2):
+        now += MEMORY_SECONDS / MEMORY_SAMPLES * 1.5
+        window.note(int(RATE / 4 * 8 * ROUND_TRIP), 122, 8 * ROUND_TRIP, ROUND_TRIP, now)
+    assert window.pages == pytest.approx(31, abs=2)
+
+
+def test_one_slow_answer_changes_nothing() -> None:
+    window, now = settled()
+    window.note(122 * PAGE_SIZE, 122, 1.0, ROUND_TRIP, now + 1.0)
+    assert window.pages >= 120
+
+
+def test_while_somebody_demands_there_is_less_of_a_queue() -> None:
+    window, now = settled()
+    before = window.pages
+    window.note(int(RATE * 2 * ROUND_TRIP), 122, 2 * ROUND_TRIP, ROUND_TRIP, now + 0.01, demanded=True)
+    assert window.pages == pytest.approx(before * 0.75, abs=2)
+
+
+def test_a_link_that_becomes_faster_is_filled() -> None:
+    window, now = settled()
+    for _ in range(20):
+        now += ROUND_TRIP
+        pages = window.pages
+        window.note(int(pages * PAGE_SIZE), pages, ROUND_TRIP, ROUND_TRIP, now)
+    assert window.pages == MAX_WINDOW_PAGES

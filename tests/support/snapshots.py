@@ -76,14 +76,20 @@ def ram_bytes(pages: int, seed: int) -> bytes:
 
 
 def make_snapshot(
-    folder: Path, pages: int = 64, seed: int = 0, *, hashed: bool = True, vmstate: bytes = b"device state"
+    folder: Path,
+    pages: int = 64,
+    seed: int = 0,
+    *,
+    hashed: bool = True,
+    vmstate: bytes = b"device state",
+    ram: bytes | None = None,
 ) -> BuiltSnapshot:
     """Write a snapshot into `folder` (made if missing): sparse pc.ram, vmstate, and when `hashed` digests and manifest.
 
-    An empty `vmstate` leaves the file out.
+    An empty `vmstate` leaves the file out. `ram`: what to hold, instead of `pages` pages from `seed`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ram = ram_bytes(pages, seed)
+    ram = ram_bytes(pages, seed) if ram is None else ram
     _write_sparse(folder / RAM_NAME, ram)
     if vmstate:
         (folder / VMSTATE_NAME).write_bytes(vmstate)
