@@ -22,23 +22,26 @@ class PublishedFile:
     def __init__(self, fd: int) -> None:
         """Takes the descriptor over."""
         self._fd = fd
-        self._in_memory = _is_memory_file_system(os.fstat(fd).st_dev)
+        self._nowait_flags = 0 if _is_memory_file_system(os.fstat(fd).st_dev) else os.RWF_NOWAIT
 
     def signature(self) -> tuple[int, int, int, int, int]:
         """What `stat` says of the file; a write through any path moves it (a mapped one sooner or later)."""
-        found = os.fstat(self._fd)
+        found = os.fstat(self._fd)  # costs 2 us; the hot path asks once a read
         return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     def read_nowait(self, offset: int, length: int) -> bytearray | None:
         """So many bytes if no disk has to be waited for, else None."""
         buffer = bytearray(length)
+        return buffer if self.read_into_nowait(buffer, offset) else None
+
+    def read_into_nowait(self, buffer: bytearray | memoryview, offset: int) -> bool:
+        """Fill `buffer` if no disk has to be waited for; whether it is full."""
         try:
-            count = os.preadv(self._fd, [buffer], offset, 0 if self._in_memory else os.RWF_NOWAIT)
+            return os.preadv(self._fd, (buffer,), offset, self._nowait_flags) == len(buffer)
         except OSError as error:
             if error.errno in _WOULD_WAIT:
-                return None
+                return False
             raise
-        return buffer if count == length else None
 
     def read(self, offset: int, length: int) -> bytearray:
         """So many bytes; may wait for a disk.

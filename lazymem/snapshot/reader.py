@@ -10,6 +10,7 @@ import itertools
 import os
 import secrets
 import stat
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ from lazymem.snapshot.publishedfile import PublishedFile
 from lazymem.snapshot.vouching import FirstReadVouching, TreeVouching, zero_digests
 
 WORKING_SET_NAME = "working-set"
+
+_LEAF_SHIFT = LEAF_PAGES.bit_length() - 1
+
+SETTLED_NS = 1_000_000_000
+"""A file whose last change is younger may change again without its signature moving: time stamps have a grain (10 ms
+on a slow clock, more over a network)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +88,11 @@ class SnapshotReader:
         with ExitStack() as files:
             files.callback(ram.close)
             self._signature = ram.signature()
+            self._settled = False
             self.ram_bytes = self._signature[2]
             self.shape = TreeShape(self.ram_bytes)
             self._vouching = self._open_vouching()
+            self._tree = self._vouching if isinstance(self._vouching, TreeVouching) else None
             files.callback(self._vouching.close)
             self.vmstate = SmallFile(folder / _vmstate_name(manifest))
             files.callback(self.vmstate.close)
@@ -124,10 +133,41 @@ class SnapshotReader:
         """Whether the RAM file's stat signature is still the one that it was opened with."""
         return self._ram.signature() == self._signature
 
+    def untouched(self) -> bool:
+        """Whether what was read before this call needs no digest to be believed: nobody wrote to the file.
+
+        Whoever receives pages verifies them all the same. This is blind to a write through a shared map until the
+        kernel moves the file's times, and on a memory file system for ever.
+        """
+        if self._ram.signature() != self._signature:
+            return False
+        if not self._settled:  # ctime, since nobody can set it
+            self._settled = time.time_ns() - self._signature[4] > SETTLED_NS
+        return self._settled
+
     # ---- pages
 
-    def read_nowait(self, pages: PageRange) -> Sequence[VouchedRun] | None:
-        """`pages` as runs, checked, if that needs no disk; else None (and nothing is lost).
+    def page_into_nowait(self, page: int, buffer: memoryview) -> bool | None:
+        """One page by the shortest way: True, it is in `buffer` (4096 bytes); False, it is zero; None, ask
+        `read_nowait` (which says why, and looks at the bytes if the file was touched). Hashed snapshots only.
+        """
+        leaf = self._tree.leaf_in_memory(page >> _LEAF_SHIFT) if self._tree is not None else None
+        if leaf is None:
+            return None
+        at = (page & (LEAF_PAGES - 1)) * DIGEST_BYTES
+        zero = leaf[at : at + DIGEST_BYTES] == ZERO_PAGE_DIGEST
+        try:
+            if not zero and not self._ram.read_into_nowait(buffer, page << PAGE_SHIFT):
+                return None
+        except OSError:
+            return None
+        return (not zero) if self.untouched() else None
+
+    def read_nowait(self, pages: PageRange, *, suspect: bool = False) -> Sequence[VouchedRun] | None:
+        """`pages` as runs if that needs no disk; else None (and nothing is lost).
+
+        They are checked against their digests if the file was touched since it was opened, or if `suspect` (somebody
+        found them wrong).
 
         Raises:
             VerificationError: a page is not what it was; the text names it.
@@ -135,8 +175,30 @@ class SnapshotReader:
         """
         if not self._vouching.ready(pages):
             return None
+        if not suspect:
+            expected = self._vouching.expected(pages)
+            if expected is not None:
+                runs = self._runs_nowait(pages, expected)
+                if runs is None or self.untouched():
+                    return runs
         data = self._ram.read_nowait(pages.offset_bytes, pages.length_bytes)
         return None if data is None else self._vouched(pages, data)
+
+    def _runs_nowait(self, pages: PageRange, digests: bytes) -> list[VouchedRun] | None:
+        """`pages` by what their digests say of them: zero ones are not even read. Not checked."""
+        found: list[VouchedRun] = []
+        borders = _borders(digests)
+        for first, end in itertools.pairwise(borders):
+            run = PageRange(pages.start + first, end - first)
+            own = digests[first * DIGEST_BYTES : end * DIGEST_BYTES]
+            data = None
+            if not own.startswith(ZERO_PAGE_DIGEST):
+                read = self._ram.read_nowait(run.offset_bytes, run.length_bytes)
+                if read is None:
+                    return None
+                data = memoryview(read)
+            found.append(VouchedRun(run, data, own))
+        return found
 
     def read(self, pages: PageRange) -> list[VouchedRun]:
         """`pages` as runs, checked; holes are not read. May wait for a disk. Raises as `read_nowait`."""
@@ -213,9 +275,9 @@ class SnapshotReader:
         return self._hashed_tree().upper[first * DIGEST_BYTES : (first + count) * DIGEST_BYTES]
 
     def _hashed_tree(self) -> TreeVouching:
-        if not isinstance(self._vouching, TreeVouching):
+        if self._tree is None:
             raise SnapshotError(f"{self.folder.name} has no digest tree")
-        return self._vouching
+        return self._tree
 
     # ---- end
 
@@ -253,6 +315,22 @@ def open_snapshot(path: str | os.PathLike[str]) -> SnapshotReader:
         ram.close()
         raise
     return SnapshotReader(folder, ram, manifest_bytes, manifest)
+
+
+def _borders(digests: bytes) -> list[int]:
+    """Pages at which zero and other pages take turns, from 0 to the number of pages."""
+    count = len(digests) // DIGEST_BYTES
+    if ZERO_PAGE_DIGEST not in digests or digests == ZERO_PAGE_DIGEST * count:
+        return [0, count]
+    found = [0]
+    was_zero = digests.startswith(ZERO_PAGE_DIGEST)
+    for index in range(1, count):
+        zero = digests.startswith(ZERO_PAGE_DIGEST, index * DIGEST_BYTES)
+        if zero is not was_zero:
+            found.append(index)
+            was_zero = zero
+    found.append(count)
+    return found
 
 
 def _check_ram_size(path: Path, size: int, manifest: Manifest | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lazymem.digests import DIGEST_BYTES
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
-from lazymem.pages import PageRange
+from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.wire import frame, limits
 from lazymem.wire.frame import FrameType
 from lazymem.wire.messages import (
@@ -65,6 +65,7 @@ FRAME_TYPES: dict[type, FrameType] = {
 
 _HEADER_AND_PAGES = struct.Struct(frame.HEADER.format + frame.PAGES.format[1:])
 _HEADER_AND_RANGE = struct.Struct(frame.HEADER.format + frame.RANGE.format[1:])
+_RAW_PAGE_BYTES = frame.PAGES.size + PAGE_SIZE
 _ENCODINGS = {int(encoding): encoding for encoding in Encoding}
 _FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(4)}
 _KNOWN_CAPABILITIES = int(Capability.ZSTD)
@@ -101,16 +102,49 @@ def encode(message: Message) -> bytes:
     return header + payload
 
 
+def encode_parts(message: Message) -> tuple[bytes | memoryview, ...]:
+    """As `encode`, in pieces to be sent one after the other: large page data is not copied. Raises as `encode`."""
+    if type(message) is not Pages or len(message.data) <= COPY_UP_TO_BYTES // 4:
+        return (encode(message),)
+    wrong = problem(message)
+    if wrong is not None:
+        raise LocalProtocolError(f"refused to send {wrong}")
+    return (_pages_head(message) + message.digests, message.data)
+
+
+def raw_page_head(request_id: int, page: int) -> bytes:
+    """What stands before the 4096 bytes of one page that is a whole answer (PAGES, RAW, final, no digests)."""
+    return _HEADER_AND_PAGES.pack(_RAW_PAGE_BYTES, FrameType.PAGES, frame.FINAL, 0, request_id, page, 1, 1, 0)
+
+
+def zero_page(request_id: int, page: int) -> bytes:
+    """The whole frame that answers with one page of zeros (PAGES, ZERO, final)."""
+    return _HEADER_AND_PAGES.pack(frame.PAGES.size, FrameType.PAGES, frame.FINAL, 0, request_id, page, 1, 0, 0)
+
+
+def lone_range(data: bytes) -> tuple[int, int, int, int] | None:
+    """Id, flags, first page and count of a FETCH of one range, if `data` is exactly that frame and legal by itself."""
+    if len(data) != _HEADER_AND_RANGE.size:
+        return None
+    length, number, flags, reserved, request_id, start, count = _HEADER_AND_RANGE.unpack(data)
+    if number != FrameType.FETCH or length != frame.RANGE.size or flags > 3 or reserved or not request_id or not count:
+        return None
+    return request_id, flags, start, count
+
+
 def _encode_pages(message: Pages) -> bytes:
+    return b"".join((_pages_head(message), message.digests, message.data))
+
+
+def _pages_head(message: Pages) -> bytes:
     flags = (frame.FINAL if message.final else 0) | (frame.WITH_DIGESTS if message.digests else 0)
     if message.id == 0:
         raise LocalProtocolError("refused to send PAGES with id 0")
     length = frame.PAGES.size + len(message.digests) + len(message.data)
     pages = message.pages
-    head = _HEADER_AND_PAGES.pack(
+    return _HEADER_AND_PAGES.pack(
         length, FrameType.PAGES, flags, 0, message.id, pages.start, pages.count, message.encoding, 0
     )
-    return b"".join((head, message.digests, message.data))
 
 
 def _encode_small_fetch(message: Fetch) -> bytes:

@@ -20,7 +20,7 @@ import enum
 from typing import Final, Literal
 
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
-from lazymem.wire.codec import FRAME_TYPES, encode
+from lazymem.wire.codec import FRAME_TYPES, encode, encode_parts, lone_range
 from lazymem.wire.frame import Role
 from lazymem.wire.limits import MAX_PINGS
 from lazymem.wire.messages import (
@@ -121,6 +121,14 @@ class Connection:
         if wrong is not None:
             raise LocalProtocolError(f"refused to send {wrong}")
         return frame
+
+    def send_parts(self, message: Message) -> tuple[bytes | memoryview, ...]:
+        """As `send`, in pieces to put on the stream one after the other: large page data is not copied."""
+        parts = encode_parts(message)
+        wrong = self._note(message, self._role)
+        if wrong is not None:
+            raise LocalProtocolError(f"refused to send {wrong}")
+        return parts
 
     def receive_data(self, data: bytes) -> None:
         """Take what the socket gave; ``b""`` says that the peer's stream ended.
@@ -235,3 +243,17 @@ class ServerConnection(Connection):
     def capabilities(self, offered: Capability) -> Capability:
         """Those of a HELLO's capabilities that this side has too."""
         return offered & Capability.ZSTD
+
+    def lone_fetch(self, data: bytes) -> tuple[int, int, int, int] | None:
+        """Id, flags, first page and count, if `data` is a FETCH of one range, all that was received, and legal now.
+
+        Nothing is noted: for a server that answers it whole before it does anything else. Otherwise, or with None,
+        `data` takes the common way (`receive_data`), which says what is wrong with it.
+        """
+        requests = self._requests
+        if requests is None or self._buffer or self._ended or self._broken is not None:
+            return None
+        if self.their_state is not State.OPEN or self.our_state is not State.OPEN:
+            return None
+        found = lone_range(data)
+        return found if found is not None and requests.may_open(found[0], found[2], found[3]) else None

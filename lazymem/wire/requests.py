@@ -129,6 +129,12 @@ class OpenRequests:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._open
 
+    def may_open(self, request_id: int, start: int, count: int) -> bool:
+        """Whether `note_request` would take a FETCH of this one range."""
+        if request_id in self._open or len(self._open) >= self._limits.max_requests:
+            return False
+        return count <= self._limits.max_request_pages and start + count <= self._total_pages
+
     def note_request(self, request: Request) -> str | None:
         if request.id in self._open:
             return f"a request with id {request.id}, which is open"

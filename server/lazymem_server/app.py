@@ -18,8 +18,10 @@ import json
 import logging
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -30,25 +32,34 @@ from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.catalog import Catalog
 from lazymem_server.limits import ServerLimits
-from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, send_nowait, spoken_address, tune
-from lazymem_server.session import Counters, Session, say_last
+from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
+from lazymem_server.pace import Pace
+from lazymem_server.session import RECEIVE_BYTES, Counters, Session
 
 log = logging.getLogger("lazymem.server")
 
 EXIT_INTERRUPTED = 130
+
+UNIX_HOST = "unix"
+
+SWITCH_SECONDS = 0.0005
+"""After so long a session's thread gives another one its turn (Python's own 5 ms would be a whole fault's waiting)."""
 
 
 class Serving:
     """A server that runs. What `serve` hands to the one that started it."""
 
     def __init__(self, catalog: Catalog, listeners: Listeners, limits: ServerLimits) -> None:
-        self.counters = Counters()
+        self._ended = Counters()
         self._catalog = catalog
         self._limits = limits
         self._sockets = listeners.sockets
         self.addresses = tuple(spoken_address(listener) for listener in listeners.sockets)
-        self._threads = trio.CapacityLimiter(limits.max_threads)
+        self._threads = trio.CapacityLimiter(limits.max_clients)
+        self._disks = ThreadPoolExecutor(limits.max_threads, "lazymem-disk")
+        self._bulk_turns = threading.Lock()
         self._sessions: dict[Session, str] = {}
+        self._paces: dict[str, Pace] = {}
         self._accepting = trio.CancelScope()
         self._stop_reason: str | None = None
 
@@ -56,6 +67,14 @@ class Serving:
     def clients(self) -> int:
         """Connections at this moment."""
         return len(self._sessions)
+
+    @property
+    def counters(self) -> Counters:
+        """Of all clients that came so far."""
+        found = Counters()
+        for counters in (self._ended, *(session.counters for session in self._sessions)):
+            found.add(counters)
+        return found
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,12 +89,13 @@ class Serving:
 
     async def run(self, *, task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`, or until cancelled."""
-        async with trio.open_nursery() as nursery:
-            streams = [trio.SocketListener(trio.socket.from_stdlib_socket(found)) for found in self._sockets]
-            task_status.started(self)
-            with self._accepting:
-                await trio.serve_listeners(self._client, streams, handler_nursery=nursery)
-            nursery.cancel_scope.deadline = trio.current_time() + self._limits.goodbye_seconds
+        with self._disks:
+            async with trio.open_nursery() as nursery:
+                streams = [trio.SocketListener(trio.socket.from_stdlib_socket(found)) for found in self._sockets]
+                task_status.started(self)
+                with self._accepting:
+                    await trio.serve_listeners(self._client, streams, handler_nursery=nursery)
+                nursery.cancel_scope.deadline = trio.current_time() + self._limits.goodbye_seconds
 
     async def _client(self, stream: trio.SocketStream) -> None:
         host, peer = _peer(stream)
@@ -84,19 +104,34 @@ class Serving:
             log.warning("%s: refused, too many clients", peer)
             frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))
             await say_last(stream, frame, self._limits.farewell_seconds)
-            await trio.aclose_forcefully(stream)
-            return
-        direct = partial(send_nowait, stream)
-        session = Session(stream, self._catalog, self._limits, self._threads, self.counters, peer, direct)
+        else:
+            await self._serve(stream, host, peer)
+        await trio.aclose_forcefully(stream)
+
+    async def _serve(self, stream: trio.SocketStream, host: str, peer: str) -> None:
+        fd = stream.socket.fileno()
+        session = Session(fd, self._catalog, self._limits, self._disks, peer, self._pace(host), self._bulk_turns)
         self._sessions[session] = host
         try:
             if self._stop_reason is not None:
                 session.stop(self._stop_reason)
-            await session.run()
+            farewell = await _run(session, self._threads)
+            if farewell:
+                await say_last(stream, farewell, self._limits.farewell_seconds)
         except Exception:  # a bug met by one client must not end the others' connections
             log.exception("%s: lazymem-serve failed", peer)
         finally:
             del self._sessions[session]
+            self._ended.add(session.counters)
+            session.close()
+
+    def _pace(self, host: str) -> Pace:
+        """All connections of a host share what is seen of its link; a Unix socket is none: nothing is compressed."""
+        if len(self._paces) > self._limits.max_clients:
+            self._paces = {host: self._paces[host] for host in self._sessions.values()}
+        if host not in self._paces:
+            self._paces[host] = Pace(level=0) if host == UNIX_HOST else Pace()
+        return self._paces[host]
 
     def _is_full(self, host: str) -> bool:
         if len(self._sessions) >= self._limits.max_clients:
@@ -112,7 +147,36 @@ def _peer(stream: trio.SocketStream) -> tuple[str, str]:
         return "", "a client that left"
     if isinstance(name, tuple):
         return str(name[0]), f"{name[0]} port {name[1]}"
-    return "unix", "a local client"
+    return UNIX_HOST, "a local client"
+
+
+async def _run(session: Session, threads: trio.CapacityLimiter) -> bytes:
+    """`Session.run` in a thread; a cancellation cuts it."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cut_when_cancelled, session)
+        farewell = await trio.to_thread.run_sync(session.run, limiter=threads)
+        nursery.cancel_scope.cancel()
+    return farewell
+
+
+async def _cut_when_cancelled(session: Session) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        session.cut()
+
+
+async def say_last(stream: trio.SocketStream, frame: bytes, seconds: float) -> None:
+    """Send a last frame to a client that is dropped, if it takes it within so many seconds.
+
+    Reads what the client still sends for as long: closing a socket with unread data is a reset, which would overtake
+    the frame. Behind an answer that was cut the frame is noise, but such a client was too slow to listen anyway.
+    """
+    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError), trio.move_on_after(seconds):
+        await stream.send_all(frame)
+        await stream.send_eof()
+        while await stream.receive_some(RECEIVE_BYTES):
+            pass
 
 
 async def serve(
@@ -150,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             adopted = listeners.adopt()
             if options.listen or not adopted:
                 listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
+            sys.setswitchinterval(SWITCH_SECONDS)
             return trio.run(_serve_until_signal, catalog, listeners, options.json)
     except LazymemError as error:
         print(f"lazymem-serve: {error}", file=sys.stderr)

@@ -29,10 +29,16 @@ from lazymem.wire.messages import (
     PublishedFile,
     ReadFile,
 )
-from lazymem.wire.pagedata import encode_pages
+from lazymem.wire.pagedata import compress_pages
 from lazymem_server.limits import ServerLimits
+from lazymem_server.pace import Pace
 
 Answer = Pages | Digests | FileData | Error
+
+COMPRESSED_STEP_PAGES = 64
+
+SMALL_PAGES = 8
+"""Answers of fewer pages are sent as they are unless the link is slow: zstd takes as long as a 1 Gb/s link."""
 
 UPPER_STEP = 4096
 """Leaf digests of one frame: 64 KiB, as guessed pages have it."""
@@ -43,6 +49,8 @@ class Job(Protocol):
     background: bool
     done: bool
     """The last answer was made."""
+    data_bytes: int
+    """Of pages that are not zero, made by the last step."""
 
     def step_nowait(self) -> list[Answer] | None:
         """The next answers, or None if a disk has to be waited for."""
@@ -56,28 +64,51 @@ class Job(Protocol):
 class FetchJob:
     """Answers a FETCH: leaves when asked for, then the pages below them, in ascending order."""
 
-    def __init__(self, request: Fetch, reader: SnapshotReader, capabilities: Capability, limits: ServerLimits) -> None:
+    def __init__(
+        self,
+        request: Fetch,
+        reader: SnapshotReader,
+        capabilities: Capability,
+        limits: ServerLimits,
+        pace: Pace,
+        *,
+        suspect: bool = False,
+    ) -> None:
+        """Args:
+        suspect: the client had one of the pages a moment ago and asks again: look at the bytes, whatever `stat` says.
+        """
         self.id = request.id
         self.background = bool(request.flags & FetchFlag.BACKGROUND)
         self.done = False
+        self.data_bytes = 0
+        """Of pages that are not zero, made by the last step."""
         self._reader = reader
-        self._capabilities = capabilities
+        self._may_compress = bool(capabilities & Capability.ZSTD)
+        self._pace = pace
+        self._suspect = suspect
         self._ranges = deque(request.ranges)
         self._wants_leaves = reader.hashed and bool(request.flags & FetchFlag.WANT_DIGESTS)
         self._leaf_sent = -1
         self._in_zeros = False  # the last step met nothing else
-        self._frame_pages = limits.background_frame_pages if self.background else limits.demand_frame_pages
+        self._demand_frame_pages = limits.demand_frame_pages
         self._cold_pages = limits.cold_read_pages if self.background else limits.demand_frame_pages
 
     def step_nowait(self) -> list[Answer] | None:
-        pages = self._next(self._frame_pages)
-        if self._in_zeros and pages.count == self._frame_pages:
+        pages = self._next(LEAF_PAGES if self._in_zeros else self._step_pages())
+        if self._in_zeros and not self._reader.hashed and pages.count > 1:
             return None  # perhaps a hole: the other step asks the file system, and then answers a MiB at once
         leaf = self._missing_leaf(pages)
         if leaf is not None and self._reader.leaf_nowait(leaf) is None:
             return None
-        runs = self._reader.read_nowait(pages)
+        runs = self._reader.read_nowait(pages, suspect=self._suspect)
         return None if runs is None else self._answers(leaf, runs)
+
+    def _step_pages(self) -> int:
+        """As much as a demand that comes meanwhile may wait for: 0.3 ms of copying, 1 ms of compressing."""
+        return min(self._frame_pages(), COMPRESSED_STEP_PAGES) if self._pace.level else self._frame_pages()
+
+    def _frame_pages(self) -> int:
+        return self._pace.frame_pages if self.background else self._demand_frame_pages
 
     def step(self) -> list[Answer]:
         pages = self._next(LEAF_PAGES)
@@ -99,12 +130,18 @@ class FetchJob:
             self._leaf_sent = leaf
         self._advance(runs[-1].pages.end)
         self._in_zeros = all(run.data is None for run in runs)
+        self.data_bytes = sum(len(run.data) for run in runs if run.data is not None)
+        frame_pages = self._frame_pages()
         for run in runs:
             last_run = run is runs[-1]
-            for pages in run.pages.pieces(LEAF_PAGES if run.data is None else self._frame_pages):
+            for pages in run.pages.pieces(LEAF_PAGES if run.data is None else frame_pages):
                 final = self.done and last_run and pages.end == run.pages.end
                 found.append(self._frame(run, pages, final))
         return found
+
+    def _level(self, count: int) -> int:
+        small = count < SMALL_PAGES and not self._pace.slow
+        return 0 if small or not self._may_compress else self._pace.level
 
     def _advance(self, page: int) -> None:
         """Everything before `page` is answered."""
@@ -117,7 +154,7 @@ class FetchJob:
         if run.data is None:
             return Pages(self.id, pages, Encoding.ZERO, final=final)
         first, end = pages.start - run.pages.start, pages.end - run.pages.start
-        encoding, data = encode_pages(run.data[first * PAGE_SIZE : end * PAGE_SIZE], self._capabilities)
+        encoding, data = compress_pages(run.data[first * PAGE_SIZE : end * PAGE_SIZE], self._level(pages.count))
         digests = b"" if self._reader.hashed else run.digests[first * DIGEST_BYTES : end * DIGEST_BYTES]
         return Pages(self.id, pages, encoding, data, digests, final)
 
@@ -126,6 +163,7 @@ class DigestsJob:
     """Answers a FETCH_DIGESTS."""
 
     background = False
+    data_bytes = 0
 
     def __init__(self, request: FetchDigests, reader: SnapshotReader) -> None:
         self.id = request.id
@@ -155,6 +193,7 @@ class ReadFileJob:
     """Answers a READ_FILE of a file that is there."""
 
     background = False
+    data_bytes = 0
 
     def __init__(self, request: ReadFile, file: SmallFile | bytes) -> None:
         self.id = request.id
@@ -174,11 +213,17 @@ class ReadFileJob:
 
 
 def make_job(
-    request: Fetch | FetchDigests | ReadFile, reader: SnapshotReader, capabilities: Capability, limits: ServerLimits
+    request: Fetch | FetchDigests | ReadFile,
+    reader: SnapshotReader,
+    capabilities: Capability,
+    limits: ServerLimits,
+    pace: Pace,
+    *,
+    suspect: bool = False,
 ) -> Job | Error:
     """The job of a request that the protocol allows; an `Error` if there is nothing to answer it with."""
     if isinstance(request, Fetch):
-        return FetchJob(request, reader, capabilities, limits)
+        return FetchJob(request, reader, capabilities, limits, pace, suspect=suspect)
     if isinstance(request, FetchDigests):
         return DigestsJob(request, reader)
     if request.file == PublishedFile.MANIFEST:
@@ -209,6 +254,14 @@ class JobQueue:
 
     def __len__(self) -> int:
         return len(self._demand) + len(self._background)
+
+    @property
+    def has_demand(self) -> bool:
+        return bool(self._demand)
+
+    @property
+    def has_background(self) -> bool:
+        return bool(self._background)
 
     def put(self, job: Job) -> None:
         (self._background if job.background else self._demand).append(job)

@@ -189,13 +189,3 @@ def tune(stream: trio.SocketStream, unsent_bytes: int) -> None:
         with contextlib.suppress(OSError):  # gone already, or a kernel without it
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent_bytes)
-
-
-def send_nowait(stream: trio.SocketStream, data: bytes) -> int:
-    """Hand the socket what it takes without waiting; how many bytes. A broken stream takes nothing: whoever sends
-    the rest the slow way meets the error. (trio's own socket passes its scheduler first.)
-    """
-    try:
-        return os.write(stream.socket.fileno(), data)
-    except OSError:
-        return 0

@@ -1,14 +1,18 @@
-"""What waits to be sent to one client: three lanes, the more urgent one first. Bounded by whoever puts.
+"""What waits to be sent to one client: three lanes, the more urgent one first. Bounded by whoever puts. No sockets.
 
-Frames of one request share a lane, so their order holds. `wait_below` and `wait_ready` are the only places to wait.
+Frames of one request share a lane, so their order holds. A frame comes in pieces, which nobody joins.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Sequence
 
-import trio
+Piece = bytes | memoryview
+
+MOST_PIECES = 512
+"""Of one system call, which takes 1024 (IOV_MAX); a frame has two at most."""
 
 
 class Lane(enum.IntEnum):
@@ -22,55 +26,39 @@ class Output:
     """Frames on their way to one client."""
 
     def __init__(self) -> None:
-        self._lanes: dict[Lane, deque[bytes]] = {lane: deque() for lane in Lane}
-        self._unsent = 0
-        self._sending = 0
-        self._changed = trio.Event()
+        self._lanes: tuple[deque[Sequence[Piece]], ...] = tuple(deque() for _ in Lane)
+        self._begun: deque[Piece] = deque()
+        self.unsent_bytes = 0
+        """Of all frames, also of those that were begun."""
 
-    @property
-    def unsent_bytes(self) -> int:
-        """Waiting or handed to the socket and not yet taken by it."""
-        return self._unsent + self._sending
-
-    def put(self, frame: bytes, lane: Lane) -> None:
+    def put(self, frame: Sequence[Piece], lane: Lane) -> None:
         self._lanes[lane].append(frame)
-        self._unsent += len(frame)
-        self.wake()
+        self.unsent_bytes += sum(map(len, frame))
 
-    def wake(self) -> None:
-        """Let all waiters look again."""
-        if self._changed.statistics().tasks_waiting:
-            self._changed.set()
-            self._changed = trio.Event()
+    def pieces(self, most_bytes: int) -> Sequence[Piece]:
+        """What to send next: what was begun, else the most urgent frames up to about `most_bytes`, one at least.
 
-    async def wait_changed(self) -> None:
-        """Wait for the next `put`, `wake`, or end of a send. Check your condition before and after."""
-        await self._changed.wait()
+        Call `sent` afterwards. Empty if nothing waits.
+        """
+        if not self._begun:
+            size = 0
+            for waiting in self._lanes:
+                while waiting and len(self._begun) < MOST_PIECES:
+                    if size and size + sum(map(len, waiting[0])) > most_bytes:
+                        break
+                    frame = waiting.popleft()
+                    self._begun.extend(frame)
+                    size += sum(map(len, frame))
+                if waiting:
+                    break
+        return self._begun
 
-    async def wait_below(self, limit_bytes: int) -> None:
-        """Wait until less than so much is unsent."""
-        while self.unsent_bytes >= limit_bytes:
-            await self._changed.wait()
-
-    async def wait_ready(self) -> None:
-        """Wait until there is something to send."""
-        while not self._unsent:
-            await self._changed.wait()
-
-    def take_nowait(self, most_bytes: int) -> bytes:
-        """The most urgent frames, joined up to about `most_bytes`; one frame at least. Call `sent` afterwards."""
-        found: list[bytes] = []
-        for lane in Lane:
-            waiting = self._lanes[lane]
-            while waiting and (not found or self._sending + len(waiting[0]) <= most_bytes):
-                found.append(waiting.popleft())
-                self._sending += len(found[-1])
-            if waiting:
-                break
-        self._unsent -= self._sending
-        return found[0] if len(found) == 1 else b"".join(found)
-
-    def sent(self) -> None:
-        """What was taken has left."""
-        self._sending = 0
-        self.wake()
+    def sent(self, count: int) -> bool:
+        """So many bytes of `pieces` have left; whether that was all of them."""
+        self.unsent_bytes -= count
+        begun = self._begun
+        while begun and count >= len(begun[0]):
+            count -= len(begun.popleft())
+        if count:
+            begun[0] = memoryview(begun[0])[count:]
+        return not begun

@@ -1,28 +1,31 @@
-"""One client's connection: greets, reads requests, answers them, and ends. Tasks of a session:
+"""One client's connection, in a thread of its own: greets, reads requests, answers them, and ends.
 
-- receive: reads frames and turns them into jobs; stops reading while too much is unsent. A demand that nothing is
-  before it answers at once, up to the socket (two task switches less a fault);
-- produce: takes one step of one job at a time, demands first, and never waits for a disk;
-- cold reads: steps that do wait for a disk, in threads, a few at a time;
-- send: hands the most urgent frames to the socket;
-- watch: asks a silent client whether it lives.
+The thread alone touches the connection, the job queue and the output. A turn of its loop waits for the socket, reads
+what came, takes one step of one job (demands first), and hands the socket what it takes. Nothing in it waits for a
+disk: steps that would go to the server's pool, a few at a time. A demand of one page that nothing is before is answered
+between two system calls, by `_answer_lone`.
 
-The connection and the job queue are touched between awaits only. A step of a job in a thread touches that job only.
-One step is some 100 us of work, and trio takes the tasks of all sessions in turn: that is the fairness between clients.
+A thread each because a fault waits for it: a scheduler of tasks costs more than all the rest of an answer, and the
+kernel is as fair between clients as we could be. `stop` and `cut` are for other threads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import select
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-
-import trio
 
 from lazymem.errors import RemoteProtocolError, VerificationError
+from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot.reader import SnapshotReader
+from lazymem.wire.codec import raw_page_head, zero_page
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ServerConnection, negotiate
 from lazymem.wire.messages import (
     WIRE_VERSION,
@@ -32,6 +35,7 @@ from lazymem.wire.messages import (
     ErrorCode,
     Fetch,
     FetchDigests,
+    FetchFlag,
     Goodbye,
     Hello,
     Limits,
@@ -44,18 +48,26 @@ from lazymem.wire.messages import (
 from lazymem_server.catalog import Catalog
 from lazymem_server.jobs import Answer, Job, JobQueue, failure, make_job
 from lazymem_server.limits import ServerLimits
-from lazymem_server.output import Lane, Output
+from lazymem_server.output import Lane, Output, Piece
+from lazymem_server.pace import Pace
 
 log = logging.getLogger("lazymem.server")
 
 _REQUESTS = (Fetch, FetchDigests, ReadFile)
+_WANT_DIGESTS = int(FetchFlag.WANT_DIGESTS)
 
 RECEIVE_BYTES = 16 * 1024
 """Read from the socket at a time: the largest frame of a client, hundreds of ordinary ones."""
 
+BULK_BYTES = 64 * 1024
+"""Unsent answers of this size are sent in turn with the other sessions' ones."""
+
+REMEMBERED_DEMANDS = 1024
+"""Whoever demands again what it had so few demands ago did not like what it got."""
+
 
 class SessionEnd(Exception):  # noqa: N818  # it is how a session ends, not always an error
-    """Ends the session's tasks; the text says why. `farewell`: the last frame, if the client should hear one."""
+    """Ends the session; the text says why. `farewell`: the last frame, if the client should hear one."""
 
     def __init__(self, reason: str, farewell: Error | None = None) -> None:
         super().__init__(reason)
@@ -71,89 +83,272 @@ class Counters:
     bytes_sent: int = 0
     refused_pages: int = 0
 
+    def add(self, other: Counters) -> None:
+        self.requests += other.requests
+        self.answered += other.answered
+        self.bytes_sent += other.bytes_sent
+        self.refused_pages += other.refused_pages
+
 
 class Session:
-    """One client. `run` returns when it is over, whatever the reason, and closes the stream."""
+    """One client. `run` returns when it is over, whatever the reason."""
 
     def __init__(
         self,
-        stream: trio.abc.HalfCloseableStream,
+        fd: int,
         catalog: Catalog,
         limits: ServerLimits,
-        threads: trio.CapacityLimiter,
-        counters: Counters,
+        disks: Executor,
         peer: str,
-        send_nowait: Callable[[bytes], int] = lambda data: 0,
+        pace: Pace,
+        bulk_turns: AbstractContextManager[object],
+        writev: Callable[[int, Sequence[Piece]], int] = os.writev,
     ) -> None:
         """Args:
-        send_nowait: hands the socket what it takes at once, and says how much that was; called only when nothing
-            else is unsent. Without it all goes through the send task.
+        fd: a connected stream socket, not blocking; whoever made it closes it.
+        disks: takes the steps that wait for a disk.
+        bulk_turns: held while a step of guessed pages is made and sent: all sessions share it.
+        writev: as `os.writev`; for tests.
         """
-        self._stream = stream
-        self._send_nowait = send_nowait
+        self.counters = Counters()
+        self._fd = fd
+        self._writev = writev
         self._catalog = catalog
         self._limits = limits
-        self._threads = threads
-        self._counters = counters
+        self._disks = disks
         self._peer = peer
+        self._pace = pace
+        self._bulk_turns = bulk_turns
         self._connection = ServerConnection()
         self._output = Output()
         self._queue = JobQueue()
         self._cold: dict[int, Job] = {}
+        self._at_disk: dict[int, Future[None]] = {}
         self._cancelled: set[int] = set()
-        self._heard_at = trio.current_time()
-        self._heard = trio.Event()
-        self._leaving = False
-        self._greeting = trio.CancelScope()
+        self._demanded: dict[int, None] = {}
         self._reader: SnapshotReader | None = None
+        self._page = memoryview(bytearray(PAGE_SIZE))
+        self._unhandled = False  # messages may stand in the connection's buffer
+        now = time.monotonic()
+        self._ask_at = now + limits.handshake_seconds
+        self._asked = False
+        self._stuck_at: float | None = None  # since when the socket took less than `send_bytes`
+        self._sent_since = 0
+        self._leaving = False
+        # What other threads say; they wake the loop through the descriptor.
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._woken = False
+        self._stop_reason: str | None = None
+        self._is_cut = False
+        self._warmed: deque[tuple[Job, list[Answer] | None]] = deque()
+        self._poll = select.poll()
+        self._poll.register(self._wake_fd, select.POLLIN)
+        self._interest = 0
 
-    # ---- life
-
-    async def run(self) -> None:
-        reason = "ended"
-        try:
-            await self._greet()
-            async with trio.open_nursery() as nursery:
-                for task in (self._receive, partial(self._produce, nursery), self._send, self._watch):
-                    nursery.start_soon(task)
-        except* SessionEnd as group:
-            end = _first_end(group)
-            reason = str(end)
-            if end.farewell is not None:
-                frame = self._connection.send(end.farewell)
-                await say_last(self._stream, frame, self._limits.farewell_seconds)
-        except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            reason = "the connection broke"
-        finally:
-            log.info("%s: %s", self._peer, reason)
-            await trio.aclose_forcefully(self._stream)
+    # ---- for other threads
 
     def stop(self, reason: str) -> None:
         """Say goodbye: open requests are still answered, then the session ends. Before the greeting: at once."""
-        if self._leaving:
+        self._stop_reason = reason
+        self._wake()
+
+    def cut(self) -> None:
+        """End at once, whatever is open."""
+        self._is_cut = True
+        self._wake()
+
+    def close(self) -> None:
+        """Let go of what the session itself opened; after `run`, when nobody calls `stop` or `cut` any more."""
+        os.close(self._wake_fd)
+
+    def _wake(self) -> None:
+        self._woken = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    # ---- life
+
+    def run(self) -> bytes:
+        """Serve until the end. Returns a last frame that the client should hear, or nothing."""
+        reason, farewell = "ended", b""
+        try:
+            self._poll.register(self._fd, select.POLLIN)
+            self._interest = select.POLLIN
+            while True:
+                self._turn()
+        except SessionEnd as end:
+            reason = str(end)
+            if end.farewell is not None:
+                farewell = self._connection.send(end.farewell)
+        except OSError as error:  # of the socket: a job's own end as its answer
+            reason = f"the connection broke: {error.strerror}"
+        finally:
+            log.info("%s: %s", self._peer, reason)
+            wait(self._at_disk.values())
+        return farewell
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do a bounded part of it."""
+        output = self._output
+        readable = output.unsent_bytes < self._limits.max_unsent_bytes
+        interest = (select.POLLIN if readable else 0) | (select.POLLOUT if output.unsent_bytes else 0)
+        if interest != self._interest:
+            self._poll.modify(self._fd, interest)
+            self._interest = interest
+        busy = self._woken or (readable and self._unhandled) or (bool(self._queue) and any(self._may_step()))
+        found = self._poll.poll(0 if busy else self._patience_ms())
+        flags = 0
+        for fd, what in found:
+            if fd == self._fd:
+                flags = what
+            else:
+                self._woken = True
+        if self._woken:
+            self._take_word()
+        if flags & ~select.POLLOUT:
+            if not readable:  # nothing but an error or the end of both directions is told then
+                raise SessionEnd("the connection broke")
+            self._read()
+        elif self._unhandled and readable:
+            self._handle_all()
+        if self._queue:
+            self._step()
+        if output.unsent_bytes >= BULK_BYTES:
+            with self._bulk_turns:
+                self._flush()
+        elif output.unsent_bytes:
+            self._flush()
+        if self._leaving and not output.unsent_bytes and not self._connection.open_requests:
+            raise SessionEnd("goodbye")
+        if not found or self._reader is None:
+            self._look_at_clock()
+
+    def _take_word(self) -> None:
+        """What other threads said."""
+        self._woken = False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        if self._is_cut:
+            raise SessionEnd("the server ended at once")
+        while self._warmed:
+            job, answers = self._warmed.popleft()
+            self._cold_done(job, answers)
+        if self._stop_reason is not None and not self._leaving:
+            if self._reader is None:
+                raise SessionEnd("the server is ending")
+            self._leaving = True
+            self._put(self._connection.send_parts(Goodbye(self._stop_reason)), Lane.CONTROL)
+
+    # ---- time
+
+    def _patience_ms(self) -> int:
+        """How long the socket may be silent before the clock has to be looked at."""
+        now = time.monotonic()
+        until = self._ask_at
+        if self._stuck_at is not None:
+            until = min(until, self._stuck_at + self._limits.send_seconds)
+        return max(0, int((until - now) * 1000) + 1)
+
+    def _look_at_clock(self) -> None:
+        now, limits = time.monotonic(), self._limits
+        if self._stuck_at is not None and now >= self._stuck_at + limits.send_seconds:
+            raise SessionEnd("dropped: it takes its answers too slowly")
+        if now < self._ask_at:
             return
-        self._leaving = True
-        self._greeting.cancel()
+        if self._reader is None:
+            raise SessionEnd("no whole HELLO in time")
+        if self._output.unsent_bytes >= limits.max_unsent_bytes:
+            self._ask_at = now + limits.idle_seconds  # we do not read from it: the send timeout's business
+        elif self._asked:
+            raise SessionEnd("dropped: silent, and no answer to a PING")
+        else:
+            self._asked = True
+            self._ask_at = now + limits.pong_seconds
+            self._put(self._connection.send_parts(Ping(1)), Lane.CONTROL)
+
+    # ---- in
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, RECEIVE_BYTES)
+        except BlockingIOError:
+            return
         if self._reader is not None:
-            self._output.put(self._connection.send(Goodbye(reason)), Lane.CONTROL)
+            self._asked = False
+            self._ask_at = time.monotonic() + self._limits.idle_seconds
+            if self._answer_lone(data):
+                return
+        self._connection.receive_data(data)
+        self._handle_all()
 
-    # ---- greeting
+    def _answer_lone(self, data: bytes) -> bool:
+        """Answer a demand of one page that the host has in memory and that nothing is before; whether it was one."""
+        lone = self._connection.lone_fetch(data)
+        if lone is None or self._output.unsent_bytes or self._leaving or self._queue:
+            return False
+        request_id, flags, page, count = lone
+        if count != 1 or flags & _WANT_DIGESTS or page in self._demanded or self._pace.slow:
+            return False
+        assert self._reader is not None
+        buffer = self._page
+        held = self._reader.page_into_nowait(page, buffer)
+        if held is None:
+            return False
+        self._remember(page)
+        frame = (raw_page_head(request_id, page), buffer) if held else (zero_page(request_id, page),)
+        counters = self.counters
+        counters.requests += 1
+        counters.answered += 1
+        length = 32 + (PAGE_SIZE if held else 0)
+        sent = self._write(frame)
+        counters.bytes_sent += sent
+        if sent < length:
+            rest = b"".join(frame)[sent:]  # the buffer is the next page's
+            self._put((rest,), Lane.CONTROL if sent else Lane.DEMAND)
+        return True
 
-    async def _greet(self) -> None:
-        self._greeting.deadline = trio.current_time() + self._limits.handshake_seconds
-        with self._greeting:
-            hello = await self._next_message()
-            assert isinstance(hello, Hello), "the state table lets nothing else through first"
-            welcome = self._welcome(hello)
-            await self._stream.send_all(self._connection.send(welcome))
-            self._reader = self._catalog[welcome.name]
-        if self._greeting.cancelled_caught:
-            raise SessionEnd("the server is ending" if self._leaving else "no whole HELLO in time")
+    def _remember(self, page: int) -> None:
+        demanded = self._demanded
+        demanded[page] = None
+        if len(demanded) > REMEMBERED_DEMANDS:
+            del demanded[next(iter(demanded))]
 
-    async def _next_message(self) -> Message:
-        while (event := self._event()) is None:
-            await self._read_more()
-        return event
+    def _handle_all(self) -> None:
+        """Act on what was received, while the answers that this makes at once are few enough."""
+        output, most = self._output, self._limits.max_unsent_bytes
+        self._unhandled = True
+        while output.unsent_bytes < most:
+            message = self._event()
+            if message is None:
+                self._unhandled = False
+                return
+            self._handle(message)
+
+    def _event(self) -> Message | None:
+        try:
+            event = self._connection.next_event()
+        except RemoteProtocolError as error:
+            raise SessionEnd(f"dropped: {error}", Error(0, ErrorCode.BAD_REQUEST, str(error))) from error
+        if event is CONNECTION_CLOSED:
+            raise SessionEnd("the client left")
+        return None if event is NEED_DATA else event
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, _REQUESTS):
+            self._take_request(message)
+        elif isinstance(message, Cancel):
+            self._cancel(message.id)
+        elif isinstance(message, Ping):
+            self._put(self._connection.send_parts(Pong(message.id)), Lane.CONTROL)
+        elif isinstance(message, Hello):
+            self._greet(message)
+        elif isinstance(message, Goodbye):
+            self._leaving = True
+
+    def _greet(self, hello: Hello) -> None:
+        welcome = self._welcome(hello)
+        self._put(self._connection.send_parts(welcome), Lane.CONTROL)
+        self._reader = self._catalog[welcome.name]
+        self._ask_at = time.monotonic() + self._limits.idle_seconds
 
     def _welcome(self, hello: Hello) -> Welcome:
         version = negotiate(hello)
@@ -182,64 +377,30 @@ class Session:
             working_set_bytes=reader.working_set.size_bytes,
         )
 
-    # ---- in
-
-    async def _receive(self) -> None:
-        while True:
-            await self._output.wait_below(self._limits.max_unsent_bytes)
-            message = self._event()
-            if message is None:
-                await self._read_more()
-            elif self._handle(message):
-                await trio.lowlevel.checkpoint()  # a step was taken: the other sessions' turn
-
-    async def _read_more(self) -> None:
-        self._connection.receive_data(bytes(await self._stream.receive_some(RECEIVE_BYTES)))
-        self._heard_at = trio.current_time()
-        self._heard.set()
-
-    def _event(self) -> Message | None:
-        try:
-            event = self._connection.next_event()
-        except RemoteProtocolError as error:
-            raise SessionEnd(f"dropped: {error}", Error(0, ErrorCode.BAD_REQUEST, str(error))) from error
-        if event is CONNECTION_CLOSED:
-            raise SessionEnd("the client left")
-        return None if event is NEED_DATA else event
-
-    def _handle(self, message: Message) -> bool:
-        """Act on a message; whether that took one step of a job."""
-        if isinstance(message, _REQUESTS):
-            return self._take_request(message)
-        if isinstance(message, Cancel):
-            self._cancel(message.id)
-        elif isinstance(message, Ping):
-            self._output.put(self._connection.send(Pong(message.id)), Lane.CONTROL)
-        elif isinstance(message, Goodbye):
-            self._leaving = True
-            self._output.wake()
-        return False
-
-    def _take_request(self, request: Fetch | FetchDigests | ReadFile) -> bool:
-        self._counters.requests += 1
-        assert self._reader is not None
-        assert self._connection.welcome is not None
+    def _take_request(self, request: Fetch | FetchDigests | ReadFile) -> None:
+        self.counters.requests += 1
         if self._leaving:
             self._say([Error(request.id, ErrorCode.SHUTTING_DOWN, "the server is ending")], Lane.DEMAND)
-            return False
-        job = make_job(request, self._reader, self._connection.welcome.capabilities, self._limits)
+            return
+        reader, welcome = self._reader, self._connection.welcome
+        assert reader is not None
+        assert welcome is not None
+        suspect = self._is_repeated(request)
+        job = make_job(request, reader, welcome.capabilities, self._limits, self._pace, suspect=suspect)
         if isinstance(job, Error):
             self._say([job], Lane.DEMAND)
+        else:
+            self._queue.put(job)
+
+    def _is_repeated(self, request: Fetch | FetchDigests | ReadFile) -> bool:
+        """Whether it demands what was demanded a moment ago. Notes what it demands."""
+        if not isinstance(request, Fetch) or request.flags & FetchFlag.BACKGROUND:
             return False
-        if not job.background and not self._queue and not self._output.unsent_bytes:
-            # Nothing is before it: a demand that the host has in memory needs no other task to be answered.
-            answers = _guarded(job, job.step_nowait)
-            if answers is not None:
-                self._give(job, answers)
-                return True
-        self._queue.put(job)
-        self._output.wake()
-        return False
+        repeated = False
+        for pages in request.ranges:
+            repeated |= pages.start in self._demanded
+            self._remember(pages.start)
+        return repeated
 
     def _cancel(self, request_id: int) -> None:
         job = self._queue.maybe_remove(request_id)
@@ -249,118 +410,95 @@ class Session:
             self._cancelled.add(request_id)
         # else: the last answer crossed the CANCEL, and is the last word
 
-    # ---- out
+    # ---- jobs
 
-    async def _produce(self, nursery: trio.Nursery) -> None:
-        """One step at a time; each ends in a checkpoint, at which the other sessions have their turn."""
-        while True:
-            job = self._maybe_next_job()
-            if job is None:
-                await self._output.wait_changed()
-                continue
-            answers = _guarded(job, job.step_nowait)
-            if answers is None:
-                self._cold[job.id] = job
-                nursery.start_soon(self._cold_step, job)
-            else:
-                self._give(job, answers)
-            await trio.lowlevel.checkpoint()
+    def _may_step(self) -> tuple[bool, bool]:
+        """Whether there is a step of a demand, or of a guess, that the bounds allow now."""
+        unsent, cold, limits = self._output.unsent_bytes, self._cold, self._limits
+        if unsent >= limits.max_unsent_bytes or len(cold) >= limits.max_cold_reads:
+            return False, False
+        background = unsent < limits.max_background_unsent_bytes and not any(job.background for job in cold.values())
+        return self._queue.has_demand, background and self._queue.has_background
 
-    def _maybe_next_job(self) -> Job | None:
-        unsent = self._output.unsent_bytes
-        room = unsent < self._limits.max_unsent_bytes and len(self._cold) < self._limits.max_cold_reads
-        background = unsent < self._limits.max_background_unsent_bytes and not any(
-            job.background for job in self._cold.values()
-        )
-        return self._queue.maybe_next(demand=room, background=room and background)
+    def _step(self) -> None:
+        """One step of the job whose turn it is."""
+        demand, background = self._may_step()
+        job = self._queue.maybe_next(demand=demand, background=background)
+        if job is None:
+            return
+        if job.background:
+            with self._bulk_turns:
+                self._take_step(job)
+        else:
+            self._take_step(job)
 
-    async def _cold_step(self, job: Job) -> None:
-        answers = await trio.to_thread.run_sync(_guarded, job, job.step, limiter=self._threads)
-        del self._cold[job.id]
+    def _take_step(self, job: Job) -> None:
+        answers = _guarded(job, job.step_nowait)
+        if answers is not None:
+            self._give(job, answers)
+            return
+        self._cold[job.id] = job
+        self._at_disk[job.id] = self._disks.submit(self._cold_step, job)
+
+    def _cold_step(self, job: Job) -> None:
+        """In a thread of the pool."""
+        self._warmed.append((job, _guarded(job, job.step)))
+        self._wake()
+
+    def _cold_done(self, job: Job, answers: list[Answer] | None) -> None:
+        del self._cold[job.id], self._at_disk[job.id]
         if job.id in self._cancelled:
             self._cancelled.discard(job.id)
             self._say([Cancelled(job.id)], _lane(job))
         else:
             assert answers is not None
             self._give(job, answers)
-        self._output.wake()
 
     def _give(self, job: Job, answers: Sequence[Answer]) -> None:
         self._say(answers, _lane(job))
+        if job.background and job.data_bytes:
+            self._pace.note(time.monotonic(), job.data_bytes)
         if not job.done:
             self._queue.put(job)
-            self._output.wake()
+
+    # ---- out
 
     def _say(self, answers: Sequence[Answer | Cancelled], lane: Lane) -> None:
-        """Send answers of one request: at once if nothing is before them and the socket takes them, else by lanes."""
-        frames = []
         for answer in answers:
-            frames.append(self._connection.send(answer))
+            self._put(self._connection.send_parts(answer), lane)
             if isinstance(answer, Error):
                 self._note_error(answer)
-        self._counters.answered += not self._connection.is_open(answers[-1].id)
-        if self._output.unsent_bytes:
-            for frame in frames:
-                self._output.put(frame, lane)
-            return
-        data = frames[0] if len(frames) == 1 else b"".join(frames)
-        sent = self._send_nowait(data)
-        self._counters.bytes_sent += sent
-        if self._leaving:
-            self._output.wake()  # the send task ends the session after the last answer, also if it did not send it
-        if sent < len(data):
-            # A frame that was begun goes before everything else; that it takes its followers along costs little.
-            self._output.put(data[sent:], Lane.CONTROL if sent else lane)
+        self.counters.answered += not self._connection.is_open(answers[-1].id)
 
     def _note_error(self, error: Error) -> None:
-        self._counters.refused_pages += error.code == ErrorCode.PAGE_CHANGED
+        self.counters.refused_pages += error.code == ErrorCode.PAGE_CHANGED
         level = logging.WARNING if error.code >= ErrorCode.IO_ERROR else logging.INFO
         log.log(level, "%s: %s", self._peer, error.text)
 
-    async def _send(self) -> None:
-        while True:
-            if self._leaving and not self._output.unsent_bytes and not self._connection.open_requests:
-                raise SessionEnd("goodbye")
-            if not self._output.unsent_bytes:
-                await self._output.wait_changed()
-                continue
-            data = self._output.take_nowait(self._limits.send_bytes)
-            with trio.move_on_after(self._limits.send_seconds) as scope:
-                await self._stream.send_all(data)
-            if scope.cancelled_caught:
-                raise SessionEnd("dropped: it takes its answers too slowly")
-            self._counters.bytes_sent += len(data)
-            self._output.sent()
+    def _put(self, frame: Sequence[Piece], lane: Lane) -> None:
+        self._output.put(frame, lane)
 
-    async def _watch(self) -> None:
-        """A client that we do not read from (too much is unsent) is the send timeout's business, not ours."""
-        limits = self._limits
-        while True:
-            await trio.sleep_until(self._heard_at + limits.idle_seconds)
-            if trio.current_time() - self._heard_at < limits.idle_seconds:
-                continue
-            if self._output.unsent_bytes >= limits.max_unsent_bytes:
-                self._heard_at = trio.current_time()
-                continue
-            self._output.put(self._connection.send(Ping(1)), Lane.CONTROL)
-            self._heard = trio.Event()
-            with trio.move_on_after(limits.pong_seconds):
-                await self._heard.wait()
-            if not self._heard.is_set() and self._output.unsent_bytes < limits.max_unsent_bytes:
-                raise SessionEnd("dropped: silent, and no answer to a PING")
+    def _flush(self) -> None:
+        """Hand the socket what it takes of the most urgent frames."""
+        output = self._output
+        if not output.unsent_bytes:
+            return
+        pieces = output.pieces(self._limits.send_bytes)
+        sent = self._write(pieces)
+        self.counters.bytes_sent += sent
+        self._sent_since += sent
+        if output.sent(sent):
+            self._stuck_at = None
+        elif self._stuck_at is None or self._sent_since >= self._limits.send_bytes:
+            self._stuck_at, self._sent_since = time.monotonic(), 0
+        elif time.monotonic() >= self._stuck_at + self._limits.send_seconds:
+            raise SessionEnd("dropped: it takes its answers too slowly")
 
-
-async def say_last(stream: trio.abc.HalfCloseableStream, frame: bytes, seconds: float) -> None:
-    """Send a last frame to a client that is dropped, if it takes it within so many seconds.
-
-    Reads what the client still sends for as long: closing a socket with unread data is a reset, which would overtake
-    the frame. Behind an answer that was cut the frame is noise, but such a client was too slow to listen anyway.
-    """
-    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError), trio.move_on_after(seconds):
-        await stream.send_all(frame)
-        await stream.send_eof()
-        while await stream.receive_some(RECEIVE_BYTES):
-            pass
+    def _write(self, pieces: Sequence[Piece]) -> int:
+        try:
+            return self._writev(self._fd, pieces)
+        except BlockingIOError:
+            return 0
 
 
 def _guarded(job: Job, step: Callable[[], list[Answer] | None]) -> list[Answer] | None:
@@ -373,16 +511,3 @@ def _guarded(job: Job, step: Callable[[], list[Answer] | None]) -> list[Answer] 
 
 def _lane(job: Job) -> Lane:
     return Lane.BACKGROUND if job.background else Lane.DEMAND
-
-
-def _first_end(group: BaseExceptionGroup[SessionEnd]) -> SessionEnd:
-    """The end that explains most: one with a farewell, else any."""
-    ends: list[SessionEnd] = []
-    waiting: list[BaseException] = [group]
-    while waiting:
-        error = waiting.pop()
-        if isinstance(error, BaseExceptionGroup):
-            waiting.extend(error.exceptions)
-        elif isinstance(error, SessionEnd):
-            ends.append(error)
-    return next((end for end in ends if end.farewell is not None), ends[0])

@@ -154,6 +154,20 @@ async def test_half_a_greeting(snapshot: BuiltSnapshot) -> None:
         await wait_clients(serving, 0)
 
 
+async def test_a_greeting_byte_by_byte(snapshot: BuiltSnapshot) -> None:
+    """It is not the silence that is bounded, but the time to the last byte."""
+    async with served(snapshot, ServerLimits(handshake_seconds=0.2)) as serving:
+        async with await open_stream(serving.addresses[0]) as stream:
+            hello = encode(Hello("x" * 255))
+            with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(10):
+                while hello:
+                    await stream.send_all(hello[:1])
+                    hello = hello[1:]
+                    await trio.sleep(0.01)
+            assert hello, "2.8 s, and it was still listened to"
+        await wait_clients(serving, 0)
+
+
 async def test_a_client_that_died_without_a_word(snapshot: BuiltSnapshot) -> None:
     """It was greeted, then nothing: it is asked, and dropped when it does not answer."""
     async with served(snapshot, ServerLimits(idle_seconds=0.05, pong_seconds=0.1)) as serving:
@@ -293,14 +307,15 @@ async def test_a_cold_disk_under_one_client_does_not_stop_another(
     disk_answers = threading.Event()
     read_nowait, read_some = SnapshotReader.read_nowait, SnapshotReader.read_some
 
-    def cold_nowait(self: SnapshotReader, pages: PageRange) -> object:
-        return None if pages.start >= 2048 else read_nowait(self, pages)
+    def cold_nowait(self: SnapshotReader, pages: PageRange, **how: bool) -> object:
+        return None if pages.start >= 2048 else read_nowait(self, pages, **how)
 
     def cold_read(self: SnapshotReader, pages: PageRange, most: int) -> list[VouchedRun]:
         assert disk_answers.wait(60)
         return read_some(self, pages, most)
 
     monkeypatch.setattr(SnapshotReader, "read_nowait", cold_nowait)
+    monkeypatch.setattr(SnapshotReader, "page_into_nowait", lambda self, page, buffer: None)
     monkeypatch.setattr(SnapshotReader, "read_some", cold_read)
     async with served(snapshot) as serving, connected(serving.addresses[0]) as waiting, finally_set(disk_answers):
         await waiting.send(Fetch(1, (PageRange(3000, 1),)))
@@ -335,7 +350,8 @@ async def test_a_cancelled_cold_read_ends_with_cancelled(
         assert disk_answers.wait(60)
         return []
 
-    monkeypatch.setattr(SnapshotReader, "read_nowait", lambda self, pages: None)
+    monkeypatch.setattr(SnapshotReader, "read_nowait", lambda self, pages, **how: None)
+    monkeypatch.setattr(SnapshotReader, "page_into_nowait", lambda self, page, buffer: None)
     monkeypatch.setattr(SnapshotReader, "read_some", cold_read)
     monkeypatch.setattr(FetchJob, "_answers", lambda self, leaf, runs: [])
     async with served(snapshot) as serving, connected(serving.addresses[0]) as client, finally_set(disk_answers):

@@ -1,21 +1,27 @@
-"""One session over memory streams: how frames get to the socket, whatever the socket takes at once."""
+"""One session over a pair of sockets: how frames get to the socket, whatever it takes at once."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import AsyncIterator, Callable
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
 from lazymem_server.catalog import Catalog
 from lazymem_server.limits import ServerLimits
-from lazymem_server.session import Counters, Session
+from lazymem_server.output import Piece
+from lazymem_server.pace import Pace
+from lazymem_server.session import Session
 
-from lazymem.pages import PageRange
-from lazymem.wire.messages import Fetch, FetchFlag, Goodbye, Pages, Ping, Pong, Welcome
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.snapshot import reader
+from lazymem.wire.messages import Error, ErrorCode, Fetch, FetchFlag, Goodbye, Pages, Ping, Pong, Welcome
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.wireclient import ClosedByServerError, WireClient, page_bytes
 
@@ -28,38 +34,52 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> BuiltSnapshot:
 
 
 @asynccontextmanager
-async def session(snapshot: BuiltSnapshot, take: Callable[[int], int]) -> AsyncIterator[WireClient]:
-    """A greeted client of a session whose socket takes `take(length)` of so many bytes without waiting."""
-    client_end, server_end = trio.testing.memory_stream_pair()
+async def session(folder: Path, take: Callable[[int], int], pace: Pace | None = None) -> AsyncIterator[WireClient]:
+    """A greeted client of a session whose socket takes `take(length)` of so many bytes at once."""
+    server_end, client_end = socket.socketpair()
+    server_end.setblocking(False)
 
-    def send_nowait(data: bytes) -> int:
+    def writev(fd: int, pieces: Sequence[Piece]) -> int:
+        data = b"".join(pieces)
         taken = take(len(data))
-        client_end.receive_stream.put_data(data[:taken])
-        return taken
+        return os.write(fd, data[:taken]) if taken else 0
 
-    with Catalog([snapshot.folder]) as catalog, trio.fail_after(30):
-        async with trio.open_nursery() as nursery:
-            threads = trio.CapacityLimiter(2)
-            served = Session(server_end, catalog, ServerLimits(), threads, Counters(), "test", send_nowait)
-            nursery.start_soon(served.run)
-            client = WireClient(client_end)
-            assert isinstance(await client.hello(), Welcome)
-            yield client
-            await client_end.aclose()
+    with Catalog([folder]) as catalog, ThreadPoolExecutor(2) as disks, server_end, trio.fail_after(30):
+        client = WireClient(trio.SocketStream(trio.socket.from_stdlib_socket(client_end)))
+        served = Session(
+            server_end.fileno(), catalog, ServerLimits(), disks, "test", pace or Pace(), threading.Lock(), writev
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run, served, server_end)
+                try:
+                    assert isinstance(await client.hello(), Welcome)
+                    yield client
+                finally:
+                    served.cut()
+        finally:
+            served.close()
+            await client.stream.aclose()
+
+
+async def run(served: Session, server_end: socket.socket) -> None:
+    """As the server does it: the thread's end closes the connection."""
+    await trio.to_thread.run_sync(served.run)
+    server_end.close()
 
 
 SOCKETS: dict[str, Callable[[int], int]] = {
     "takes all": lambda length: length,
-    "takes nothing": lambda length: 0,
-    "takes half": lambda length: length // 2,
-    "takes one byte": lambda length: 1,
+    "takes nothing most often": lambda length: length * (random.random() < 0.1),
+    "takes half": lambda length: max(1, length // 2),
+    "takes one byte most often": lambda length: length if random.random() < 0.1 else 1,
     "takes what it likes": lambda length: random.randint(0, length),
 }
 
 
 @pytest.mark.parametrize("take", SOCKETS.values(), ids=SOCKETS)
 async def test_frames_arrive_whole_and_in_order(snapshot: BuiltSnapshot, take: Callable[[int], int]) -> None:
-    async with session(snapshot, take) as client:
+    async with session(snapshot.folder, take) as client:
         await client.send(Fetch(1, (PageRange(0, PAGES),), FetchFlag.BACKGROUND))
         await client.send(Ping(3))
         await client.send(Fetch(2, (PageRange(5, 80),)))
@@ -81,9 +101,51 @@ async def test_frames_arrive_whole_and_in_order(snapshot: BuiltSnapshot, take: C
 @pytest.mark.parametrize("take", SOCKETS.values(), ids=SOCKETS)
 async def test_a_goodbye_ends_it_after_the_last_answer(snapshot: BuiltSnapshot, take: Callable[[int], int]) -> None:
     """Whoever sends the last answer, the session ends: it once stood still when nothing went through the send task."""
-    async with session(snapshot, take) as client:
+    async with session(snapshot.folder, take) as client:
         await client.send(Fetch(1, (PageRange(0, PAGES),)))
         await client.send(Goodbye("done"))
         assert b"".join(page_bytes(answer) for answer in await client.answers(1)) == snapshot.ram
         with pytest.raises(ClosedByServerError):
             await client.receive()
+
+
+@pytest.mark.parametrize("take", SOCKETS.values(), ids=SOCKETS)
+async def test_single_pages_one_after_the_other(snapshot: BuiltSnapshot, take: Callable[[int], int]) -> None:
+    """The shortest way of a demand, and its end in the middle of a frame."""
+    async with session(snapshot.folder, take) as client:
+        for page in range(0, PAGES, 7):
+            assert await client.read(PageRange(page, 1)) == snapshot.page(page)
+
+
+@pytest.mark.parametrize("level", [0, 1, 3])
+async def test_bulk_at_every_level(snapshot: BuiltSnapshot, level: int) -> None:
+    pace = Pace(level=level, frame_pages=256)
+    async with session(snapshot.folder, lambda length: length, pace) as client:
+        answers = await client.fetch(PageRange(0, PAGES), flags=FetchFlag.BACKGROUND)
+        assert b"".join(page_bytes(answer) for answer in answers) == snapshot.ram
+
+
+async def test_who_asks_again_is_believed_that_something_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write through a shared map need not move the file's times: `stat` sees nothing, the client's digest does.
+
+    So the first answer may be the wrong bytes (which its reader refuses); the second one is an error that says so.
+    """
+    monkeypatch.setattr(reader, "SETTLED_NS", -1)
+    built = make_snapshot(tmp_path / "web", pages=64)
+    number = next(n for n in range(64) if any(built.page(n)))
+    spoil(built.folder / "pc.ram", number * PAGE_SIZE + 5)  # before it is opened: all times are as at its opening
+    async with session(built.folder, lambda length: length) as client:
+        [first] = await client.fetch(PageRange(number, 1))
+        assert page_bytes(first) != built.page(number)
+        for pages in (PageRange(number, 1), PageRange(number, 3)):
+            answer = (await client.fetch(pages))[-1]
+            assert isinstance(answer, Error)
+            assert answer.code == ErrorCode.PAGE_CHANGED
+
+
+def spoil(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        before = os.pread(file.fileno(), 1, offset)
+        os.pwrite(file.fileno(), bytes([before[0] ^ 1]), offset)

@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazymem.digests import DIGEST_BYTES, ZERO_PAGE_DIGEST
 from lazymem.errors import SnapshotError, VerificationError
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot import publishedfile, vouching
+from lazymem.snapshot import reader as reader_module
 from lazymem.snapshot.reader import VouchedRun, open_snapshot
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
@@ -111,6 +112,74 @@ def test_cached_pages_need_no_thread(built: BuiltSnapshot) -> None:
         reader.read(PageRange(0, 600))
     with open_snapshot(built.folder) as reader:
         assert reader.read_nowait(PageRange(3, 2)) is not None
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if every file had been written long before it is opened."""
+    monkeypatch.setattr(reader_module, "SETTLED_NS", -1)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(start=st.integers(0, 599), count=st.integers(1, 300))
+def test_what_nobody_touched_is_read_without_a_look_at_its_bytes(
+    built: BuiltSnapshot, settled: None, start: int, count: int
+) -> None:
+    """By the digests alone; twice, since an unhashed file's are known from its first read on."""
+    pages = PageRange(start, min(count, 600 - start))
+    expected = built.ram[pages.offset_bytes : pages.offset_bytes + pages.length_bytes]
+    with open_snapshot(built.folder) as reader:
+        for _ in range(2):
+            runs = reader.read_nowait(pages)
+            if runs is None:
+                continue
+            assert data_of(list(runs)) == expected
+            assert b"".join(run.digests for run in runs) == built.digests[16 * pages.start : 16 * pages.end]
+            for run in runs:
+                assert (run.data is None) == (run.digests == ZERO_PAGE_DIGEST * run.pages.count)
+
+
+def test_one_page_by_the_shortest_way(built: BuiltSnapshot, settled: None) -> None:
+    buffer = memoryview(bytearray(PAGE_SIZE))
+    with open_snapshot(built.folder) as reader:
+        assert reader.page_into_nowait(0, buffer) is None, "its leaf was not read yet"
+        reader.read(PageRange(0, 600))
+        for page in range(600):
+            held = reader.page_into_nowait(page, buffer)
+            if not reader.hashed:
+                assert held is None
+            elif held is not None:
+                assert held is any(built.page(page))
+                assert not held or bytes(buffer) == built.page(page)
+
+
+@pytest.mark.parametrize("way", ["a young file", "written to", "cut"])
+def test_one_page_of_a_file_that_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """The short way looks at no bytes, so it gives up."""
+    monkeypatch.setattr(reader_module, "SETTLED_NS", 10**18 if way == "a young file" else -1)
+    built = make_snapshot(tmp_path / "web", pages=64)
+    with open_snapshot(built.folder) as reader:
+        reader.read(PageRange(0, 64))
+        if way == "written to":
+            spoil(built.folder / "pc.ram", 63 * PAGE_SIZE)
+        elif way == "cut":
+            os.truncate(built.folder / "pc.ram", 32 * PAGE_SIZE)
+        buffer = memoryview(bytearray(PAGE_SIZE))
+        assert {reader.page_into_nowait(page, buffer) for page in range(64)} == {None}
+
+
+@HASHED
+def test_a_suspect_page_is_looked_at(tmp_path: Path, settled: None, hashed: bool) -> None:
+    """The file's times say nothing, as after a write through a shared map."""
+    built = make_snapshot(tmp_path / "web", pages=64, hashed=hashed)
+    with open_snapshot(built.folder) as reader:
+        reader.read(PageRange(0, 64))
+        spoil(built.folder / "pc.ram", 9 * PAGE_SIZE + 1)
+        reader._signature = reader._ram.signature()
+        runs = reader.read_nowait(PageRange(9, 1))
+        assert runs is None or data_of(list(runs)) != built.page(9)
+        with pytest.raises(VerificationError, match="page 9 "):
+            reader.read_nowait(PageRange(9, 1), suspect=True)
 
 
 @HASHED

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.wire import limits
-from lazymem.wire.codec import FRAME_TYPES, encode
+from lazymem.wire.codec import FRAME_TYPES, encode, encode_parts, lone_range, raw_page_head, zero_page
 from lazymem.wire.frame import HEADER, HEADER_BYTES, MAX_PAYLOAD_BYTES, RULES, FrameType, Role
 from lazymem.wire.messages import (
     Cancel,
@@ -29,6 +29,7 @@ from lazymem.wire.messages import (
     Level,
     Message,
     Pages,
+    Ping,
     PublishedFile,
     ReadFile,
     Welcome,
@@ -333,3 +334,45 @@ def test_altered_frames_are_refused_or_are_other_legal_messages(
     for again in found:
         if not isinstance(again, Hello | Welcome):  # these drop capabilities that we do not know
             assert decoded(sender, encode(again)) == [again]
+
+
+def test_pieces_are_the_frame() -> None:
+    for count in (1, 5, 256):
+        for digests in (b"", bytes(16 * count)):
+            message = Pages(7, PageRange(3, count), Encoding.RAW, memoryview(bytes(count * PAGE_SIZE)), digests, True)
+            assert b"".join(encode_parts(message)) == encode(message)
+    assert encode_parts(Ping(3)) == (encode(Ping(3)),)
+    with pytest.raises(LocalProtocolError):
+        encode_parts(Pages(7, PageRange(3, 9), Encoding.RAW, bytes(8 * PAGE_SIZE)))
+
+
+def test_one_page_by_the_shortest_way_is_the_same_frame() -> None:
+    data = bytes(range(256)) * 16
+    assert raw_page_head(9, 77) + data == encode(Pages(9, PageRange(77, 1), Encoding.RAW, data, final=True))
+    assert zero_page(9, 77) == encode(Pages(9, PageRange(77, 1), Encoding.ZERO, final=True))
+
+
+@pytest.mark.parametrize("flags", list(range(4)))
+def test_a_lone_range_is_what_the_common_way_makes_of_it(flags: int) -> None:
+    fetch = Fetch(5, (PageRange(8, 3),), FetchFlag(flags))
+    assert lone_range(encode(fetch)) == (5, flags, 8, 3)
+
+
+@pytest.mark.parametrize("at", range(28))
+def test_a_lone_range_with_a_wrong_byte_is_none_or_a_legal_one(at: int) -> None:
+    """Whatever it lets through, the common way lets through as the same request."""
+    good = encode(Fetch(5, (PageRange(8, 3),)))
+    for wrong in (good[:at] + bytes([value]) + good[at + 1 :] for value in (0, 1, 4, 128, 255)):
+        found = lone_range(wrong)
+        buffer = ReceiveBuffer(Role.CLIENT)
+        buffer.feed(wrong)
+        try:
+            message = buffer.next_message()
+        except RemoteProtocolError:
+            message = None
+        if isinstance(message, Fetch):
+            assert found == (message.id, message.flags, message.ranges[0].start, message.ranges[0].count)
+        elif found is not None:
+            assert found[2] + found[3] > 1 << 20, "beyond every RAM: `lone_fetch` refuses it"
+    assert lone_range(good[:at]) is None
+    assert lone_range(good + b"\x00") is None

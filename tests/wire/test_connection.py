@@ -416,3 +416,50 @@ def test_random_bytes_after_the_greeting(data: bytes) -> None:
     for end in opened():
         end.receive_data(data)
         drain(end)
+
+
+def lone(page: int = 3, count: int = 1, request_id: int = 5) -> bytes:
+    return encode(Fetch(request_id, (PageRange(page, count),)))
+
+
+def test_a_lone_fetch_is_told_and_not_noted() -> None:
+    _, server = opened()
+    for _ in range(2):
+        assert server.lone_fetch(lone()) == (5, 0, 3, 1)
+    assert server.open_requests == 0
+    server.receive_data(lone())
+    assert isinstance(server.next_event(), Fetch)
+    assert server.lone_fetch(lone(request_id=6)) == (6, 0, 3, 1)
+
+
+def test_what_the_common_way_refuses_is_no_lone_fetch() -> None:
+    last = WELCOME.ram_bytes // PAGE_SIZE - 1
+    _, server = opened()
+    assert server.lone_fetch(lone(last)) == (5, 0, last, 1)
+    assert server.lone_fetch(lone(last + 1)) is None
+    assert server.lone_fetch(lone(last, 2)) is None
+    assert server.lone_fetch(lone((1 << 34) - 1)) is None
+    assert server.lone_fetch(lone(0, WELCOME.limits.max_request_pages + 1)) is None
+    server.receive_data(lone(request_id=5))
+    assert server.lone_fetch(lone(request_id=6)) is None, "something was received before it"
+    server.next_event()
+    assert server.lone_fetch(lone(request_id=5)) is None, "the id is in use"
+    for number in range(100, 99 + WELCOME.limits.max_requests):
+        server.receive_data(lone(request_id=number))
+        assert isinstance(server.next_event(), Fetch)
+    assert server.lone_fetch(lone(request_id=6)) is None, "too many are open"
+
+
+def test_no_lone_fetch_before_the_welcome_or_after_a_goodbye() -> None:
+    assert ServerConnection().lone_fetch(lone()) is None
+    client, server = opened()
+    carry(client, Goodbye("x"), server)
+    assert server.lone_fetch(lone()) is None
+    _, server = opened()
+    server.send(Goodbye("x"))
+    assert server.lone_fetch(lone()) is None
+    _, server = opened()
+    server.receive_data(b"\xff" * 100)
+    with pytest.raises(RemoteProtocolError):
+        server.next_event()
+    assert server.lone_fetch(lone()) is None

@@ -1,0 +1,75 @@
+"""What a host's answers are made like, by the rates that are seen: simulated links with a clock of their own."""
+
+from __future__ import annotations
+
+import pytest
+from lazymem_server.pace import EPOCH_BYTES, Pace
+
+from lazymem.wire.limits import MAX_FRAME_PAGES
+
+STEP = 256 * 1024
+ZSTD = {0: float("inf"), 1: 240e6, 3: 130e6}
+RATIO = {0: 1.0, 1: 2.4, 3: 2.6}
+
+
+def run(pace: Pace, link: float, other: float = float("inf"), megabytes: int = 500) -> dict[int, int]:
+    """Bulk over a link of so many bytes a second, to a client that takes `other`; how many steps at each level."""
+    now, made = pace._last_at + 100.0, dict.fromkeys(ZSTD, 0)
+    for _ in range(megabytes * 4):
+        made[pace.level] += 1
+        now += STEP / min(link * RATIO[pace.level], ZSTD[pace.level], other)
+        pace.note(now, STEP)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("link", "level"), [(1e6, 3), (12.5e6, 3), (125e6, 1), (1e9, 0), (5e9, 0)], ids=lambda value: f"{value:g}"
+)
+def test_the_level_that_suits_the_link(link: float, level: int) -> None:
+    made = run(Pace(), link)
+    assert made[level] >= 0.85 * sum(made.values())
+
+
+def test_a_slow_client_on_a_fast_link_is_not_made_to_decompress() -> None:
+    made = run(Pace(), 5e9, other=90e6)
+    assert made[0] >= 0.8 * sum(made.values())
+
+
+def test_a_slow_link_is_seen_to_be_slow() -> None:
+    pace = Pace()
+    assert not pace.slow
+    run(pace, 1e6, megabytes=12)
+    assert pace.slow
+    assert pace.level == 3
+    run(pace, 5e9, megabytes=100)
+    assert not pace.slow
+    assert pace.level == 0
+
+
+@pytest.mark.parametrize(("link", "pages"), [(1e6, 16), (125e6, 256), (5e9, 256)])
+def test_frames_are_short_beside_the_link(link: float, pages: int) -> None:
+    pace = Pace()
+    run(pace, link)
+    assert 16 <= pace.frame_pages <= MAX_FRAME_PAGES
+    assert pace.frame_pages == pytest.approx(pages, rel=0.5)
+
+
+def test_a_pause_is_no_slowness() -> None:
+    pace = Pace(level=0)
+    now = 0.0
+    for _ in range(20):
+        for _ in range(EPOCH_BYTES // STEP - 2):
+            now += 0.001
+            pace.note(now, STEP)
+        now += 1.0
+    assert (pace.level, pace.slow) == (0, False)
+
+
+def test_trials_become_rare() -> None:
+    made = run(Pace(), 125e6, megabytes=2000)
+    assert made[0] <= 0.1 * sum(made.values())
+
+
+def test_where_there_is_no_link_nothing_is_compressed_for_long() -> None:
+    made = run(Pace(level=0), 5e9)
+    assert made[0] == sum(made.values())
