@@ -46,13 +46,14 @@ class Surroundings(Protocol):
 class Cpu:
     """One core. Everything but `interrupt_slice` belongs to one thread at a time.
 
-    `halted`: the guest waits in HLT; `deliver_interrupt` ends that.
+    `halted`: the guest waits in HLT; `deliver_interrupt` ends that, and `reconsider_halt`.
     """
 
     def __init__(self, regions: Sequence[MappedRegion], outside: Surroundings) -> None:
         """The memory at the regions' host pointers must stay mapped until `close`."""
         self.layout = cpu_state.layout(context_shape().size)
         self.halted = False
+        self._halt_unsure = False
         self._outside = outside
         # Held only around a flag and a call that does not wait.
         self._slice_lock = threading.Lock()
@@ -134,6 +135,15 @@ class Cpu:
         self.halted = False
         self._engine.restore(self._entered(Event(vector, external=True)))
 
+    def reconsider_halt(self) -> None:
+        """A timer that should have ended the HLT has acted, and no interrupt is there (it is masked, say).
+
+        If HLT was no more than a guess, the guest goes on: an end of HLT without a reason is something that its code
+        has to bear (it halts again, and then that is known), while one that never ends would be a hung guest.
+        """
+        if self.halted and self._halt_unsure and self.interrupts_enabled:
+            self.halted = self._halt_unsure = False
+
     def registers_text(self) -> str:
         """A dump of the registers for a person."""
         image = self._engine.image()
@@ -161,7 +171,7 @@ class Cpu:
         for msr, value in msrs.items():
             self._engine.set_msr(msr, value)
         self._engine.forget_translations(image.cr(3))
-        self.halted = bool(halted)
+        self.halted = self._halt_unsure = bool(halted)
         for site in sites:
             self._watch_halt(site)
 
@@ -223,8 +233,10 @@ class Cpu:
 
         Sure cases: nobody asked for an end; or the hook before a known HLT came, and RIP is behind it. In the
         remaining case, a first HLT that coincides with another reason to end, the byte before RIP decides, and only
-        where a mistake is harmless: where a timer will wake the guest (a HLT may end early or late), or behind CLI.
+        where a mistake is harmless: where a timer will wake the guest (a HLT may end early or late; `reconsider_halt`
+        is for a timer that nobody hears), or behind CLI.
         """
+        self._halt_unsure = False
         rip = self._engine.rip
         site = (rip - 1) & _WORD
         if self._halt_reached is not None:
@@ -236,7 +248,8 @@ class Cpu:
             if before is None or before[1] != _HLT:
                 return
             self._watch_halt(site)
-            self.halted = wakes if self.interrupts_enabled else before[0] == _CLI
+            self._halt_unsure = self.interrupts_enabled
+            self.halted = wakes if self._halt_unsure else before[0] == _CLI
 
     def _watch_halt(self, address: int) -> None:
         if len(self._halt_sites) < cpu_state.MAX_HALT_SITES and address not in self._halt_sites:

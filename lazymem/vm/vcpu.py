@@ -88,12 +88,16 @@ class Executor:
 
     def _serve(self, now_ns: int) -> int | None:
         """Let timers act and deliver an interrupt, if one may be. Returns the next deadline."""
+        acted = False
         for timer in self._timers:
             deadline = timer.next_deadline_ns()
             if deadline is not None and deadline <= now_ns:
                 timer.advance(now_ns)
+                acted = True
         if self._interrupts.pending() and self._cpu.interruptible():
             self._cpu.deliver_interrupt(self._interrupts.acknowledge())
+        elif acted:
+            self._cpu.reconsider_halt()
         return earliest_deadline_ns(self._timers)
 
     @property

@@ -382,6 +382,31 @@ def test_bytes_like_hlt_are_not_taken_for_it(flags: str, icount: bool, tmp_path:
         assert rig.boot().ended().exit_code == PASSED
 
 
+MASKED_TIMER = """
+    # Each slice that ends behind the inner loop ends behind a byte of HLT, a jump's distance, while a timer runs.
+_start:
+    start_timer 1193
+    outb 0x21, 0xff
+    sti
+    mov $3000000, %ebx
+outer:
+    mov $3, %ecx
+inner:
+    .fill 8, 1, 0x90
+    dec %ecx
+    jnz inner
+    dec %ebx
+    jnz outer
+    finish PASS
+"""
+
+
+@both_ways
+def test_a_timer_that_is_masked_does_not_hang_a_guest_that_seems_to_halt(icount: bool, tmp_path: Path) -> None:
+    with rig_for(MASKED_TIMER, tmp_path, icount=icount) as rig:
+        assert rig.boot().ended().exit_code == PASSED
+
+
 def test_stop_while_bytes_look_like_hlt(tmp_path: Path) -> None:
     with rig_for(NOT_HALTS.format(flags="sti").replace("300000", "3000000"), tmp_path, icount=False) as rig:
         rig.boot()
