@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
 
 from lazymem.errors import LazymemError
+
+log = logging.getLogger(__name__)
+
+BUG_EXIT_CODE = 70
+INTERRUPTED_EXIT_CODE = 130
 
 
 class Announcer:
@@ -25,7 +32,8 @@ class Announcer:
 
     def _say(self, message: dict[str, object]) -> None:
         if self._descriptor >= 0:
-            os.write(self._descriptor, json.dumps(message).encode())
+            with contextlib.suppress(BrokenPipeError):  # whoever waited is gone, which is no reason to end a mount
+                os.write(self._descriptor, json.dumps(message).encode())
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -38,7 +46,7 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(read_end)
+        _close_inherited(keep=write_end)
         _leave_terminal()
         os._exit(_run_child(daemon, Announcer(write_end)))
     os.close(write_end)
@@ -53,17 +61,27 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
 
 
 def _run_child(daemon: Callable[[Announcer], int], announcer: Announcer) -> int:
+    """Whatever ends the daemon is told to whoever still waits, and stands in the log."""
     try:
         return daemon(announcer)
     except LazymemError as error:
+        log.error("the daemon ends: %s", error)
         announcer.failed(str(error), error.exit_code)
         return error.exit_code
+    except KeyboardInterrupt:
+        announcer.failed("interrupted", INTERRUPTED_EXIT_CODE)
+        return INTERRUPTED_EXIT_CODE
+    except BaseException as error:  # nobody else sees it: there is no terminal, and the caller has returned
+        log.exception("the daemon ends: a bug in lazymem")
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        announcer.failed(f"a bug in lazymem ({text}); run with -f to see where", BUG_EXIT_CODE)
+        return BUG_EXIT_CODE
 
 
 def _report(program: str, text: bytes) -> int:
     if not text:
         print(f"{program}: the daemon died at its start; run with -f to see why", file=sys.stderr)
-        return 70
+        return BUG_EXIT_CODE
     message = json.loads(text)
     if message["ready"]:
         for notice in message["notices"]:
@@ -71,6 +89,14 @@ def _report(program: str, text: bytes) -> int:
         return 0
     print(f"{program}: {message['text']}", file=sys.stderr)
     return int(message["exit_code"])
+
+
+def _close_inherited(keep: int) -> None:
+    """A lock or a pipe that the caller has open would otherwise be held for as long as the mount lives."""
+    for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if descriptor > 2 and descriptor != keep:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(descriptor)
 
 
 def _leave_terminal() -> None:

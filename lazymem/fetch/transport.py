@@ -120,6 +120,8 @@ async def dial(endpoint: Endpoint, link: LinkSettings) -> Transport:
         raise ServerUnreachableError(f"{endpoint}: no connection within {link.connect_timeout_seconds:g} s") from error
     except OSError as error:
         raise ServerUnreachableError(f"{endpoint}: {_reason(error)}") from error
+    except UnicodeError as error:  # the resolver's, for a label that is empty or longer than 63 characters
+        raise ServerUnreachableError(f"{endpoint}: no host can have this name") from error
 
 
 async def _dial_unix(path: str) -> Transport:

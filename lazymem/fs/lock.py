@@ -42,10 +42,13 @@ class MountLock:
 
         Raises:
             BusyError: another daemon of this mount point still lives after `wait_seconds`.
-            EnvironmentRefusedError: the lock's folder is not ours.
+            EnvironmentRefusedError: the lock's folder is not ours, or cannot be made.
         """
-        self._make_folder()
-        self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._make_folder()
+            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise EnvironmentRefusedError(f"cannot make the lock {self._file}: {error.strerror}") from error
         deadline = time.monotonic() + wait_seconds
         while True:
             try:

@@ -150,3 +150,10 @@ async def test_reconnect_over_tcp(peer: Peer, nursery: trio.Nursery, joined: Joi
     await client.fetch([PageRange(9, 1)])
     assert client.statistics().reconnects == 5
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+async def test_a_name_that_no_host_can_have(host: str) -> None:
+    """The resolver says so with an error of its own kind."""
+    with pytest.raises(ServerUnreachableError, match="no host"):
+        await dial(TcpEndpoint(host, 7411), LinkSettings())

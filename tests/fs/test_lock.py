@@ -49,3 +49,10 @@ def test_somebody_elses_folder_is_refused(tmp_path: Path) -> None:
     os.chown(folder, 12345, 12345)
     with pytest.raises(EnvironmentRefusedError, match=r"not this user's own"):
         MountLock("/mnt/ram", folder).acquire(0)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_the_reason(tmp_path: Path) -> None:
+    """XDG_RUNTIME_DIR of another user, or none that exists: not a trace, and not at the first fault (rule 10)."""
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentRefusedError, match="Not a directory"):
+        MountLock("/mnt/ram", tmp_path / "file" / "lazymem").acquire(0)

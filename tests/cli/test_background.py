@@ -1,0 +1,95 @@
+"""The fork into the background: what the caller hears, what stays in the log, and what the daemon does not hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from lazymem.errors import StoreError
+from tests.support.mounts import WAIT_SECONDS, wait_until
+
+
+def run(body: str, tmp_path: Path, *, pass_fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run `daemon(announcer)` with that body in the background; the log goes to `log`."""
+    script = f"""
+import logging, os, sys
+from pathlib import Path
+from lazymem.cli.background import Announcer, run_in_background
+from lazymem.errors import StoreError
+
+folder = Path({str(tmp_path)!r})
+
+def daemon(announcer: Announcer) -> int:
+    logging.basicConfig(filename=folder / "log", level=logging.INFO)
+{textwrap.indent(textwrap.dedent(body), "    ")}
+    return 0
+
+sys.exit(run_in_background("prog", daemon))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        pass_fds=pass_fds,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+
+
+def test_an_error_at_the_start_is_one_line(tmp_path: Path) -> None:
+    result = run("raise StoreError('the disk is gone')", tmp_path)
+    assert (result.returncode, result.stderr) == (StoreError.exit_code, "prog: the disk is gone\n")
+
+
+def test_a_bug_at_the_start_is_one_line_and_a_trace_in_the_log(tmp_path: Path) -> None:
+    result = run("raise ValueError('two\\nlines')", tmp_path)
+    assert result.returncode == 70
+    assert result.stderr == "prog: a bug in lazymem (ValueError: two lines); run with -f to see where\n"
+    assert "Traceback" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("error", ["StoreError('late')", "ValueError('late')"])
+def test_what_ends_a_daemon_later_is_in_its_log(tmp_path: Path, error: str) -> None:
+    """There was nothing at all: the caller had returned, and nobody else looked."""
+    result = run(f"announcer.ready()\nraise {error}", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    log = tmp_path / "log"
+    wait_until(lambda: log.exists() and "late" in log.read_text(), "the daemon's last word")
+    assert "the daemon ends" in log.read_text()
+
+
+def test_nothing_of_the_callers_stays_open_in_the_daemon(tmp_path: Path) -> None:
+    """As in a shell's `( flock 9; lazymem-mount ... ) 9>lock`: the lock would be held as long as the mount lives."""
+    read_end, write_end = os.pipe()
+    try:
+        result = run(
+            "announcer.ready()\nopen(folder / 'fds', 'w').write(' '.join(os.listdir('/proc/self/fd')))",
+            tmp_path,
+            pass_fds=(write_end,),
+        )
+        assert result.returncode == 0
+        os.close(write_end)
+        wait_until(lambda: (tmp_path / "fds").exists() and bool((tmp_path / "fds").read_text()), "the daemon's files")
+        assert os.read(read_end, 1) == b""  # the end of the pipe: nobody has its other end
+        assert str(write_end) not in (tmp_path / "fds").read_text().split()
+    finally:
+        os.close(read_end)
+
+
+def test_a_caller_who_was_killed_ends_no_daemon(tmp_path: Path) -> None:
+    body = """
+    import signal, time
+    parent = os.getppid()
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    announcer.ready()
+    (folder / "alive").touch()
+    """
+    assert run(body, tmp_path).returncode < 0
+    wait_until((tmp_path / "alive").exists, "the daemon that nobody waited for")
