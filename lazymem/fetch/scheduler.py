@@ -202,7 +202,7 @@ class Scheduler:
         try:
             check_cover(fetched, flight)
             self._sink.accept(fetched)
-        except (VerificationError, RemoteProtocolError) as error:
+        except LazymemError as error:  # wrong bytes, or a disk that does not give the digests
             self._rejected(flight, error)
         else:
             self._arrived(flight, fetched)
@@ -214,7 +214,7 @@ class Scheduler:
             for piece in pieces(fetched, INLINE_VERIFY_PAGES):
                 self._sink.accept(piece)
                 await trio.lowlevel.checkpoint()
-        except (VerificationError, RemoteProtocolError) as error:
+        except LazymemError as error:
             if flight.wants[0] in self._flights:
                 self._rejected(flight, error)
         else:

@@ -13,6 +13,7 @@ comes second writes the same verified bytes.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -152,8 +153,12 @@ class PristinePages:
             self.given(self._given_early.popleft())
 
     def drop(self, pages: PageRange) -> None:
-        """Call `pages` missing again; they stay verified against the same digests."""
-        self._cache.held.set(pages, UNSET)
+        """Call `pages` missing again; they stay verified against the same digests.
+
+        Where the disk refuses that, wrong ones are found wrong again when they are next read.
+        """
+        with contextlib.suppress(StoreError):
+            self._cache.held.set(pages, UNSET)
 
     def _mark_zeros(self, proven: Iterable[PageRange]) -> None:
         """Pages that must be zero, by verified digests, are as good as held: nobody asks the source for them.

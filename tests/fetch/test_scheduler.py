@@ -606,3 +606,25 @@ async def test_large_answers_are_verified_in_turns(
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
+
+
+@pytest.mark.parametrize("count", [1, 100])
+async def test_a_sink_whose_disk_fails_while_it_verifies_fails_the_reader_and_nobody_else(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, count: int
+) -> None:
+    """A large answer is verified in a task of its own: what escaped from there ended the mount; from a small one it
+    broke the connection, and the reader waited for ever."""
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    right = sink.accept
+
+    def failing(fetched: Fetched) -> None:
+        raise StoreError("cannot read the cache's digests")
+
+    sink.accept = failing  # type: ignore[method-assign]
+    with trio.fail_after(60), pytest.raises(StoreError):
+        await scheduler.demand(PageRange(3, count))
+    sink.accept = right  # type: ignore[method-assign]
+    with trio.fail_after(60):
+        await scheduler.demand(PageRange(3, count))
+        await scheduler.wait_kept()
+    assert_empty(scheduler)

@@ -44,6 +44,12 @@ class Disk:
         self._real(fd, data, offset)
 
 
+def spoil(pages_file: Path, page: int) -> None:
+    with open(pages_file, "r+b") as file:
+        file.seek(page * PAGE_SIZE)
+        file.write(b"wrong")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 async def test_a_write_waits_for_room(
     snapshot: BuiltSnapshot,
@@ -123,3 +129,20 @@ def test_a_cache_is_not_set_aside_for_want_of_room(
     with pytest.raises(StoreError, match="No space left"):
         open_cache(tmp_path / "cache", origin)
     assert os.listdir(tmp_path / "cache") == [origin.identity.hex()]
+
+
+async def test_a_wrong_page_that_cannot_be_dropped_is_fetched_all_the_same(
+    snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that copies on write may have no room even to change one byte. The reader needs its page."""
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await store.ram.read(0, len(snapshot.ram))
+        page = next(number for number in range(snapshot.pages) if any(snapshot.page(number)))
+        spoil(store.cache.path / "pages", page)
+
+        def refuse(pages: PageRange, state: int) -> None:
+            raise StoreError("no room")
+
+        monkeypatch.setattr(store.cache.held, "set", refuse)
+        monkeypatch.setattr(store.cache.held, "set_many", lambda marks: None)
+        assert await store.ram.read(page * PAGE_SIZE, PAGE_SIZE) == snapshot.page(page)
