@@ -113,15 +113,26 @@ class GuestRam:
         planned = self._plan(pages)
         if planned[0][0] is Place.MISSING and len(planned) == 1:
             data = await self._read_missing(pages)
+            self._pristine.given(pages)
         elif (found := self._maybe_read_nowait(planned)) is None:
             data = await self._read_waiting(pages)
+            self._given(planned)
         else:
             data = found
             self._reads_at_hand += 1
+            self._given(planned)
         if len(data) == length:
             return data
         start = offset - pages.offset_bytes
         return data[start : start + length]
+
+    def _given(self, planned: list[tuple[Place, PageRange]]) -> None:
+        """The kernel gets these: rule 12."""
+        for place, run in planned:
+            if place is Place.WRITTEN and self._state is not None:
+                self._state.ram.let_go(run)
+            elif place is not Place.ZERO:
+                self._pristine.given(run)
 
     async def write(self, offset: int, data: bytes) -> None:
         """Put `data` at byte `offset`; returns when it is in the state file, which outlives this process.

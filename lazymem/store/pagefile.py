@@ -1,8 +1,7 @@
 """A RAM-sized sparse file: reads that do not block where possible, everything else in threads.
 
-Caveat: buffered, so what the kernel caches of the mount it also caches of this file, until `sync` lets it go. Callers
-write whole pages, but for parts of pages that are in the file already, so direct I/O can come here without changing
-them.
+Buffered, so that a page that waits for its first READ is in memory, once; what the guest's kernel has got is named by
+`let_go`, so that it is not there twice. Callers write whole pages, but for parts of pages that are in the file already.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from operator import itemgetter
 import trio
 
 from lazymem.errors import StoreError
+from lazymem.pages import PageRange
+from lazymem.store.secondcopy import SecondCopy
 
 READ_THREADS = 8
 """Reads that wait for the disk at a time. A disk gains little beyond; reads have their own threads, apart from writes,
@@ -36,6 +37,7 @@ class PageFile:
         self._nowait = True
         self._readers = trio.CapacityLimiter(READ_THREADS)
         self._writers = trio.CapacityLimiter(WRITE_THREADS)
+        self._second_copy = SecondCopy(fd)
 
     @property
     def busy(self) -> int:
@@ -86,6 +88,10 @@ class PageFile:
         except OSError as error:
             raise StoreError(f"cannot write {self._name}: {error}") from error
 
+    def let_go(self, pages: PageRange) -> None:
+        """The guest's kernel has these pages: it need not cache them of this file too. Returns at once."""
+        self._second_copy.let_go(pages.start, pages.end)
+
     async def sync(self) -> None:
         """Bytes reach the disk; afterwards the kernel's second copy of them goes."""
         try:
@@ -94,6 +100,7 @@ class PageFile:
             raise StoreError(f"cannot sync {self._name}: {error}") from error
 
     def close(self) -> None:
+        self._second_copy.close()
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
