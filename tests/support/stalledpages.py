@@ -19,6 +19,7 @@ _USER_MODE_ONLY = 1
 _API, _REGISTER, _ZEROPAGE = 0xC018AA3F, 0xC020AA00, 0xC020AA04
 _API_VERSION, _MODE_MISSING = 0xAA, 1
 _MADV_DONTNEED = 4
+_MESSAGE_BYTES = 32
 
 
 class StalledPages:
@@ -54,6 +55,13 @@ class StalledPages:
         poll.register(self._fd, select.POLLIN)
         if not poll.poll(timeout_seconds * 1000):
             raise TimeoutError("nobody touched the page")
+
+    def let_next(self) -> int:
+        """Wait until somebody stands on a page, and let that one come, all zero; its number, from 0."""
+        self.wait_touched()
+        address: int = struct.unpack_from("<16xQ", os.read(self._fd, _MESSAGE_BYTES))[0] & -PAGE_SIZE
+        fcntl.ioctl(self._fd, _ZEROPAGE, bytearray(struct.pack("<QQQQ", address, PAGE_SIZE, 0, 0)))
+        return (address - self._start) // PAGE_SIZE
 
     def release(self) -> None:
         """The pages are there, all zero."""

@@ -105,6 +105,8 @@ def test_interrupted_in_the_middle_the_guest_goes_on(guest: BootedGuest, tmp_pat
                     # "completed" is the save of the test before.
                     while looking_on.command("query-migrate").get("status") != "active":
                         assert process.poll() is None
+                    # The blocks that no file backs go over while the guest still runs.
+                    assert looking_on.command("query-status")["status"] == "running"
                     process.send_signal(signal.SIGINT)
                     _, error = process.communicate(timeout=60)
                 finally:

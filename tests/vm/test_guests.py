@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import struct
@@ -18,6 +19,7 @@ from lazymem.vm.bootelf import parse_elf
 from lazymem.vm.guests import GUESTS, SOURCES, build_guest
 from lazymem.vm.machine import MachineConfig
 from tests.support.machines import MIB, Rig
+from tests.support.stalledpages import StalledPages
 
 STEP = 0x9E3779B97F4A7C15
 WORD = (1 << 64) - 1
@@ -193,6 +195,26 @@ def test_verify_finds_nothing_where_all_is_right(guest: PagesGuest) -> None:
     guest.ask("fill 42")
     for _ in range(3):
         assert guest.ask("verify") == f"verified {PAGES} bad 0 first_bad none"
+
+
+def test_verify_visits_every_page_once_in_an_order_that_nobody_guesses(rig: Rig, guest: PagesGuest) -> None:
+    """Else a kernel's read-ahead would bring the pages, and nothing would have been shown of faults."""
+    guest.ask("fill 42")
+    orders = []
+    for _ in range(2):
+        try:
+            pages = StalledPages(rig.blocks["pc.ram"].address + START, PAGES)
+        except OSError as error:
+            pytest.skip(f"this host does not allow userfaultfd: {error}")
+        with pages:
+            rig.line.type(b"verify\n")
+            orders.append([pages.let_next() for _ in range(PAGES)])
+            assert guest.answer() == f"verified {PAGES} bad {PAGES} first_bad {START:#x}"
+    for order in orders:
+        assert sorted(order) == list(range(PAGES))
+        neighbours = sum(abs(late - early) == 1 for early, late in itertools.pairwise(order))
+        assert neighbours < PAGES // 50
+    assert orders[0] != orders[1], "another order each time"
 
 
 @pytest.mark.parametrize("address", [START, 0x456789, RAM_BYTES - 1])
