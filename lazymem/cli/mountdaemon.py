@@ -120,6 +120,22 @@ def _maybe_manifest(welcome: Welcome) -> Manifest | None:
     return manifest
 
 
+def _vmstate_bytes(welcome: Welcome, manifest: Manifest | None) -> int:
+    """0: there is none. Of a hashed snapshot only the one that its manifest names can be verified (rule 3).
+
+    Raises:
+        VerificationError: the server has another one than the manifest names.
+    """
+    if manifest is None or not welcome.vmstate_bytes:
+        return welcome.vmstate_bytes
+    if manifest.vmstate is None:
+        log.warning("the server has a vmstate that the snapshot's manifest does not name: not shown")
+        return 0
+    if manifest.vmstate.size != welcome.vmstate_bytes:
+        raise VerificationError("the server's vmstate is not the one that the manifest names: it has another size")
+    return manifest.vmstate.size
+
+
 async def _mount_and_serve(
     client: Client,
     manifest: Manifest | None,
@@ -133,7 +149,7 @@ async def _mount_and_serve(
     tree = Tree(
         ram_bytes=client.welcome.ram_bytes,
         manifest_bytes=len(client.welcome.manifest) if manifest else 0,
-        vmstate_bytes=client.welcome.vmstate_bytes,
+        vmstate_bytes=_vmstate_bytes(client.welcome, manifest),
         has_writes=lambda: ram.written_pages > 0,
         others=options.allow_other,
     )
@@ -185,9 +201,9 @@ async def _announce(path: str, mounted: mountinfo.Mount, ready: Ready, notices: 
 
 
 async def _wish_to_end(*, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED) -> None:
-    """SIGTERM and ctrl-C are a wish to unmount, also while the mount is still being made."""
+    """SIGTERM, ctrl-C and a closed terminal are a wish to unmount, also while the mount is still being made."""
     wish = trio.Event()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started(wish)
         async for _ in signals:
             wish.set()

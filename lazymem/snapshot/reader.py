@@ -51,13 +51,21 @@ class SmallFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = _open_regular(path, missing_is_fine=True)
-        self.size_bytes = 0 if self._fd is None else os.fstat(self._fd).st_size
+        self._published = self._signature()
+        self.size_bytes = self._published[0]
+
+    def _signature(self) -> tuple[int, int]:
+        """Size and time of the last write. Not ctime: another link or name is no change."""
+        if self._fd is None:
+            return 0, 0
+        found = os.fstat(self._fd)
+        return found.st_size, found.st_mtime_ns
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer only at the end. May wait for a disk.
 
         Raises:
-            VerificationError: the file is shorter than when it was opened.
+            VerificationError: the file was changed since it was opened; clients read it in pieces, which must fit.
             OSError: the disk failed.
         """
         length = max(0, min(length, self.size_bytes - offset))
@@ -69,6 +77,8 @@ class SmallFile:
             parts.append(part)
             length -= len(part)
             offset += len(part)
+        if self._signature() != self._published:
+            raise VerificationError(f"{self.path.name} was changed while the snapshot is served")
         return b"".join(parts)
 
     def close(self) -> None:
@@ -147,17 +157,20 @@ class SnapshotReader:
 
     # ---- pages
 
-    def page_into_nowait(self, page: int, buffer: memoryview) -> bool | None:
-        """One page by the shortest way: True, it is in `buffer` (4096 bytes); False, it is zero; None, ask
-        `read_nowait` (which says why, and looks at the bytes if the file was touched). Hashed snapshots only.
+    def read_into_nowait(self, start: int, count: int, buffer: memoryview) -> bool | None:
+        """A few pages of one leaf by the shortest way: True, they are in `buffer` (`count` pages); False, all are zero;
+        None, ask `read_nowait` (which says why, and looks at the bytes if the file was touched). Hashed snapshots only.
         """
-        leaf = self._tree.leaf_in_memory(page >> _LEAF_SHIFT) if self._tree is not None else None
+        leaf = self._tree.leaf_in_memory(start >> _LEAF_SHIFT) if self._tree is not None else None
         if leaf is None:
             return None
-        at = (page & (LEAF_PAGES - 1)) * DIGEST_BYTES
-        zero = leaf[at : at + DIGEST_BYTES] == ZERO_PAGE_DIGEST
+        at = (start & (LEAF_PAGES - 1)) * DIGEST_BYTES
+        digests = leaf[at : at + count * DIGEST_BYTES]
+        zero = ZERO_PAGE_DIGEST in digests
+        if zero and digests != ZERO_PAGE_DIGEST * count:
+            return None
         try:
-            if not zero and not self._ram.read_into_nowait(buffer, page << PAGE_SHIFT):
+            if not zero and not self._ram.read_into_nowait(buffer, start << PAGE_SHIFT):
                 return None
         except OSError:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -139,23 +140,30 @@ def test_what_nobody_touched_is_read_without_a_look_at_its_bytes(
                 assert (run.data is None) == (run.digests == ZERO_PAGE_DIGEST * run.pages.count)
 
 
-def test_one_page_by_the_shortest_way(built: BuiltSnapshot, settled: None) -> None:
-    buffer = memoryview(bytearray(PAGE_SIZE))
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_few_pages_by_the_shortest_way(built: BuiltSnapshot, settled: None, count: int) -> None:
+    buffer = memoryview(bytearray(count * PAGE_SIZE))
+    seen = set()
     with open_snapshot(built.folder) as reader:
-        assert reader.page_into_nowait(0, buffer) is None, "its leaf was not read yet"
+        assert reader.read_into_nowait(0, count, buffer) is None, "its leaf was not read yet"
         reader.read(PageRange(0, 600))
-        for page in range(600):
-            held = reader.page_into_nowait(page, buffer)
-            if not reader.hashed:
-                assert held is None
-            elif held is not None:
-                assert held is any(built.page(page))
-                assert not held or bytes(buffer) == built.page(page)
+        for start in range(256 - count):
+            held = reader.read_into_nowait(start, count, buffer)
+            expected = built.ram[start * PAGE_SIZE : (start + count) * PAGE_SIZE]
+            zeros = sum(not any(built.page(page)) for page in range(start, start + count))
+            seen.add(held)
+            if held is not None:
+                assert held is (zeros == 0)
+                assert zeros in (0, count)
+                assert not held or bytes(buffer) == expected
+    assert seen == ({None} if built.manifest is None else {True, False} if count == 1 else {True, False, None})
 
 
 @pytest.mark.parametrize("way", ["a young file", "written to", "cut"])
-def test_one_page_of_a_file_that_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    """The short way looks at no bytes, so it gives up."""
+def test_by_the_shortest_way_nothing_of_a_file_that_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """It looks at no bytes, so it gives up."""
     monkeypatch.setattr(reader_module, "SETTLED_NS", 10**18 if way == "a young file" else -1)
     built = make_snapshot(tmp_path / "web", pages=64)
     with open_snapshot(built.folder) as reader:
@@ -165,7 +173,7 @@ def test_one_page_of_a_file_that_may_have_changed(tmp_path: Path, monkeypatch: p
         elif way == "cut":
             os.truncate(built.folder / "pc.ram", 32 * PAGE_SIZE)
         buffer = memoryview(bytearray(PAGE_SIZE))
-        assert {reader.page_into_nowait(page, buffer) for page in range(64)} == {None}
+        assert {reader.read_into_nowait(page, 1, buffer) for page in range(64)} == {None}
 
 
 @HASHED
@@ -231,9 +239,22 @@ def test_a_cut_vmstate_is_noticed_while_served(tmp_path: Path) -> None:
     built = make_snapshot(tmp_path / "web", vmstate=b"0123456789")
     with open_snapshot(built.folder) as reader:
         os.truncate(built.folder / "vmstate", 5)
-        assert reader.vmstate.read(0, 5) == b"01234"
+        with pytest.raises(VerificationError, match="vmstate"):
+            reader.vmstate.read(0, 5)
         with pytest.raises(VerificationError, match="vmstate"):
             reader.vmstate.read(4, 4)
+
+
+def test_pieces_of_two_vmstates_never_come_together(tmp_path: Path) -> None:
+    """A client reads it by the MiB, and of an unhashed snapshot nothing else tells that it changed in between."""
+    built = make_snapshot(tmp_path / "web", vmstate=b"0123456789", hashed=False)
+    with open_snapshot(built.folder) as reader:
+        assert reader.vmstate.read(0, 5) == b"01234"
+        with open(built.folder / "vmstate", "r+b") as file:
+            file.write(b"ABCDEFGHIJ")
+        os.utime(built.folder / "vmstate", ns=(0, time.time_ns()))  # whatever the grain of this file system's clock
+        with pytest.raises(VerificationError, match="vmstate was changed"):
+            reader.vmstate.read(5, 5)
 
 
 # ---- folders that are none

@@ -256,7 +256,10 @@ def test_fusermount_ends_it_too(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     mount.wait_ended()
 
 
-def test_in_front_it_ends_with_ctrl_c(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_in_front_it_ends_with_ctrl_c_and_with_its_terminal(
+    mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path, number: signal.Signals
+) -> None:
     server = mounts.serve(snapshot.folder)
     (tmp_path / "front").mkdir()
     daemon = subprocess.Popen(
@@ -268,7 +271,7 @@ def test_in_front_it_ends_with_ctrl_c(mounts: Stage, snapshot: BuiltSnapshot, tm
         assert daemon.stderr is not None
         assert "is ready" in daemon.stderr.readline()
         assert (tmp_path / "front" / "pc.ram").read_bytes() == snapshot.ram
-        daemon.send_signal(signal.SIGINT)
+        daemon.send_signal(number)
         assert daemon.wait(30) == 0
         assert "is unmounted" in daemon.stderr.read()
     finally:

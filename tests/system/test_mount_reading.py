@@ -41,6 +41,16 @@ def test_a_folder_with_just_a_ram_file(mounts: Stage, tmp_path: Path) -> None:
     assert mount.ram_path.read_bytes() == bare.ram
 
 
+def test_a_vmstate_that_the_manifest_does_not_name_is_not_shown(mounts: Stage, tmp_path: Path) -> None:
+    """Nothing could tell whether it is right, or of this RAM (rules 3 and 6)."""
+    made = make_snapshot(tmp_path / "made", pages=16, vmstate=b"")
+    (made.folder / "vmstate").write_bytes(b"of another guest")
+    mount = mounts.mount(mounts.serve(made.folder).address, *QUIET)
+    assert sorted(os.listdir(mount.path)) == ["manifest.json", "pc.ram"]
+    assert not (mount.path / "vmstate").exists()
+    assert "does not name" in mount.log.read_text()
+
+
 def test_one_of_several_by_name_over_a_unix_socket(mounts: Stage, tmp_path: Path) -> None:
     one = make_snapshot(tmp_path / "one", pages=16, seed=1)
     two = make_snapshot(tmp_path / "two", pages=16, seed=2)
