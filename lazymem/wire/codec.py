@@ -65,7 +65,6 @@ FRAME_TYPES: dict[type, FrameType] = {
 
 _HEADER_AND_PAGES = struct.Struct(frame.HEADER.format + frame.PAGES.format[1:])
 _HEADER_AND_RANGE = struct.Struct(frame.HEADER.format + frame.RANGE.format[1:])
-_RAW_PAGE_BYTES = frame.PAGES.size + PAGE_SIZE
 _ENCODINGS = {int(encoding): encoding for encoding in Encoding}
 _FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(4)}
 _KNOWN_CAPABILITIES = int(Capability.ZSTD)
@@ -112,14 +111,16 @@ def encode_parts(message: Message) -> tuple[bytes | memoryview, ...]:
     return (_pages_head(message) + message.digests, message.data)
 
 
-def raw_page_head(request_id: int, page: int) -> bytes:
-    """What stands before the 4096 bytes of one page that is a whole answer (PAGES, RAW, final, no digests)."""
-    return _HEADER_AND_PAGES.pack(_RAW_PAGE_BYTES, FrameType.PAGES, frame.FINAL, 0, request_id, page, 1, 1, 0)
+def raw_head(request_id: int, start: int, count: int) -> bytes:
+    """What stands before the bytes of pages that end an answer as they are (PAGES, RAW, final, no digests)."""
+    length = frame.PAGES.size + count * PAGE_SIZE
+    return _HEADER_AND_PAGES.pack(length, FrameType.PAGES, frame.FINAL, 0, request_id, start, count, Encoding.RAW, 0)
 
 
-def zero_page(request_id: int, page: int) -> bytes:
-    """The whole frame that answers with one page of zeros (PAGES, ZERO, final)."""
-    return _HEADER_AND_PAGES.pack(frame.PAGES.size, FrameType.PAGES, frame.FINAL, 0, request_id, page, 1, 0, 0)
+def zero_frame(request_id: int, start: int, count: int) -> bytes:
+    """The whole frame of zero pages that end an answer (PAGES, ZERO, final)."""
+    length = frame.PAGES.size
+    return _HEADER_AND_PAGES.pack(length, FrameType.PAGES, frame.FINAL, 0, request_id, start, count, Encoding.ZERO, 0)
 
 
 def lone_range(data: bytes) -> tuple[int, int, int, int] | None:

@@ -38,7 +38,7 @@ Answer = Pages | Digests | FileData | Error
 COMPRESSED_STEP_PAGES = 64
 
 SMALL_PAGES = 8
-"""Answers of fewer pages are sent as they are unless the link is slow: zstd takes as long as a 1 Gb/s link."""
+"""Runs of fewer pages are sent as they are unless the link is slow: there is little to find in them."""
 
 UPPER_STEP = 4096
 """Leaf digests of one frame: 64 KiB, as guessed pages have it."""
@@ -140,8 +140,9 @@ class FetchJob:
         return found
 
     def _level(self, count: int) -> int:
-        small = count < SMALL_PAGES and not self._pace.slow
-        return 0 if small or not self._may_compress else self._pace.level
+        """A demand waits for zstd as long as for a 1 Gb/s link: only over a slow one it pays."""
+        fast = (count < SMALL_PAGES or not self.background) and not self._pace.slow
+        return 0 if fast or not self._may_compress else self._pace.level
 
     def _advance(self, page: int) -> None:
         """Everything before `page` is answered."""

@@ -2,7 +2,7 @@
 
 The thread alone touches the connection, the job queue and the output. A turn of its loop waits for the socket, reads
 what came, takes one step of one job (demands first), and hands the socket what it takes. Nothing in it waits for a
-disk: steps that would go to the server's pool, a few at a time. A demand of one page that nothing is before is answered
+disk: steps that would go to the server's pool, a few at a time. A demand of a few pages that nothing is before is answered
 between two system calls, by `_answer_lone`.
 
 A thread each because a fault waits for it: a scheduler of tasks costs more than all the rest of an answer, and the
@@ -22,15 +22,17 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from lazymem.digests import LEAF_PAGES
 from lazymem.errors import RemoteProtocolError, VerificationError
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot.reader import SnapshotReader
-from lazymem.wire.codec import raw_page_head, zero_page
+from lazymem.wire.codec import encode, raw_head, zero_frame
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ServerConnection, negotiate
 from lazymem.wire.messages import (
     WIRE_VERSION,
     Cancel,
     Cancelled,
+    Digests,
     Error,
     ErrorCode,
     Fetch,
@@ -38,6 +40,7 @@ from lazymem.wire.messages import (
     FetchFlag,
     Goodbye,
     Hello,
+    Level,
     Limits,
     Message,
     Ping,
@@ -55,6 +58,7 @@ log = logging.getLogger("lazymem.server")
 
 _REQUESTS = (Fetch, FetchDigests, ReadFile)
 _WANT_DIGESTS = int(FetchFlag.WANT_DIGESTS)
+_BACKGROUND = int(FetchFlag.BACKGROUND)
 
 RECEIVE_BYTES = 16 * 1024
 """Read from the socket at a time: the largest frame of a client, hundreds of ordinary ones."""
@@ -127,7 +131,8 @@ class Session:
         self._cancelled: set[int] = set()
         self._demanded: dict[int, None] = {}
         self._reader: SnapshotReader | None = None
-        self._page = memoryview(bytearray(PAGE_SIZE))
+        self._lone_pages = limits.demand_frame_pages
+        self._buffer = memoryview(bytearray(self._lone_pages * PAGE_SIZE))
         self._unhandled = False  # messages may stand in the connection's buffer
         now = time.monotonic()
         self._ask_at = now + limits.handshake_seconds
@@ -281,28 +286,33 @@ class Session:
         self._handle_all()
 
     def _answer_lone(self, data: bytes) -> bool:
-        """Answer a demand of one page that the host has in memory and that nothing is before; whether it was one."""
+        """Answer a demand of a few pages that the host has in memory and nothing is before; whether it was one."""
         lone = self._connection.lone_fetch(data)
         if lone is None or self._output.unsent_bytes or self._leaving or self._queue:
             return False
-        request_id, flags, page, count = lone
-        if count != 1 or flags & _WANT_DIGESTS or page in self._demanded or self._pace.slow:
+        request_id, flags, start, count = lone
+        if count > self._lone_pages or start % LEAF_PAGES + count > LEAF_PAGES:
             return False
-        assert self._reader is not None
-        buffer = self._page
-        held = self._reader.page_into_nowait(page, buffer)
+        if flags & _BACKGROUND or start in self._demanded or self._pace.slow:
+            return False
+        reader = self._reader
+        assert reader is not None
+        buffer = self._buffer[: count * PAGE_SIZE]
+        held = reader.read_into_nowait(start, count, buffer)
         if held is None:
             return False
-        self._remember(page)
-        frame = (raw_page_head(request_id, page), buffer) if held else (zero_page(request_id, page),)
+        frame = (raw_head(request_id, start, count), buffer) if held else (zero_frame(request_id, start, count),)
+        if flags & _WANT_DIGESTS:
+            leaf = start // LEAF_PAGES
+            frame = (encode(Digests(request_id, Level.LEAF, leaf, reader.leaf(leaf))), *frame)
+        self._remember(start)
         counters = self.counters
         counters.requests += 1
         counters.answered += 1
-        length = 32 + (PAGE_SIZE if held else 0)
         sent = self._write(frame)
         counters.bytes_sent += sent
-        if sent < length:
-            rest = b"".join(frame)[sent:]  # the buffer is the next page's
+        if sent < sum(map(len, frame)):
+            rest = b"".join(frame)[sent:]  # a copy: the buffer is the next answer's
             self._put((rest,), Lane.CONTROL if sent else Lane.DEMAND)
         return True
 

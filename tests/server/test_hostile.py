@@ -315,7 +315,7 @@ async def test_a_cold_disk_under_one_client_does_not_stop_another(
         return read_some(self, pages, most)
 
     monkeypatch.setattr(SnapshotReader, "read_nowait", cold_nowait)
-    monkeypatch.setattr(SnapshotReader, "page_into_nowait", lambda self, page, buffer: None)
+    monkeypatch.setattr(SnapshotReader, "read_into_nowait", lambda self, *place: None)
     monkeypatch.setattr(SnapshotReader, "read_some", cold_read)
     async with served(snapshot) as serving, connected(serving.addresses[0]) as waiting, finally_set(disk_answers):
         await waiting.send(Fetch(1, (PageRange(3000, 1),)))
@@ -351,7 +351,7 @@ async def test_a_cancelled_cold_read_ends_with_cancelled(
         return []
 
     monkeypatch.setattr(SnapshotReader, "read_nowait", lambda self, pages, **how: None)
-    monkeypatch.setattr(SnapshotReader, "page_into_nowait", lambda self, page, buffer: None)
+    monkeypatch.setattr(SnapshotReader, "read_into_nowait", lambda self, *place: None)
     monkeypatch.setattr(SnapshotReader, "read_some", cold_read)
     monkeypatch.setattr(FetchJob, "_answers", lambda self, leaf, runs: [])
     async with served(snapshot) as serving, connected(serving.addresses[0]) as client, finally_set(disk_answers):

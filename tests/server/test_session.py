@@ -19,9 +19,22 @@ from lazymem_server.output import Piece
 from lazymem_server.pace import Pace
 from lazymem_server.session import Session
 
+from lazymem.digests import LEAF_PAGES
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot import reader
-from lazymem.wire.messages import Error, ErrorCode, Fetch, FetchFlag, Goodbye, Pages, Ping, Pong, Welcome
+from lazymem.wire.messages import (
+    Digests,
+    Error,
+    ErrorCode,
+    Fetch,
+    FetchFlag,
+    Goodbye,
+    Level,
+    Pages,
+    Ping,
+    Pong,
+    Welcome,
+)
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.wireclient import ClosedByServerError, WireClient, page_bytes
 
@@ -110,11 +123,22 @@ async def test_a_goodbye_ends_it_after_the_last_answer(snapshot: BuiltSnapshot, 
 
 
 @pytest.mark.parametrize("take", SOCKETS.values(), ids=SOCKETS)
-async def test_single_pages_one_after_the_other(snapshot: BuiltSnapshot, take: Callable[[int], int]) -> None:
+async def test_demands_one_after_the_other(
+    snapshot: BuiltSnapshot, take: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The shortest way of a demand, and its end in the middle of a frame."""
+    monkeypatch.setattr(reader, "SETTLED_NS", -1)
     async with session(snapshot.folder, take) as client:
         for page in range(0, PAGES, 7):
-            assert await client.read(PageRange(page, 1)) == snapshot.page(page)
+            count = min(1 + page % 5, PAGES - page)
+            flags = FetchFlag.WANT_DIGESTS if page % 3 else FetchFlag.NONE
+            *leaves, first = await client.fetch(PageRange(page, 1), flags=flags)
+            assert isinstance(first, Pages)
+            assert page_bytes(first) == snapshot.page(page)
+            leaf = page // LEAF_PAGES
+            assert leaves == ([Digests(first.id, Level.LEAF, leaf, snapshot.leaf(leaf))] if flags else [])
+            data = await client.read(PageRange(page, count))
+            assert data == snapshot.ram[page * PAGE_SIZE : (page + count) * PAGE_SIZE]
 
 
 @pytest.mark.parametrize("level", [0, 1, 3])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.wire import limits
-from lazymem.wire.codec import FRAME_TYPES, encode, encode_parts, lone_range, raw_page_head, zero_page
+from lazymem.wire.codec import FRAME_TYPES, encode, encode_parts, lone_range, raw_head, zero_frame
 from lazymem.wire.frame import HEADER, HEADER_BYTES, MAX_PAYLOAD_BYTES, RULES, FrameType, Role
 from lazymem.wire.messages import (
     Cancel,
@@ -346,10 +346,11 @@ def test_pieces_are_the_frame() -> None:
         encode_parts(Pages(7, PageRange(3, 9), Encoding.RAW, bytes(8 * PAGE_SIZE)))
 
 
-def test_one_page_by_the_shortest_way_is_the_same_frame() -> None:
-    data = bytes(range(256)) * 16
-    assert raw_page_head(9, 77) + data == encode(Pages(9, PageRange(77, 1), Encoding.RAW, data, final=True))
-    assert zero_page(9, 77) == encode(Pages(9, PageRange(77, 1), Encoding.ZERO, final=True))
+@pytest.mark.parametrize("count", [1, 32, 256])
+def test_frames_by_the_shortest_way_are_the_same(count: int) -> None:
+    pages, data = PageRange(77, count), bytes(range(256)) * 16 * count
+    assert raw_head(9, 77, count) + data == encode(Pages(9, pages, Encoding.RAW, data, final=True))
+    assert zero_frame(9, 77, count) == encode(Pages(9, pages, Encoding.ZERO, final=True))
 
 
 @pytest.mark.parametrize("flags", list(range(4)))
