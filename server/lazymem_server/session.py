@@ -2,8 +2,8 @@
 
 The thread alone touches the connection, the job queue and the output. A turn of its loop waits for the socket, reads
 what came, takes one step of one job (demands first), and hands the socket what it takes. Nothing in it waits for a
-disk: steps that would go to the server's pool, a few at a time. A demand of a few pages that nothing is before is answered
-between two system calls, by `_answer_lone`.
+disk: steps that would go to the server's pool, a few at a time. A demand of a few pages that nothing is before is
+answered between two system calls, by `_answer_lone`.
 
 A thread each because a fault waits for it: a scheduler of tasks costs more than all the rest of an answer, and the
 kernel is as fair between clients as we could be. `stop` and `cut` are for other threads.
