@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -130,6 +132,20 @@ def test_mount_is_ready_when_it_answers_and_never_killed() -> None:
     assert value("lazymem-mount@.service", "TimeoutStopSec") == "infinity"
     assert value("lazymem-mount@.service", "StartLimitIntervalSec") == "0"
     assert " -f " in value("lazymem-mount@.service", "ExecStart")
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_only_a_mount_that_answers_nobody_is_cleared_away(tmp_path: Path, answers: bool) -> None:
+    """A unit that fails to start since somebody mounted there by hand must not take that mount off."""
+    fake = tmp_path / "umount"
+    fake.write_text(f"#!/bin/sh\necho called >{tmp_path}/called\n")
+    fake.chmod(0o755)
+    if answers:
+        (tmp_path / "pc.ram").touch()
+    line = value("lazymem-mount@.service", "ExecStopPost").removeprefix("-").replace("/run/lazymem/%i", str(tmp_path))
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(shlex.split(line), check=True, env={"PATH": path})
+    assert (tmp_path / "called").exists() is not answers
 
 
 def test_guest_is_bound_to_its_mount_and_in_another_cgroup() -> None:
