@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 
 import trio
 
 from lazymem.errors import StoreError
-from lazymem.pages import PageRange
+from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.secondcopy import SecondCopy
 
 READ_THREADS = 8
@@ -22,8 +23,10 @@ so that a fault never waits behind a writer that the kernel holds back for its d
 
 WRITE_THREADS = 4
 
-_MAX_BUFFERS = 1024
-"""The kernel's own limit of buffers in one call."""
+BLOCK_PAGES = 32
+BLOCK_BYTES = BLOCK_PAGES * PAGE_SIZE
+"""The kernel caches what one call writes in pieces as large as it can, and lets go of whole pieces only: so none is
+larger than what a READ takes. (Also at most 32 buffers in a call, of the kernel's 1,024.)"""
 
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -125,19 +128,38 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _pwrite_pieces(fd: int, pieces: list[tuple[int, bytes | memoryview]]) -> None:
-    """In ascending order, and one call for all that follow one after the other."""
-    pieces = sorted(pieces, key=itemgetter(0))
-    first = 0
-    while first < len(pieces):
-        offset = end = pieces[first][0]
-        buffers: list[bytes | memoryview] = []
-        while first < len(pieces) and pieces[first][0] == end and len(buffers) < _MAX_BUFFERS:
-            buffers.append(pieces[first][1])
-            end += len(buffers[-1])
-            first += 1
-        done = os.pwritev(fd, buffers, offset)
-        if done < end - offset:
-            pwrite_all(fd, memoryview(b"".join(buffers))[done:], offset + done)
+    """In ascending order, and one call for all that follow one after the other in a block."""
+    start = end = 0
+    buffers: list[bytes | memoryview] = []
+    for offset, data in _cut(sorted(pieces, key=itemgetter(0))):
+        if buffers and (offset != end or offset % BLOCK_BYTES == 0):
+            _pwritev_all(fd, buffers, start)
+            buffers.clear()
+        if not buffers:
+            start = offset
+        buffers.append(data)
+        end = offset + len(data)
+    if buffers:
+        _pwritev_all(fd, buffers, start)
+
+
+def _cut(pieces: Iterable[tuple[int, bytes | memoryview]]) -> Iterator[tuple[int, bytes | memoryview]]:
+    """The same where blocks begin."""
+    for offset, data in pieces:
+        room = BLOCK_BYTES - offset % BLOCK_BYTES
+        if len(data) <= room:
+            yield offset, data
+            continue
+        view = memoryview(data)
+        yield offset, view[:room]
+        for at in range(room, len(view), BLOCK_BYTES):
+            yield offset + at, view[at : at + BLOCK_BYTES]
+
+
+def _pwritev_all(fd: int, buffers: list[bytes | memoryview], offset: int) -> None:
+    done = os.pwritev(fd, buffers, offset)
+    if done < sum(map(len, buffers)):
+        pwrite_all(fd, memoryview(b"".join(buffers))[done:], offset + done)
 
 
 def _fsync_and_drop(fd: int) -> None:

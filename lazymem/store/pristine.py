@@ -16,12 +16,14 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator
+from operator import gt
 
 from lazymem.digests import DIGEST_BYTES, ZERO_PAGE_DIGEST
 from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.origin import RamOrigin
+from lazymem.store.pagefile import BLOCK_PAGES
 from lazymem.store.pagemap import SET, SET_ZERO, UNSET, PageMap
 from lazymem.store.verify import HashedVerifier, UnhashedVerifier, Verifier, wrong_pages
 
@@ -30,7 +32,10 @@ MARK_PAGES = 1 << 20
 
 
 MAX_GIVEN_EARLY = 1024
-"""Readers' ranges whose pages are not kept yet; of more the oldest stay cached twice until the kernel wants the room."""
+"""Readers' ranges whose pages are not kept yet; of more, the oldest stay cached twice until the kernel wants room."""
+
+
+_WITH_DATA = bytes(state == SET for state in range(256))
 
 
 class PristinePages:
@@ -59,6 +64,7 @@ class PristinePages:
                 cache.digests.store_upper(upper)
             self._mark_zeros(self._verifier.zero_leaves())
         self._dropped_pages = 0
+        self._given = bytearray(origin.pages)  # one byte a page; memory only where one is set
         self._given_early: deque[PageRange] = deque(maxlen=MAX_GIVEN_EARLY)
 
     @property
@@ -143,10 +149,18 @@ class PristinePages:
 
     def given(self, pages: PageRange) -> None:
         """The guest's kernel has got `pages`, from here or on their way here."""
+        start, end = pages.start, pages.end
+        self._given[start:end] = b"\1" * pages.count
         if self._cache.held.states(pages).count(UNSET):
             self._given_early.append(pages)
+            return
+        first = start - start % BLOCK_PAGES
+        block = PageRange(first, min(-end % BLOCK_PAGES + end, self.total_pages) - first)
+        left = self._cache.held.states(block).translate(_WITH_DATA)
+        if block != pages and any(map(gt, left, self._given[first : block.end])):
+            self._cache.pages.let_go(pages)  # which helps only if they came into the file by themselves
         else:
-            self._cache.pages.let_go(pages)
+            self._cache.pages.let_go(block)
 
     def _let_go_of_kept(self) -> None:
         for _ in range(len(self._given_early)):

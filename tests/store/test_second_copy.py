@@ -1,0 +1,89 @@
+"""Rule 12: what the guest's kernel has got does not stay in the kernel's cache of our files as well."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from pathlib import Path
+
+import pytest
+import trio
+
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.store.pagefile import BLOCK_PAGES, PageFile
+from lazymem.store.secondcopy import merged
+
+PAGES = 4 * BLOCK_PAGES
+PATIENCE_SECONDS = 60.0
+
+
+def cached_pages(path: Path) -> int:
+    """mincore(2)."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        pages = len(view) // PAGE_SIZE
+        seen = (ctypes.c_ubyte * pages)()
+        first = ctypes.c_char.from_buffer(view)
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            assert libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), seen) == 0
+        finally:
+            del first
+        return sum(state & 1 for state in seen)
+
+
+def drops_what_is_cached(path: Path) -> bool:
+    """Not so in memory, where the cache is the file."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        os.pwrite(fd, b"x" * PAGE_SIZE, 0)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+    return cached_pages(path) == 0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    found = tmp_path / "pages"
+    with open(found, "wb") as file:
+        file.truncate(PAGES * PAGE_SIZE)
+    if not drops_what_is_cached(found):
+        pytest.skip("this file system does not let go of what it caches")
+    return found
+
+
+def written(path: Path) -> PageFile:
+    """All of it, and on the disk: only then letting go is sure to help."""
+    file = PageFile(os.open(path, os.O_RDWR), str(path))
+    trio.run(file.write_many, [(0, os.urandom(PAGES * PAGE_SIZE))])
+    fd = os.open(path, os.O_RDWR)
+    os.fsync(fd)
+    os.close(fd)
+    assert cached_pages(path) == PAGES
+    return file
+
+
+def test_blocks_are_let_go_and_the_others_stay(path: Path) -> None:
+    file = written(path)
+    file.let_go(PageRange(BLOCK_PAGES, BLOCK_PAGES))
+    file.let_go(PageRange(3 * BLOCK_PAGES, BLOCK_PAGES))
+    give_up = time.monotonic() + PATIENCE_SECONDS
+    while (left := cached_pages(path)) > 2 * BLOCK_PAGES and time.monotonic() < give_up:
+        time.sleep(0.01)
+    file.close()
+    assert left == 2 * BLOCK_PAGES
+
+
+def test_letting_go_of_a_closed_file_is_nothing(path: Path) -> None:
+    file = written(path)
+    file.let_go(PageRange(0, 1))
+    file.close()
+    file.let_go(PageRange(0, PAGES))
+
+
+def test_ranges_are_merged() -> None:
+    assert merged([(5, 7), (0, 2), (2, 3), (6, 9), (20, 21)]) == [(0, 3), (5, 9), (20, 21)]
+    assert merged([]) == []
