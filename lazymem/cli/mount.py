@@ -124,6 +124,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     import trio
 
     from lazymem.cli import mountdaemon
+    from lazymem.fs import tuning
     from lazymem.fs.lock import MountLock
     from lazymem.fs.session import MountOptions
 
@@ -131,6 +132,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     options = MountOptions.parse(found.options)
     lock = MountLock(str(settings.mountpoint))
     lock.acquire(LOCK_WAIT_SECONDS)
+    tuning.become_io_flusher()  # before any thread: they inherit it
     notifier = sdnotify.SystemdNotifier()
 
     def ready(notices: tuple[str, ...]) -> None:

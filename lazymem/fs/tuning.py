@@ -8,6 +8,7 @@ connection's files are written: another one's belong to somebody's guest.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 READ_AHEAD_KB = 128
 """One request of `max_read`: what the kernel guesses around a touch. Guessing further is ours, where it is measured."""
+
+_PR_SET_IO_FLUSHER = 57
+"""Since Linux 5.6."""
 
 MAX_BACKGROUND = 64
 """Read-ahead and write-back requests at a time (kernel's default: 12), so that a sweep leaves slots for the guest."""
@@ -51,6 +55,22 @@ def ensure_fusectl() -> None:
     if os.geteuid() == 0 and not os.path.ismount(connections):
         with contextlib.suppress(OSError):
             system_call("mount", b"none", os.fsencode(connections), b"fusectl", 0, b"")
+
+
+def become_io_flusher() -> bool:
+    """Tell the kernel that memory is written out through this process and the threads it will start (prctl(2)).
+
+    A guest may fill the host's limit of dirty memory; our own writes to the state file would then be held back for dirt
+    that only they can clean. Needs CAP_SYS_RESOURCE; False where that is missing.
+    """
+    try:
+        system_call("prctl", _PR_SET_IO_FLUSHER, *(ctypes.c_ulong(word) for word in (1, 0, 0, 0)))
+    except OSError as error:
+        log.info(
+            "no I/O flusher (%s): a guest that dirties the host's memory may slow its own write-back", error.strerror
+        )
+        return False
+    return True
 
 
 def apply(wanted: list[Knob]) -> list[Knob]:

@@ -1,6 +1,8 @@
 """The kernel's knobs: only this mount's own files are written."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,22 @@ def test_what_is_not_permitted_is_said(tmp_path: Path, caplog: pytest.LogCapture
         assert tuning.apply(wanted) == wanted
     assert "dirty throttle stays on" in caplog.text
     assert "run as root" in caplog.text
+
+
+def test_threads_started_later_are_io_flushers_too() -> None:
+    """In a process of its own, since it stays so for life. Where the capability is missing, that is all it says."""
+    code = """
+import ctypes, threading
+from lazymem.fs import tuning
+
+PR_GET_IO_FLUSHER = 58
+libc = ctypes.CDLL(None, use_errno=True)
+found = []
+done = tuning.become_io_flusher()
+thread = threading.Thread(target=lambda: found.append(libc.prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0)))
+thread.start()
+thread.join()
+print(done, found[0])
+"""
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert text.split() in (["True", "1"], ["False", "-1"])
