@@ -48,9 +48,12 @@ def test_our_own_namespace_is_fine(tmp_path: Path) -> None:
 CODE = "import sys; from lazymem.fs import checks; checks.check_namespace(sys.argv[1])"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="making a mount namespace needs root")
 def test_a_namespace_to_oneself_is_refused_unless_somebody_shares_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CODE, str(tmp_path)]
+    if os.geteuid() != 0:
+        # A user makes one within a user namespace, from where nobody outside can be seen: nothing speaks against it.
+        assert subprocess.run(["unshare", "-rm", "--propagation", "private", *command], check=False).returncode == 0
+        return
     alone = subprocess.run(
         ["unshare", "-m", "--propagation", "private", *command], capture_output=True, text=True, check=False
     )
