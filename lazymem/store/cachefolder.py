@@ -90,7 +90,8 @@ def _create(cache: Path, path: Path, origin: RamOrigin) -> None:
         folders.create_file(draft / PAGES_NAME, origin.size_bytes)
         folders.create_file(draft / MAP_NAME, origin.pages)
         folders.create_file(draft / DIGESTS_NAME, origin.shape.file_bytes)
-        folders.write_record(draft / META_NAME, _meta(origin))
+        # After a crash of the host it may be empty, and the folder is then made again: no mount waits for that.
+        folders.write_record(draft / META_NAME, _meta(origin), durable=False)
         os.rename(draft, path)
     except OSError as error:
         folders.remove_folder(draft)

@@ -81,13 +81,15 @@ def open_file(path: Path, size_bytes: int) -> int:
     return fd
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Put a JSON record in place of `path`, whole or not at all, also after a crash of the host."""
+def write_record(path: Path, record: dict[str, Any], *, durable: bool = True) -> None:
+    """Put a JSON record in place of `path`, whole or not at all; if `durable` also after a crash of the host, which
+    costs a wait for the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
     try:
         os.write(fd, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(temporary, path)

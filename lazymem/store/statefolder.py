@@ -78,7 +78,7 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
     _refuse_foreign(path)
     lock_fd = _wait_for_lock(path, wait_seconds)
     try:
-        _bind(path, origin)
+        _bind(path, origin, durable=True)
         return _open(path, origin, lock_fd, private=False)
     except BaseException:
         os.close(lock_fd)
@@ -101,7 +101,7 @@ def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
     path = cache / f"{PRIVATE_PREFIX}{name}"
     try:
         os.rename(draft, path)  # visible to the next clearing away only once it is locked
-        _bind(path, origin)
+        _bind(path, origin, durable=False)  # nobody opens it again
         return _open(path, origin, lock_fd, private=True)
     except BaseException as error:
         folders.remove_folder(draft)
@@ -136,7 +136,7 @@ def _wait_for_lock(path: Path, wait_seconds: float) -> int:
         time.sleep(min(left, _POLL_SECONDS))
 
 
-def _bind(path: Path, origin: RamOrigin) -> None:
+def _bind(path: Path, origin: RamOrigin, *, durable: bool) -> None:
     """Check the record, or write it into a folder that has none."""
     meta = path / META_NAME
     wanted = {
@@ -147,7 +147,7 @@ def _bind(path: Path, origin: RamOrigin) -> None:
     }
     if not meta.exists():
         try:
-            folders.write_record(meta, wanted)
+            folders.write_record(meta, wanted, durable=durable)
         except OSError as error:
             raise StoreError(f"cannot write {meta}: {error.strerror}") from error
         return

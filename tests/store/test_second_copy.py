@@ -58,7 +58,8 @@ def path(tmp_path: Path) -> Path:
 def written(path: Path) -> PageFile:
     """All of it, and on the disk: only then letting go is sure to help."""
     file = PageFile(os.open(path, os.O_RDWR), str(path))
-    trio.run(file.write_many, [(0, os.urandom(PAGES * PAGE_SIZE))])
+    pieces: list[tuple[int, bytes | memoryview]] = [(0, os.urandom(PAGES * PAGE_SIZE))]
+    trio.run(file.write_many, pieces)
     fd = os.open(path, os.O_RDWR)
     os.fsync(fd)
     os.close(fd)
