@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes.util
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from lazymem.cli import logs
@@ -119,14 +123,37 @@ def _check_host(settings: MountSettings) -> None:
     checks.check_namespace(path)
 
 
-def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:
-    import sdnotify
-    import trio
+@contextlib.contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Imports make much and throw little away: no look for garbage meanwhile, nor ever after at what they made.
 
-    from lazymem.cli import mountdaemon
-    from lazymem.fs import tuning
-    from lazymem.fs.lock import MountLock
-    from lazymem.fs.session import MountOptions
+    And trio, which looks for the thread library to name its threads, gets it without ldconfig(8), which would be run to
+    list every library there is.
+    """
+    look = ctypes.util.find_library
+
+    def find_library(name: str) -> str | None:
+        return "libpthread.so.0" if name == "pthread" else look(name)
+
+    gc.disable()
+    ctypes.util.find_library = find_library
+    try:
+        yield
+    finally:
+        ctypes.util.find_library = look
+        gc.freeze()
+        gc.enable()
+
+
+def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:
+    with _quick_imports():
+        import sdnotify
+        import trio
+
+        from lazymem.cli import mountdaemon
+        from lazymem.fs import tuning
+        from lazymem.fs.lock import MountLock
+        from lazymem.fs.session import MountOptions
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
     options = MountOptions.parse(found.options)
