@@ -66,7 +66,7 @@ def become_io_flusher() -> bool:
     try:
         system_call("prctl", _PR_SET_IO_FLUSHER, *(ctypes.c_ulong(word) for word in (1, 0, 0, 0)))
     except OSError as error:
-        log.info(
+        log.debug(
             "no I/O flusher (%s): a guest that dirties the host's memory may slow its own write-back", error.strerror
         )
         return False
