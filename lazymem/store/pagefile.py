@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
+from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -30,6 +31,9 @@ larger than what a READ takes. (Also at most 32 buffers in a call, of the kernel
 
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
+A = TypeVarTuple("A")
+R = TypeVar("R")
+
 
 class PageFile:
     """The open file `fd`, taken over. `name` is for errors."""
@@ -41,6 +45,7 @@ class PageFile:
         self._readers = trio.CapacityLimiter(READ_THREADS)
         self._writers = trio.CapacityLimiter(WRITE_THREADS)
         self._second_copy = SecondCopy(fd)
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))  # for reads at hand, of which there is one at a time
 
     @property
     def busy(self) -> int:
@@ -51,16 +56,18 @@ class PageFile:
         """`length` bytes if the kernel has them at hand, else None. Never waits for a disk."""
         if not self._nowait:
             return None
-        buffer = bytearray(length)
+        if len(self._buffer) < length:
+            self._buffer = memoryview(bytearray(length))
+        view = self._buffer[:length]
         try:
-            done = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+            done = os.preadv(self._fd, [view], offset, os.RWF_NOWAIT)
         except BlockingIOError:
             return None
         except OSError as error:
             # A file system without NOWAIT says so once; any other error shows itself again in `read`.
             self._nowait = error.errno not in _NO_NOWAIT
             return None
-        return bytes(buffer) if done == length else None
+        return bytes(view) if done == length else None
 
     async def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes.
@@ -69,7 +76,7 @@ class PageFile:
             StoreError: the disk refused, or the file is shorter.
         """
         try:
-            return await trio.to_thread.run_sync(pread_all, self._fd, length, offset, limiter=self._readers)
+            return await _in_thread(self._readers, pread_all, self._fd, length, offset)
         except OSError as error:
             raise StoreError(f"cannot read {self._name}: {error}") from error
 
@@ -80,14 +87,14 @@ class PageFile:
             StoreError: the disk refused; part of `data` may be there.
         """
         try:
-            await trio.to_thread.run_sync(pwrite_all, self._fd, data, offset, limiter=self._writers)
+            await _in_thread(self._writers, pwrite_all, self._fd, data, offset)
         except OSError as error:
             raise StoreError(f"cannot write {self._name}: {error}") from error
 
     async def write_many(self, pieces: list[tuple[int, bytes | memoryview]]) -> None:
         """Several (offset, data), in one thread. Otherwise as `write`."""
         try:
-            await trio.to_thread.run_sync(_pwrite_pieces, self._fd, pieces, limiter=self._writers)
+            await _in_thread(self._writers, _pwrite_pieces, self._fd, pieces)
         except OSError as error:
             raise StoreError(f"cannot write {self._name}: {error}") from error
 
@@ -98,7 +105,7 @@ class PageFile:
     async def sync(self) -> None:
         """Bytes reach the disk; afterwards the kernel's second copy of them goes."""
         try:
-            await trio.to_thread.run_sync(_fsync_and_drop, self._fd, limiter=self._writers)
+            await _in_thread(self._writers, _fsync_and_drop, self._fd)
         except OSError as error:
             raise StoreError(f"cannot sync {self._name}: {error}") from error
 
@@ -107,6 +114,14 @@ class PageFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
+
+
+async def _in_thread(limiter: trio.CapacityLimiter, work: Callable[[*A], R], *arguments: *A) -> R:
+    """Blocking `work`, in a thread. OSError, also where the host has no thread for us (a limit on tasks)."""
+    try:
+        return await trio.to_thread.run_sync(work, *arguments, limiter=limiter)
+    except RuntimeError as error:  # threading's word for it
+        raise OSError(errno.EAGAIN, str(error)) from error
 
 
 def pread_all(fd: int, length: int, offset: int) -> bytes:

@@ -52,8 +52,15 @@ class SecondCopy:
 
     def _begin(self) -> None:
         # Its own descriptor, so that closing the file waits for nobody.
-        self._thread = threading.Thread(target=self._run, args=(os.dup(self._fd),), name="second copy", daemon=True)
-        self._thread.start()
+        fd = -1
+        try:
+            fd = os.dup(self._fd)
+            self._thread = threading.Thread(target=self._run, args=(fd,), name="second copy", daemon=True)
+            self._thread.start()
+        except (OSError, RuntimeError):  # no descriptor or no thread for us: it is only advice, and no reader's failure
+            self._over = True
+            if fd >= 0:
+                os.close(fd)
 
     def close(self) -> None:
         """No more. What was named may still be let go of; does not wait for that."""

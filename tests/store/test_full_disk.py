@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,35 @@ async def test_a_wrong_page_that_cannot_be_dropped_is_fetched_all_the_same(
         monkeypatch.setattr(store.cache.held, "set", refuse)
         monkeypatch.setattr(store.cache.held, "set_many", lambda marks: None)
         assert await store.ram.read(page * PAGE_SIZE, PAGE_SIZE) == snapshot.page(page)
+
+
+async def test_a_host_without_threads_loses_no_write_and_fails_no_read(
+    snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on tasks (a container's, a unit's) is met with a RuntimeError, which ended the task that met it."""
+    async with opened_store(snapshot, tmp_path / "cache", tmp_path / "state") as store:
+        real = trio.to_thread.run_sync
+        tries = 0
+        enough = trio.Event()
+
+        async def no_thread(*arguments: object, **options: object) -> None:
+            nonlocal tries
+            tries += 1
+            if tries == 3:
+                enough.set()
+            raise RuntimeError("can't start new thread")
+
+        def no_start(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(guestram, "FULL_RETRY_SECONDS", 0.001)
+        assert await store.ram.read(0, PAGE_SIZE) == snapshot.page(0)
+        monkeypatch.setattr(threading.Thread, "start", no_start)
+        assert await store.ram.read(0, PAGE_SIZE) == snapshot.page(0)
+        monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.ram.write, 0, b"w" * PAGE_SIZE)
+            await enough.wait()
+            monkeypatch.setattr(trio.to_thread, "run_sync", real)
+            monkeypatch.undo()
+        assert await store.ram.read(0, PAGE_SIZE) == b"w" * PAGE_SIZE
