@@ -251,9 +251,13 @@ def test_an_unanswerable_request_does_not_keep_the_daemon(mounts: Stage, snapsho
 
 
 def test_fusermount_ends_it_too(mounts: Stage, snapshot: BuiltSnapshot) -> None:
-    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET, "--state", mounts.folder / "state")
+    mapped = mount.open_map()
+    mapped[0:5] = b"dirty"
+    mapped.close()
     subprocess.run(["fusermount3", "-u", mount.path], check=True, timeout=30)
     mount.wait_ended()
+    assert (mounts.folder / "state" / "pc.ram").read_bytes()[: 1 << 12] == b"dirty" + snapshot.page(0)[5:]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -279,6 +283,7 @@ def test_in_front_it_ends_with_ctrl_c_and_with_its_terminal(
         daemon.wait()
         assert daemon.stderr is not None
         daemon.stderr.close()
+        subprocess.run(["umount", "-l", tmp_path / "front"], capture_output=True, check=False)
     assert mountinfo.maybe_mount_at(str(tmp_path / "front")) is None
 
 
