@@ -37,10 +37,12 @@ DEMANDED_GAIN = 1.5
 DEMANDED_MIN_QUEUE_SECONDS = 0.002
 """While somebody demands: half a product in queues, for a little of the rate."""
 
-FLOOR_PAGES = 64
 FLOOR_SECONDS = 0.02
-"""Busy processors answer later than the best round trip and look like a slow link; what they get in 20 ms, up to 256
-KiB (two products of 1 Gb/s and 1 ms), is out in any case, or the window would shrink for no gain."""
+FLOOR_PAGES = 256
+DEMANDED_FLOOR_PAGES = 64
+"""Busy processors answer later than the best round trip and look like a slow link; what they get in 20 ms, up to 1 MiB
+(8 ms of 1 Gb/s), or 256 KiB (2 ms) while somebody demands, is out in any case, or the window would shrink and the rate
+with it, for no gain."""
 
 SLOW_SECONDS = 0.005
 """Round trips from here on see smaller pieces, so that less of the window is of pieces that are nearly here."""
@@ -111,7 +113,7 @@ class BackgroundWindow:
         gain = DEMANDED_GAIN if demanded else GAIN
         least = DEMANDED_MIN_QUEUE_SECONDS if demanded else MIN_QUEUE_SECONDS
         wanted = pages_a_second * max(gain * best_round_trip_seconds, least)
-        floor = min(FLOOR_PAGES, pages_a_second * FLOOR_SECONDS)
+        floor = min(DEMANDED_FLOOR_PAGES if demanded else FLOOR_PAGES, pages_a_second * FLOOR_SECONDS)
         self._pages = int(min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, wanted, floor)))
 
     def _note_rate(self, rate: float, full: bool, best_round_trip: float, now: float) -> None:

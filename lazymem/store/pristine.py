@@ -5,7 +5,7 @@ others share and anybody may damage. A page that fails the second check is dropp
 that is missing.
 
 What digests prove to be zero is held from then on: whole leaves by the upper level, at mount, and the zero pages of a
-leaf when its block comes.
+leaf when its block comes. Pages of a leaf that are equal to held ones are copied from those, not fetched.
 
 Several mounts, in several processes, may use one folder: bytes go into the file before the map says so, and whoever
 comes second writes the same verified bytes.
@@ -18,23 +18,29 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from operator import gt
 
+import trio
+
 from lazymem.digests import DIGEST_BYTES, ZERO_PAGE_DIGEST
 from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
+from lazymem.store.equalpages import EqualPages
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import BLOCK_PAGES
 from lazymem.store.pagemap import SET, SET_ZERO, UNSET, PageMap
-from lazymem.store.verify import HashedVerifier, UnhashedVerifier, Verifier, wrong_pages
+from lazymem.store.verify import HashedVerifier, UnhashedVerifier, Verifier, is_right, wrong_pages, zero_runs
 
 MARK_PAGES = 1 << 20
 """1 MiB of the map at a time, of what may be 16 MiB for 64 GiB of zeros."""
 
+COPIES_A_TURN = 32
+"""Equal pages that are read and verified before others get a turn: a third of a millisecond."""
 
 MAX_GIVEN_EARLY = 1024
 """Readers' ranges whose pages are not kept yet; of more, the oldest stay cached twice until the kernel wants room."""
 
 
+_HELD = bytes((SET, SET_ZERO))
 _WITH_DATA = bytes(state == SET for state in range(256))
 
 
@@ -56,6 +62,7 @@ class PristinePages:
         self._written = written
         self._cache = cache
         self._verifier: Verifier
+        self._maybe_equal = None if origin.root is None else EqualPages()
         if origin.root is None:
             self._verifier = UnhashedVerifier(origin.shape, cache.digests)
         else:
@@ -120,10 +127,18 @@ class PristinePages:
                 marks.append((part, SET if data is not None else SET_ZERO))
                 if data is not None:
                     pieces.append((part.offset_bytes, data))
-        self._mark_zeros(self._verifier.store(fetched))
+        leaves = self._verifier.store(fetched)
+        for first, digests in leaves:
+            self._mark_zeros(zero_runs(first, digests))
         if pieces:
             await self._cache.pages.write_many(pieces)
         self._cache.held.set_many(marks)
+        if self._maybe_equal is not None:
+            for part, state in marks:
+                if state == SET:
+                    self._maybe_equal.note(part, self._verifier.digests_of(part))
+            for first, digests in leaves:
+                await self._copy_equal(self._maybe_equal, first, digests)
         if self._given_early:
             self._let_go_of_kept()
 
@@ -131,6 +146,17 @@ class PristinePages:
         """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
         data = self._cache.pages.maybe_read_nowait(pages.offset_bytes, pages.length_bytes)
         return data if data is not None and not self._drop_wrong(pages, data) else None
+
+    def maybe_read_held_nowait(self, pages: PageRange) -> bytes | None:
+        """Verified bytes of `pages` in one piece, if all of them are held, at hand and right; zero pages are holes of
+        the file. Otherwise nothing is dropped: whoever then looks run by run sees which one is wrong."""
+        states = self._cache.held.states(pages)
+        if states.strip(_HELD):
+            return None
+        if states.count(SET_ZERO) == len(states):
+            return self.maybe_zeros(pages)
+        data = self._cache.pages.maybe_read_nowait(pages.offset_bytes, pages.length_bytes)
+        return data if data is not None and is_right(data, self._verifier.digests_of(pages)) else None
 
     def maybe_zeros(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET_ZERO`, if it is right."""
@@ -151,13 +177,16 @@ class PristinePages:
         """The guest's kernel has got `pages`, from here or on their way here."""
         start, end = pages.start, pages.end
         self._given[start:end] = b"\1" * pages.count
-        if self._cache.held.states(pages).count(UNSET):
+        if UNSET in self._cache.held.states(pages):
             self._given_early.append(pages)
+            return
+        if not start % BLOCK_PAGES and not end % BLOCK_PAGES:
+            self._cache.pages.let_go(pages)
             return
         first = start - start % BLOCK_PAGES
         block = PageRange(first, min(-end % BLOCK_PAGES + end, self.total_pages) - first)
         left = self._cache.held.states(block).translate(_WITH_DATA)
-        if block != pages and any(map(gt, left, self._given[first : block.end])):
+        if any(map(gt, left, self._given[first : block.end])):
             self._cache.pages.let_go(pages)  # which helps only if they came into the file by themselves
         else:
             self._cache.pages.let_go(block)
@@ -185,6 +214,30 @@ class PristinePages:
                     self._cache.held.set(piece, SET_ZERO)
                 else:
                     self._cache.held.set_many([(hole, SET_ZERO) for hole in self.missing_runs(piece)])
+
+    async def _copy_equal(self, equal: EqualPages, first: int, digests: bytes) -> None:
+        """Hold missing pages from `first` on, of which a leaf tells the digests, that are held elsewhere already."""
+        copies: list[tuple[int, bytes | memoryview]] = []
+        marks: list[tuple[PageRange, int]] = []
+        for count, (page, elsewhere) in enumerate(equal.candidates(first, digests), 1):
+            here = PageRange(page, 1)
+            at = (page - first) * DIGEST_BYTES
+            if self.states(here)[0] == UNSET:
+                maybe_data = self._maybe_equal_nowait(PageRange(elsewhere, 1), digests[at : at + DIGEST_BYTES])
+                if maybe_data is not None:
+                    copies.append((here.offset_bytes, maybe_data))
+                    marks.append((here, SET))
+            if count % COPIES_A_TURN == 0:
+                await trio.lowlevel.checkpoint()
+        if copies:
+            await self._cache.pages.write_many(copies)
+            self._cache.held.set_many(marks)
+
+    def _maybe_equal_nowait(self, held: PageRange, digest: bytes) -> bytes | None:
+        """Verified bytes of one page, if it is held, at hand and has just that digest."""
+        if self.states(held)[0] != SET or self._verifier.digests_of(held) != digest:
+            return None
+        return self.maybe_read_nowait(held)
 
     def _drop_wrong(self, pages: PageRange, data: bytes | None) -> list[PageRange]:
         wrong = runs(wrong_pages(pages, data, self._verifier.digests_of(pages)))

@@ -23,7 +23,7 @@ from lazymem.digests import (
     root_digest,
 )
 from lazymem.errors import StoreError, VerificationError
-from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
+from lazymem.pages import PAGE_SIZE, ZERO_PAGE, Fetched, PageRange, PageRun, runs
 from lazymem.store.digestfile import NO_DIGEST, DigestFile
 
 RECENT_LEAVES = 1024
@@ -51,9 +51,9 @@ class Verifier(Protocol):
         """
         ...
 
-    def store(self, fetched: Fetched) -> list[PageRange]:
-        """Put what `accept` learnt from `fetched` into the digest file. Returns the pages below the leaves that came
-        with it that must be zero: nobody has to fetch them.
+    def store(self, fetched: Fetched) -> list[tuple[int, bytes]]:
+        """Put what `accept` learnt from `fetched` into the digest file. Returns the leaves that were not there before:
+        first page, and page digests.
 
         Raises:
             StoreError: the disk refused; it stays known in memory.
@@ -63,6 +63,12 @@ class Verifier(Protocol):
     def zero_leaves(self) -> Iterator[PageRange]:
         """Pages of which the upper level alone says that they are zero, in order."""
         ...
+
+
+def is_right(data: bytes, digests: bytes) -> bool:
+    """Whether the pages in `data` have their digests (16 bytes a page). Of a zero page the digest is known."""
+    pages = [data[at : at + PAGE_SIZE] for at in range(0, len(data), PAGE_SIZE)]
+    return b"".join([ZERO_PAGE_DIGEST if page == ZERO_PAGE else page_digest(page) for page in pages]) == digests
 
 
 def wrong_pages(pages: PageRange, data: bytes | memoryview | None, digests: bytes) -> list[int]:
@@ -79,6 +85,14 @@ def wrong_pages(pages: PageRange, data: bytes | memoryview | None, digests: byte
         for index, digest in enumerate(found)
         if digest != digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
     ]
+
+
+def zero_runs(first_page: int, digests: bytes) -> list[PageRange]:
+    """The runs of pages that must be zero, by their digests."""
+    if ZERO_PAGE_DIGEST not in digests:
+        return []
+    each = enumerate(struct.iter_unpack(f"{DIGEST_BYTES}s", digests), first_page)
+    return runs(page for page, (digest,) in each if digest == ZERO_PAGE_DIGEST)
 
 
 class HashedVerifier:
@@ -103,7 +117,13 @@ class HashedVerifier:
         return any(self._maybe_leaf(leaf) is None for leaf in _leaves(pages))
 
     def digests_of(self, pages: PageRange) -> bytes:
-        return self._digests_of(pages, {})
+        leaf, at = divmod(pages.start, LEAF_PAGES)
+        if at + pages.count > LEAF_PAGES:
+            return self._digests_of(pages, {})
+        digests = self._maybe_leaf(leaf)
+        if digests is None:
+            return NO_DIGEST * pages.count
+        return bytes(digests[at * DIGEST_BYTES : (at + pages.count) * DIGEST_BYTES])
 
     def accept(self, fetched: Fetched) -> None:
         for leaf, digests in fetched.leaves.items():
@@ -115,16 +135,16 @@ class HashedVerifier:
             if leaf not in self._recent:
                 self._unstored[leaf] = bytes(digests)
 
-    def store(self, fetched: Fetched) -> list[PageRange]:
+    def store(self, fetched: Fetched) -> list[tuple[int, bytes]]:
         leaves = set(fetched.leaves) | {leaf for run in fetched.runs for leaf in _leaves(run.pages)}
-        zeros: list[PageRange] = []
-        for leaf in leaves & self._unstored.keys():
+        stored: list[tuple[int, bytes]] = []
+        for leaf in sorted(leaves & self._unstored.keys()):
             digests = self._unstored[leaf]
             self._file.store_page_digests(leaf * LEAF_PAGES, digests)
             self._unstored.pop(leaf, None)
             self._remember(leaf, digests)
-            zeros += _zero_runs(leaf * LEAF_PAGES, digests)
-        return zeros
+            stored.append((leaf * LEAF_PAGES, digests))
+        return stored
 
     def zero_leaves(self) -> Iterator[PageRange]:
         start = self._zero.find(1)
@@ -231,7 +251,7 @@ class UnhashedVerifier:
             )
         return earlier
 
-    def store(self, fetched: Fetched) -> list[PageRange]:
+    def store(self, fetched: Fetched) -> list[tuple[int, bytes]]:
         for run in fetched.runs:
             digests = self.digests_of(run.pages)
             self._file.store_page_digests(run.pages.start, digests)
@@ -251,14 +271,6 @@ def _zero_leaves(shape: TreeShape, upper: bytes) -> bytes:
     last = shape.leaves - 1  # may be shorter
     found[last] = upper[last * DIGEST_BYTES :] == leaf_digest(ZERO_PAGE_DIGEST * shape.leaf_pages(last))
     return bytes(found)
-
-
-def _zero_runs(first_page: int, digests: bytes) -> list[PageRange]:
-    """The runs of zero pages, by a leaf's page digests."""
-    if ZERO_PAGE_DIGEST not in digests:
-        return []
-    each = enumerate(struct.iter_unpack(f"{DIGEST_BYTES}s", digests), first_page)
-    return runs(page for page, (digest,) in each if digest == ZERO_PAGE_DIGEST)
 
 
 def _sound_runs(fetched: Fetched, shape: TreeShape) -> Iterator[PageRun]:
