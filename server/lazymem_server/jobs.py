@@ -50,7 +50,8 @@ class Job(Protocol):
     done: bool
     """The last answer was made."""
     data_bytes: int
-    """Of pages that are not zero, made by the last step."""
+    """Of pages that are not zero, made by the last step; `wire_bytes`: what it made of them."""
+    wire_bytes: int
 
     def step_nowait(self) -> list[Answer] | None:
         """The next answers, or None if a disk has to be waited for."""
@@ -80,8 +81,7 @@ class FetchJob:
         self.id = request.id
         self.background = bool(request.flags & FetchFlag.BACKGROUND)
         self.done = False
-        self.data_bytes = 0
-        """Of pages that are not zero, made by the last step."""
+        self.data_bytes = self.wire_bytes = 0
         self._reader = reader
         self._may_compress = bool(capabilities & Capability.ZSTD)
         self._pace = pace
@@ -131,6 +131,7 @@ class FetchJob:
         self._advance(runs[-1].pages.end)
         self._in_zeros = all(run.data is None for run in runs)
         self.data_bytes = sum(len(run.data) for run in runs if run.data is not None)
+        self.wire_bytes = 0
         frame_pages = self._frame_pages()
         for run in runs:
             last_run = run is runs[-1]
@@ -156,6 +157,7 @@ class FetchJob:
             return Pages(self.id, pages, Encoding.ZERO, final=final)
         first, end = pages.start - run.pages.start, pages.end - run.pages.start
         encoding, data = compress_pages(run.data[first * PAGE_SIZE : end * PAGE_SIZE], self._level(pages.count))
+        self.wire_bytes += len(data)
         digests = b"" if self._reader.hashed else run.digests[first * DIGEST_BYTES : end * DIGEST_BYTES]
         return Pages(self.id, pages, encoding, data, digests, final)
 
@@ -164,7 +166,7 @@ class DigestsJob:
     """Answers a FETCH_DIGESTS."""
 
     background = False
-    data_bytes = 0
+    data_bytes = wire_bytes = 0
 
     def __init__(self, request: FetchDigests, reader: SnapshotReader) -> None:
         self.id = request.id
@@ -194,7 +196,7 @@ class ReadFileJob:
     """Answers a READ_FILE of a file that is there."""
 
     background = False
-    data_bytes = 0
+    data_bytes = wire_bytes = 0
 
     def __init__(self, request: ReadFile, file: SmallFile | bytes) -> None:
         self.id = request.id

@@ -1,9 +1,9 @@
 """How the answers to one host are made: compressed or not, in frames of how many pages. By what its link takes.
 
 What counts is RAM a second. A client asks for as much as its link brings, so the rate at which answers are asked for
-and taken is the link's (or the client's) whatever the sockets in between hold. Compression pays while the link is
-slower than zstd; whether it does is tried out now and then, on an epoch of some MiB, and not guessed. Pure: the caller
-brings the time. Any thread may call any method.
+and taken is the link's (or the client's) whatever the sockets in between hold. Compression pays where the link is
+slower than zstd, on this machine, now; whether it does is tried out on an epoch now and then, not guessed. Pure: the
+caller brings the time. Any thread may call any method.
 """
 
 from __future__ import annotations
@@ -15,21 +15,32 @@ from lazymem.pages import PAGE_SIZE
 from lazymem.wire.limits import MAX_FRAME_PAGES
 from lazymem.wire.pagedata import FAST_LEVEL, THOROUGH_LEVEL
 
-EPOCH_BYTES = 4 << 20
-"""RAM that is sent in one way before the ways are compared: beyond what sockets hold, 16 ms of zstd."""
+EPOCH_BYTES = 2 << 20
+EPOCH_SECONDS = 0.05
+"""An epoch has both, so that neither a socket's room nor a neighbour's turn on the processor makes its rate."""
 
-PAUSE_SECONDS = 0.25
+PAUSE_SECONDS = 1.0
 """A host that asked for nothing for so long begins a new epoch: what a pause shows is no rate."""
 
-FAST_BYTES_PER_SECOND = 160e6
-"""Beyond this one core's zstd would be the bottleneck, with little else to do."""
+SLOW_WIRE_BYTES_PER_SECOND = 20e6
+"""Below this zstd keeps up: compressed without trials, whose every second shows on such a link."""
 
-SLOW_BYTES_PER_SECOND = 50e6
-"""Below this the more thorough level keeps up several times, and trying without compression is not worth it."""
+MAKING_SHARE = 0.5
+"""Whoever makes answers for more than this part of the time, on a busy machine, is slow itself and not the link."""
+
+FAST_BYTES_PER_SECOND = 160e6
+"""Beyond this one core's zstd would be the bottleneck, with little else to do: not worth a trial."""
 
 WORTH = 0.9
 """Uncompressed answers cost both ends less: they win from this part of the other's rate on."""
 
+SMOOTHING = 0.3
+"""Weight of the last epoch in a rate: one MiB of RAM is text, the next one noise."""
+
+SLOW_EPOCHS = 4
+"""So many slow ones in a row make a slow link: a client that pauses to think is none."""
+
+LEAST_EPOCHS_BETWEEN_TRIALS = 4
 MOST_EPOCHS_BETWEEN_TRIALS = 64
 
 FRAME_SECONDS = 0.005
@@ -45,54 +56,90 @@ class Pace:
 
     level: int = FAST_LEVEL
     frame_pages: int = FIRST_FRAME_PAGES
-    slow: bool = False
-    """The link was seen to be slow: compressing pays for the smallest answers too."""
+    _slow_epochs: int = 0
     _started_at: float = -1.0
     _last_at: float = -1.0
     _bytes: int = 0
-    _other_rate: float | None = None
+    _wire_bytes: int = 0
+    _making: float = 0.0
+    _rate: float = 0.0
+    _maybe_other_rate: float | None = None
     _until_trial: int = 1
-    _trial_pause: int = 1
+    _trial_pause: int = LEAST_EPOCHS_BETWEEN_TRIALS
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def note(self, now: float, data_bytes: int) -> None:
-        """So many bytes of pages that are not zero were asked for as bulk and are made into an answer now."""
+    @property
+    def slow(self) -> bool:
+        """The link is slow: the thorough level keeps up, and compressing pays for demands and the smallest answers."""
+        return self._slow_epochs >= SLOW_EPOCHS
+
+    def note(self, now: float, data_bytes: int, wire_bytes: int, making_seconds: float) -> None:
+        """An answer to a guess was made.
+
+        Args:
+            data_bytes: of its pages that are not zero; `wire_bytes`: what they are on the wire.
+            making_seconds: how long it took to read and compress them.
+        """
         with self._lock:
             if now - self._last_at > PAUSE_SECONDS or self._started_at < 0:
-                self._started_at, self._bytes = now, 0
+                self._break_off()
+                self._begin(now)
             else:
                 self._bytes += data_bytes
+                self._wire_bytes += wire_bytes
+                self._making += making_seconds
             self._last_at = now
-            if self._bytes >= EPOCH_BYTES and now > self._started_at:
-                rate = self._bytes / (now - self._started_at)
-                self._started_at, self._bytes = now, 0
-                self._decide(rate)
+            elapsed = now - self._started_at
+            if self._bytes >= EPOCH_BYTES and elapsed >= EPOCH_SECONDS:
+                self._decide(self._bytes / elapsed, self._wire_bytes / elapsed, self._making / elapsed)
+                self._begin(now)
 
-    def _decide(self, rate: float) -> None:
+    def _break_off(self) -> None:
+        """End a trial without a result: as it was before it."""
+        if self._maybe_other_rate is not None:
+            self._turn_to(0 if self.level else FAST_LEVEL, self._maybe_other_rate)
+
+    def _begin(self, now: float) -> None:
+        self._started_at, self._bytes, self._wire_bytes, self._making = now, 0, 0, 0.0
+
+    def _turn_to(self, level: int, rate: float) -> None:
+        """Go on in this way, which had that rate, until the next trial."""
+        self.level, self._rate = level, rate
+        self._maybe_other_rate = None
+        self._until_trial = self._trial_pause
+
+    def _decide(self, rate: float, wire_rate: float, making_share: float) -> None:
         """An epoch ended: go on, try the other way, or keep the better one of two that were tried."""
         self.frame_pages = max(LEAST_FRAME_PAGES, min(MAX_FRAME_PAGES, int(rate * FRAME_SECONDS) // PAGE_SIZE))
-        self.slow = rate < SLOW_BYTES_PER_SECOND
-        if self._other_rate is not None:
-            self._compare(rate, self._other_rate)
-        elif not self._worth_a_trial(rate):
-            self._until_trial = self._trial_pause
-        elif self._until_trial > 1:
-            self._until_trial -= 1
-        else:
-            self._other_rate = rate
-            self.level = 0 if self.level else FAST_LEVEL
+        if wire_rate < SLOW_WIRE_BYTES_PER_SECOND and making_share < MAKING_SHARE:
+            if self._maybe_other_rate is not None and not self.level:
+                self._lengthen_pause()
+            self._slow_epochs += 1
+            self._turn_to(THOROUGH_LEVEL if self.slow else FAST_LEVEL, rate)
             return
-        if self.level:
-            self.level = THOROUGH_LEVEL if self.slow else FAST_LEVEL
-
-    def _worth_a_trial(self, rate: float) -> bool:
-        return rate >= SLOW_BYTES_PER_SECOND if self.level else rate < FAST_BYTES_PER_SECOND
+        if self._slow_epochs:
+            self._slow_epochs = 0
+            self.level = min(self.level, FAST_LEVEL)
+        if self._maybe_other_rate is not None:
+            self._compare(rate, self._maybe_other_rate)
+            return
+        self._rate += (rate - self._rate) * (SMOOTHING if self._rate else 1.0)
+        if self.level == 0 and rate >= FAST_BYTES_PER_SECOND:
+            return
+        self._until_trial -= 1
+        if self._until_trial <= 0:
+            self._maybe_other_rate = self._rate
+            self.level = 0 if self.level else FAST_LEVEL
 
     def _compare(self, rate: float, other: float) -> None:
         """`rate` is what the trial gave, `other` what was before it."""
-        self._other_rate = None
-        raw, compressed = (other, rate) if self.level else (rate, other)
-        before = 0 if self.level else FAST_LEVEL
-        self.level = 0 if raw >= WORTH * compressed else FAST_LEVEL
-        self._trial_pause = 1 if self.level != before else min(2 * self._trial_pause, MOST_EPOCHS_BETWEEN_TRIALS)
-        self._until_trial = max(self._trial_pause, 4)
+        tried, before = (self.level, 0 if self.level else FAST_LEVEL)
+        won = rate * WORTH > other if tried else rate >= WORTH * other
+        if won:
+            self._trial_pause = LEAST_EPOCHS_BETWEEN_TRIALS
+        else:
+            self._lengthen_pause()
+        self._turn_to(tried if won else before, rate if won else other)
+
+    def _lengthen_pause(self) -> None:
+        self._trial_pause = min(2 * self._trial_pause, MOST_EPOCHS_BETWEEN_TRIALS)

@@ -438,9 +438,17 @@ class Session:
             return
         if job.background:
             with self._bulk_turns:
+                started = time.monotonic()
                 self._take_step(job)
+                self._note_pace(job, started)
         else:
             self._take_step(job)
+
+    def _note_pace(self, job: Job, started: float) -> None:
+        if job.data_bytes and job.id not in self._cold:
+            now = time.monotonic()
+            self._pace.note(now, job.data_bytes, job.wire_bytes, now - started)
+            job.data_bytes = 0
 
     def _take_step(self, job: Job) -> None:
         answers = _guarded(job, job.step_nowait)
@@ -457,6 +465,8 @@ class Session:
 
     def _cold_done(self, job: Job, answers: list[Answer] | None) -> None:
         del self._cold[job.id], self._at_disk[job.id]
+        if job.background:
+            self._note_pace(job, time.monotonic())
         if job.id in self._cancelled:
             self._cancelled.discard(job.id)
             self._say([Cancelled(job.id)], _lane(job))
@@ -466,8 +476,6 @@ class Session:
 
     def _give(self, job: Job, answers: Sequence[Answer]) -> None:
         self._say(answers, _lane(job))
-        if job.background and job.data_bytes:
-            self._pace.note(time.monotonic(), job.data_bytes)
         if not job.done:
             self._queue.put(job)
 
