@@ -110,6 +110,10 @@ class GuestRam:
             return b""
         pages = covering(offset, length)
         self._reads += 1
+        if (held := self._maybe_held_nowait(pages)) is not None:
+            self._reads_at_hand += 1
+            self._pristine.given(pages)
+            return held if len(held) == length else held[offset - pages.offset_bytes :][:length]
         planned = self._plan(pages)
         if planned[0][0] is Place.MISSING and len(planned) == 1:
             data = await self._read_missing(pages)
@@ -205,6 +209,12 @@ class GuestRam:
     def _plan(self, pages: PageRange) -> list[tuple[Place, PageRange]]:
         written = self._state.written.states(pages) if self._state else bytes(pages.count)
         return plan(pages, self._pristine.states(pages), written)
+
+    def _maybe_held_nowait(self, pages: PageRange) -> bytes | None:
+        """`pages` in one piece, where all of them are the cache's: what a guest reads of what came ahead of it."""
+        if self._state is not None and not self._state.written.all_unset(pages):
+            return None
+        return self._pristine.maybe_read_held_nowait(pages)
 
     def _maybe_read_nowait(self, planned: list[tuple[Place, PageRange]]) -> bytes | None:
         if len(planned) == 1:
