@@ -1,7 +1,7 @@
 """What one client may cost the server, and all of them together. Each bound with its reason.
 
-The worst case of memory is `max_clients` times (`max_unsent_bytes` + one answer step + open requests), 300 MiB; what a
-well-behaved client costs is a few KiB.
+The worst case of memory is `max_clients` times (`max_unsent_bytes` + one answer step of up to 1 MiB + a thread + open
+requests), 450 MiB; what a well-behaved client costs is a thread and a buffer of `demand_frame_pages`, some 200 KiB.
 """
 
 from __future__ import annotations
@@ -61,9 +61,6 @@ class ServerLimits:
 
     demand_frame_pages: int = 32
     """Pages of one PAGES frame that answers a demand: 128 KiB, the kernel's largest FUSE read by default."""
-
-    background_frame_pages: int = 16
-    """The same for guessed pages: 64 KiB, since a demand waits until a frame has left."""
 
     cold_read_pages: int = 64
     """Read from a disk at a time for guessed pages: 256 KiB; a seek costs more than the transfer below that."""
