@@ -4,6 +4,7 @@ Caveats of the library that shape this module:
 
 - A slice ends by a stop from another thread or by a count of instructions; one engine does one of the two for its whole
   life, because a count is ignored by code that was translated without one.
+- A stop is exact only between blocks (`cpu_stops`); a count is exact everywhere, and needs the library's other checks.
 - A stop that comes between slices, or while the library restarts after a delivered exception, is lost: ask again.
 - `emu_start` and the memory calls release the GIL, so a guest may stand on a page of a mount while other threads run.
 - An exception must not pass through the library from a hook: it is kept, and raised when `run` ends.
@@ -22,6 +23,7 @@ from unicorn import x86_const as x86
 
 from lazymem.errors import EnvironmentRefusedError
 from lazymem.vm.cpu_context import ContextImage, ContextShape, shape_from
+from lazymem.vm.cpu_stops import maybe_flag_address, set_flag
 
 _unicorn: Any = unicorn  # Type checkers find the binding for Python 2, which is another one.
 
@@ -89,6 +91,8 @@ class Engine:
             self._uc.mem_map_ptr(region.address, region.size, const.UC_PROT_ALL, region.host_pointer)
         # Without this, address 0 would be "the end".
         self._uc.ctl_exits_enabled(True)
+        check_stops_can_be_exact()
+        self._flag_address = maybe_flag_address(_address_of(self._uc))
         self._context = self._uc.context_save()
         self._callbacks: list[object] = []
         if handlers is not None:
@@ -106,6 +110,9 @@ class Engine:
         Raises:
             EngineError: the library cannot go on; or whatever a handler raised.
         """
+        if not count and self._flag_address is not None:
+            set_flag(self._flag_address)
+            self._flag_address = None
         try:
             self._uc.emu_start(rip, 0, 0, count)
         except _unicorn.UcError as error:
@@ -293,6 +300,37 @@ def context_shape() -> ContextShape:
             "this build of the Unicorn library keeps its registers in an unknown order; 2.1.3 and 2.1.4 are known"
         )
     return shape
+
+
+@functools.cache
+def check_stops_can_be_exact() -> None:
+    """Show on a scratch engine that a stop in the middle of an instruction does not begin it again.
+
+    Raises:
+        EnvironmentRefusedError: this build is laid out otherwise, or does so all the same.
+    """
+    uc: Any = _unicorn.Uc(const.UC_ARCH_X86, const.UC_MODE_64)
+    code, data = 0x1000, 0x3000
+    uc.mem_map(code, 0x3000)
+    # add qword ptr [rdi], 1; inc rax; jmp to the next; hlt
+    uc.mem_write(code, bytes.fromhex("4883070148ffc0eb00f4"))
+    uc.reg_write(x86.UC_X86_REG_RDI, data)
+    address = maybe_flag_address(_address_of(uc))
+    if address is not None:
+        set_flag(address)
+        uc.hook_add(const.UC_HOOK_MEM_WRITE, lambda *_: uc.emu_stop())
+        uc.emu_start(code, 0)
+        if uc.reg_read(x86.UC_X86_REG_RAX) == 1 and bytes(uc.mem_read(data, 1)) == b"\x01":
+            return
+    raise EnvironmentRefusedError(
+        "this build of the Unicorn library does not let a slice be ended exactly; 2.1.3 and 2.1.4 are known to"
+    )
+
+
+def _address_of(uc: Any) -> int:
+    """Of the library's record."""
+    handle: Any = uc._uch
+    return int(getattr(handle, "value", handle))
 
 
 def unmasked_cpuid(leaf: int, subleaf: int) -> Leaf:

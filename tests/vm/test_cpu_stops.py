@@ -1,0 +1,97 @@
+"""A stop from another thread is exact: no instruction is executed twice, wherever it comes."""
+
+import ctypes
+import struct
+import threading
+import time
+
+import pytest
+
+from lazymem.errors import EnvironmentRefusedError
+from lazymem.vm import cpu_engine, cpu_stops
+from lazymem.vm.cpu_engine import Engine
+
+CODE, DATA = 0x1000, 0x3000
+SLICES = 2000
+
+# add qword ptr [rdi], 1; inc rcx; add qword ptr [rdi+8], 1; inc rdx; jmp to the start
+LOOP = bytes.fromhex("4883070148ffc1488347080148ffc2ebf0")
+
+
+class Region:
+    """16 KiB of host memory at physical address 0."""
+
+    address, size = 0, 0x4000
+
+    def __init__(self) -> None:
+        self.memory = (ctypes.c_char * (self.size + 4096))()
+        self.host_pointer = (ctypes.addressof(self.memory) + 4095) & ~4095
+
+    def write(self, at: int, data: bytes) -> None:
+        ctypes.memmove(self.host_pointer + at, data, len(data))
+
+    def read(self, at: int, length: int) -> bytes:
+        return ctypes.string_at(self.host_pointer + at, length)
+
+
+def test_no_instruction_is_executed_twice() -> None:
+    """With the library as it comes, one in two of these slices adds once too often."""
+    region = Region()
+    region.write(CODE, LOOP)
+    engine = Engine([region])
+    image = engine.image()
+    image.set_gpr(1, 0)
+    image.set_gpr(2, 0)
+    image.set_gpr(7, DATA)
+    image.rip = CODE
+    engine.restore(image)
+    running, over = threading.Event(), threading.Event()
+
+    def stop_again_and_again() -> None:
+        while not over.is_set():
+            time.sleep(0.0001)  # the library runs meanwhile: this is what is tested, not waited for
+            if running.is_set():
+                engine.stop()
+
+    stopper = threading.Thread(target=stop_again_and_again)
+    stopper.start()
+    try:
+        running.set()
+        for _ in range(SLICES):
+            engine.run(engine.rip, 0)
+    finally:
+        over.set()
+        stopper.join()
+    image = engine.image()
+    first, second = struct.unpack("<QQ", region.read(DATA, 16))
+    # A slice may end between an addition and the count of it only if a block does, and none does.
+    assert (first, second) == (image.gpr(1), image.gpr(2))
+    assert first > SLICES
+    engine.close()
+
+
+def test_a_library_that_is_laid_out_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_engine.check_stops_can_be_exact()
+    check = cpu_engine.check_stops_can_be_exact.__wrapped__
+    monkeypatch.setattr(cpu_engine, "maybe_flag_address", lambda _engine: None)
+    with pytest.raises(EnvironmentRefusedError, match=r"does not let a slice be ended exactly"):
+        check()
+    # The check is one that can fail: another byte of the record does not do it.
+    spare = ctypes.create_string_buffer(1)
+    monkeypatch.setattr(cpu_engine, "maybe_flag_address", lambda _engine: ctypes.addressof(spare))
+    with pytest.raises(EnvironmentRefusedError):
+        check()
+
+
+def test_the_flag_is_looked_for_by_its_neighbours() -> None:
+    sizes = struct.pack("<IIQQ", 4096, 4095, 4096, 4096)
+    good = bytes(100) + sizes + bytes(24) + bytes((0, 0, 0, 1))
+    for record, offset in (
+        (good, 100 + 24 + 24 + 2),
+        (good[:-4] + bytes((0, 0, 1, 1)), None),
+        (good + sizes, None),
+        (bytes(200), None),
+    ):
+        buffer = ctypes.create_string_buffer(record, 8192)
+        address = ctypes.addressof(buffer)
+        assert cpu_stops.maybe_flag_address(address) == (None if offset is None else address + offset)
