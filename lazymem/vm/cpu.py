@@ -98,7 +98,7 @@ class Cpu:
         with self._slice_lock:
             self._in_slice, self._stop_asked = True, False
         try:
-            self._engine.run(self._engine.rip, count)
+            excepted = self._engine.run(self._engine.rip, count)
         except EngineError as error:
             raise self._crash(f"the CPU cannot go on: {error}") from error
         finally:
@@ -106,7 +106,7 @@ class Cpu:
                 self._in_slice = False
         if self._system_call:
             self._refuse_system_call()
-        else:
+        elif not excepted:
             self._settle_halt(counted=bool(count), wakes=wakes)
 
     def interrupt_slice(self) -> None:
@@ -196,10 +196,10 @@ class Cpu:
         image = self._engine.image()
         software = image.software_interrupt
         event = Event(vector, 0 if software else image.error_code, software=software)
-        self._engine.restore_in_slice(self._entered(event))
+        self._engine.enter_handler(self._entered(event))
 
     def invalid_opcode(self) -> None:
-        self._engine.restore_in_slice(self._entered(Event(INVALID_OPCODE)))
+        self._engine.enter_handler(self._entered(Event(INVALID_OPCODE)))
 
     def no_memory(self, kind: str, address: int, size: int) -> NoReturn:
         raise self._crash(f"{kind} of {size} bytes at physical address {address:#x}, where there is no memory")

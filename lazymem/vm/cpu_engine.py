@@ -87,12 +87,16 @@ class Engine:
     def __init__(self, regions: Sequence[MappedRegion], handlers: Handlers | None = None) -> None:
         self._uc: Any = _unicorn.Uc(const.UC_ARCH_X86, const.UC_MODE_64)
         self._failure: BaseException | None = None
+        self._entered: ContextImage | None = None
+        self._counted = False
         for region in regions:
             self._uc.mem_map_ptr(region.address, region.size, const.UC_PROT_ALL, region.host_pointer)
         # Without this, address 0 would be "the end".
         self._uc.ctl_exits_enabled(True)
         check_stops_can_be_exact()
         self._flag_address = maybe_flag_address(_address_of(self._uc))
+        if self._flag_address is None:
+            raise EngineError("its record does not look like that of the scratch engine")
         self._context = self._uc.context_save()
         self._callbacks: list[object] = []
         if handlers is not None:
@@ -104,8 +108,10 @@ class Engine:
         for start, end, _ in list(self._uc.mem_regions()):
             self._uc.mem_unmap(start, end - start + 1)
 
-    def run(self, rip: int, count: int) -> None:
-        """Execute from `rip` until a stop, a HLT, or `count` instructions (0: no count).
+    def run(self, rip: int, count: int) -> bool:
+        """Execute from `rip` until a stop, a HLT, an exception, or `count` instructions (0: no count).
+
+        Whether an exception ended it: RIP is at the guest's handler then. With a count it goes on behind one.
 
         Raises:
             EngineError: the library cannot go on; or whatever a handler raised.
@@ -113,14 +119,19 @@ class Engine:
         if not count and self._flag_address is not None:
             set_flag(self._flag_address)
             self._flag_address = None
+        self._counted = bool(count)
         try:
             self._uc.emu_start(rip, 0, 0, count)
         except _unicorn.UcError as error:
             if self._failure is None:
                 raise EngineError(str(error)) from error
+        entered, self._entered = self._entered, None
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+        if entered is not None:
+            self.restore(entered)
+        return entered is not None
 
     def stop(self) -> None:
         """End the slice that runs now."""
@@ -172,11 +183,19 @@ class Engine:
         ctypes.memmove(self._context.context, bytes(image.data), len(image.data))
         self._uc.context_restore(self._context)
 
-    def restore_in_slice(self, image: ContextImage) -> None:
-        """The same from `exception` or `invalid_opcode`; the slice goes on at the image's RIP."""
-        self.restore(image)
-        # Only a write of RIP makes the library leave the block that it was in.
-        self._uc.reg_write(x86.UC_X86_REG_RIP, image.rip)
+    def enter_handler(self, image: ContextImage) -> None:
+        """From `exception` or `invalid_opcode`: go on with this image, at its RIP.
+
+        Behind the slice, unless it is counted: a RIP that is written in the middle of a slice makes the library forget
+        to bring RIP up to date at the next stop, and the guest goes on somewhere in its past.
+        """
+        if self._counted:
+            self.restore(image)
+            # Only a write of RIP makes the library leave the block that it was in.
+            self._uc.reg_write(x86.UC_X86_REG_RIP, image.rip)
+            return
+        self._entered = image
+        self.stop()
 
     def read(self, address: int, length: int) -> bytes:
         """Physical memory. LookupError where there is none."""

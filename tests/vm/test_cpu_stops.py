@@ -4,12 +4,15 @@ import ctypes
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from lazymem.errors import EnvironmentRefusedError
 from lazymem.vm import cpu_engine, cpu_stops
 from lazymem.vm.cpu_engine import Engine
+from lazymem.vm.machine import MachineConfig
+from tests.support.machines import MIB, Rig, assemble
 
 CODE, DATA = 0x1000, 0x3000
 SLICES = 2000
@@ -95,3 +98,56 @@ def test_the_flag_is_looked_for_by_its_neighbours() -> None:
         buffer = ctypes.create_string_buffer(record, 8192)
         address = ctypes.addressof(buffer)
         assert cpu_stops.maybe_flag_address(address) == (None if offset is None else address + offset)
+
+
+EXCEPTIONS = 20_000
+GUEST = """
+    .bss
+counts: .skip 16
+    .text
+_start:
+    lea stack_top(%rip), %rsp
+    gate 6, over
+    load_idt
+    xor %r12d, %r12d
+1:  ud2
+    incq counts+8(%rip)
+    inc %r12d
+    cmp $EXCEPTIONS, %r12d
+    jb 1b
+    cmpq $EXCEPTIONS, counts(%rip)
+    jne 2f
+    cmpq $EXCEPTIONS, counts+8(%rip)
+    jne 2f
+    finish PASS
+2:  finish FAIL
+over:
+    incq counts(%rip)
+    addq $2, (%rsp)
+    iretq
+    .bss
+    .skip 4096
+stack_top:
+""".replace("$EXCEPTIONS", f"${EXCEPTIONS}")
+
+
+def test_stops_among_exceptions_are_exact(tmp_path: Path) -> None:
+    """A RIP written in the middle of a slice made the next stop lose the guest's place."""
+    stopped = threading.Event()
+    with Rig(MachineConfig(2 * MIB, kernel=assemble(GUEST, tmp_path))) as rig:
+        rig.machine.boot()
+
+        def stop_again_and_again() -> None:
+            while not stopped.is_set():
+                time.sleep(0.0001)  # the guest runs meanwhile: this is what is tested, not waited for
+                rig.machine.cpu.interrupt_slice()
+
+        stopper = threading.Thread(target=stop_again_and_again)
+        stopper.start()
+        try:
+            rig.machine.start()
+            ending = rig.ended()
+        finally:
+            stopped.set()
+            stopper.join()
+    assert ending.exit_code == 0x10 << 1 | 1
