@@ -166,12 +166,15 @@ async def test_a_state_that_a_device_refuses_is_named(tmp_path: Path) -> None:
         assert vm.machine.starts == 0
 
 
-async def refusing_peer(path: Path, after_bytes: int) -> None:
-    """Takes some of a stream and hangs up."""
+async def refusing_peer(
+    path: Path, after_bytes: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Takes some of a stream and hangs up. Started once it listens: the path is there before that."""
     sock = trio.socket.socket(socket.AF_UNIX)
     with sock:
         await sock.bind(str(path))
         sock.listen(1)
+        task_status.started()
         peer, _ = await sock.accept()
         with peer:
             left = after_bytes
@@ -187,10 +190,7 @@ async def test_a_failed_save_lets_the_guest_go_on(tmp_path: Path, after_bytes: i
     async with serving(tmp_path, machine) as vm, trio.open_nursery() as nursery:
         client = await vm.connect()
         await client.ask("cont")
-        nursery.start_soon(refusing_peer, tmp_path / "peer", after_bytes)
-        while not await trio.Path(tmp_path / "peer").exists():
-            await trio.lowlevel.checkpoint()
-        await trio.testing.wait_all_tasks_blocked()
+        await nursery.start(refusing_peer, tmp_path / "peer", after_bytes)
         await client.ask("migrate", uri=f"unix:{tmp_path}/peer")
         info = await wait_migrated(client)
         assert (info["status"], info["error-desc"]) == ("failed", "the receiving side went away")
