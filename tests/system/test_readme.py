@@ -70,7 +70,9 @@ def test_the_tour(folder: Path) -> None:
         shell.wait()
         output = (folder / "output").read_text()
     assert shell.returncode == 0, output
-    ticks = [int(line.split()[1]) for line in (folder / "second.txt").read_text().splitlines() if "tick" in line]
+    # Its last line may have no end: the emulator was killed, and a serial line carries one byte at a time.
+    whole = (folder / "second.txt").read_text().rpartition("\n")[0]
+    ticks = [int(line.split()[1]) for line in whole.splitlines() if "tick" in line]
     assert ticks[0] > 50 > 0, "it went on, and did not begin again"
     assert ticks == sorted(ticks)
     assert "manifest.json" in output
