@@ -129,5 +129,5 @@ def test_a_bit_flipped_on_the_way_is_found(start: Start, tmp_path: Path) -> None
         screen.wait_news(process, before)
         if screen.errors(process):
             break
-    wait_until(lambda: screen.bad_addresses(process), "where the errors are: the count comes first")
+    wait_until(lambda: bool(screen.bad_addresses(process)), "where the errors are: the count comes first")
     assert screen.bad_addresses(process) <= set(FLIPPED), screen.look(process)
