@@ -16,9 +16,9 @@ gives him nothing, since he made the snapshot.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from blake3 import blake3
+from msgspec import Struct
 
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE
 
@@ -51,8 +51,7 @@ def root_digest(size_bytes: int, upper: bytes | bytearray | memoryview) -> bytes
     return hasher.digest(ROOT_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class TreeShape:
+class TreeShape(Struct, frozen=True):
     """How large the parts of the tree over `size_bytes` (a multiple of the page size) are."""
 
     size_bytes: int

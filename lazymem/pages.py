@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 PAGE_SIZE = 4096
 """Bytes. x86's base page, and the unit of fetching, holding and verifying."""
@@ -16,8 +17,7 @@ _ZEROS_BYTES = 16 * PAGE_SIZE
 _ZEROS = bytes(_ZEROS_BYTES)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PageRange:
+class PageRange(Struct, frozen=True, order=True):
     """Pages ``start`` to ``start + count - 1``; never empty."""
 
     start: int
@@ -49,16 +49,14 @@ class PageRange:
         return self.start <= page < self.end
 
 
-@dataclass(frozen=True, slots=True)
-class PageRun:
+class PageRun(Struct, frozen=True):
     """Consecutive pages with their bytes (``count * 4096``), or None where all are zero."""
 
     pages: PageRange
     data: bytes | memoryview | None
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(Struct, frozen=True):
     """What one answer of a page source brought, not yet verified.
 
     `runs` cover what was asked for exactly, in ascending order. `leaves`: leaf number to its page digests, those that

@@ -16,8 +16,9 @@ import enum
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from msgspec import Struct, field
 
 from lazymem.errors import UsageError
 
@@ -30,8 +31,7 @@ MAX_SOCKET_PATH_BYTES = 107
 """sun_path holds 108 bytes with its zero."""
 
 
-@dataclass(frozen=True, slots=True)
-class TcpEndpoint:
+class TcpEndpoint(Struct, frozen=True):
     """`host` is a name or an address without brackets."""
 
     host: str
@@ -41,8 +41,7 @@ class TcpEndpoint:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class UnixEndpoint:
+class UnixEndpoint(Struct, frozen=True):
     path: str
 
     def __str__(self) -> str:
@@ -52,8 +51,7 @@ class UnixEndpoint:
 Endpoint = TcpEndpoint | UnixEndpoint
 
 
-@dataclass(frozen=True, slots=True)
-class ServerAddress:
+class ServerAddress(Struct, frozen=True):
     """Where a snapshot is served. An empty name means the server's only one."""
 
     endpoint: Endpoint
@@ -125,8 +123,7 @@ def is_snapshot_name(name: str) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class LinkSettings:
+class LinkSettings(Struct, frozen=True):
     """How the client treats its connections. Seconds."""
 
     connect_timeout_seconds: float = 10.0
@@ -141,12 +138,11 @@ class LinkSettings:
     """A guest stands still meanwhile: after a server's return it waits for this at most."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
+        for name in self.__struct_fields__:
             check_seconds(name, getattr(self, name))
 
 
-@dataclass(frozen=True, slots=True)
-class MountSettings:
+class MountSettings(Struct, frozen=True):
     """Everything that a mount was told. `state_dir` None: the run's pages go at unmount."""
 
     server: ServerAddress

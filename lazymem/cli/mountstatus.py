@@ -6,6 +6,8 @@ import json
 import os
 from dataclasses import asdict
 
+from msgspec import structs
+
 from lazymem.fetch.client import Client
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.settings import MountSettings
@@ -48,7 +50,7 @@ class MountStatus:
                 "connection": link.connection,
                 "connected": link.connected,
                 "reconnects": link.reconnects,
-                "store": asdict(store),
+                "store": structs.asdict(store),
                 "fetch": asdict(fetch),
                 "link": asdict(link),
             }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from lazymem.errors import MountError
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(Struct, frozen=True):
     """One line of mountinfo. `device` as "MAJ:MIN"; `peer_group` is the N of "shared:N", None for a private mount."""
 
     mount_id: int

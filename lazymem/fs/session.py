@@ -13,10 +13,10 @@ import select
 import shutil
 import socket
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyfuse3
+from msgspec import Struct
 
 from lazymem.errors import EnvironmentRefusedError, MountError
 from lazymem.fs import mountinfo
@@ -36,8 +36,7 @@ _FLAG_OPTIONS = {"nosuid": 0, "nodev": 0, "noexec": 0, "noatime": 0, "rw": 0, "r
 _KERNEL_OPTIONS = ("allow_other", "max_read", "blksize")
 
 
-@dataclass(frozen=True, slots=True)
-class MountOptions:
+class MountOptions(Struct, frozen=True):
     """Checked `-o` options. `flags` for mount(2); `allow_other` as FUSE means it."""
 
     allow_other: bool = False
@@ -131,7 +130,7 @@ def _mount_by_helper(path: str, source: str, options: MountOptions) -> int:
 
 
 def attach(operations: pyfuse3.Operations, descriptor: int) -> None:
-    """Bind pyfuse3 to a mounted descriptor; `pyfuse3.main` then serves it."""
+    """Bind pyfuse3 to a descriptor that gives requests and takes answers; `pyfuse3.main` then serves it."""
     pyfuse3.init(operations, f"/dev/fd/{descriptor}", set())
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 ROOT_INODE = 1
 RAM_INODE = 2
@@ -19,8 +20,7 @@ FOREVER_SECONDS = 86400.0 * 365
 """How long the kernel may believe a name or an attribute: both never change."""
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """One file or folder. `size` in bytes; `fleeting`: may vanish, so the kernel must ask for the name each time."""
 
     inode: int

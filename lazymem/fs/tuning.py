@@ -11,8 +11,9 @@ import contextlib
 import ctypes
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from lazymem.fs.syscalls import system_call
 
@@ -28,8 +29,7 @@ MAX_BACKGROUND = 64
 """Read-ahead and write-back requests at a time (kernel's default: 12), so that a sweep leaves slots for the guest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Knob:
+class Knob(Struct, frozen=True):
     path: Path
     value: str
     meaning: str

@@ -6,10 +6,10 @@ Comes from outside (a folder, the wire), so every field is checked, and a file n
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from blake3 import blake3
+from msgspec import Struct, field, to_builtins
 
 from lazymem.digests import ROOT_BYTES
 from lazymem.errors import SnapshotError
@@ -33,8 +33,7 @@ _MAX_PAUSE_SECONDS = 1e9
 """30 years; a number beyond it is nonsense, and may not even fit a float."""
 
 
-@dataclass(frozen=True, slots=True)
-class Emulator:
+class Emulator(Struct, frozen=True):
     """How the snapshot was made. `options` are the emulator's, in order; None where unknown."""
 
     name: str
@@ -44,8 +43,7 @@ class Emulator:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(Struct, frozen=True):
     """One RAM block that is a file of the snapshot. Sizes in bytes."""
 
     name: str
@@ -54,8 +52,7 @@ class Block:
     page_size: int = PAGE_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class VmState:
+class VmState(Struct, frozen=True):
     """The save stream: size in bytes and BLAKE3 (32 bytes, hex) over it."""
 
     file: str
@@ -63,8 +60,7 @@ class VmState:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """A whole manifest. `ram_id` is random (16 bytes, hex); `ram_root` the digest tree's root (32 bytes, hex)."""
 
     emulator: Emulator
@@ -94,7 +90,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The text of manifest.json."""
-        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        document = {"format": FORMAT, "version": VERSION, **to_builtins(self)}
         return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
     @property

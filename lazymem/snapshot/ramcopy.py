@@ -9,7 +9,8 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 Advance = Callable[[int], None]
 """Called with the bytes that were dealt with since the last call."""
@@ -29,8 +30,7 @@ _NO_REFLINK = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINV
 _NO_RANGE_COPY = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
-@dataclass(frozen=True, slots=True)
-class Copied:
+class Copied(Struct, frozen=True):
     """How a copy was made ("reflink" or "copy") and how many bytes had to be moved for it."""
 
     way: str

@@ -13,11 +13,11 @@ import stat
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from blake3 import blake3
+from msgspec import Struct
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, page_digest
 from lazymem.errors import SnapshotError, VerificationError
@@ -36,8 +36,7 @@ SETTLED_NS = 1_000_000_000
 on a slow clock, more over a network)."""
 
 
-@dataclass(frozen=True, slots=True)
-class VouchedRun:
+class VouchedRun(Struct, frozen=True):
     """Pages that passed, all zero (`data` None) or none of them. `digests`: 16 bytes a page."""
 
     pages: PageRange

@@ -12,8 +12,9 @@ import errno
 import logging
 import os
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from lazymem.errors import StoreError
 from lazymem.store import folders
@@ -37,8 +38,7 @@ _ATTEMPTS = 8
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class CacheFolder:
+class CacheFolder(Struct, frozen=True):
     """An open cache."""
 
     path: Path

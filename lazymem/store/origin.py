@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from lazymem.digests import ROOT_BYTES, TreeShape
 
 IDENTITY_BYTES = 32
 
 
-@dataclass(frozen=True, slots=True)
-class RamOrigin:
+class RamOrigin(Struct, frozen=True):
     """The snapshot that a store holds pages of.
 
     `identity`: 32 bytes, equal for equal RAM only. `root`: 32 bytes, the digest tree's root from the manifest, or None

@@ -20,8 +20,9 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from lazymem.errors import BusyError, IdentityError, StoreError
 from lazymem.store import folders
@@ -45,8 +46,7 @@ _POLL_SECONDS = 0.05
 """Between tries for the lock: a mount's end is noticed sooner than a person would."""
 
 
-@dataclass(slots=True)
-class StateFolder:
+class StateFolder(Struct):
     """An open, locked state folder. `private`: removed at close."""
 
     path: Path

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStatistics:
+class StoreStatistics(Struct, frozen=True):
     """Pages as of now; counts since the store was opened.
 
     `held_pages`: in the cache, by this mount or found there; those that another mount puts there meanwhile are not in

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from lazymem.digests import DIGEST_BYTES
 from lazymem.pages import PAGE_SIZE
@@ -84,8 +85,7 @@ ERROR = struct.Struct("<HH")
 """Code, reserved (0); the text follows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """What is known of a frame from its header alone, checked before a byte of its payload is kept."""
 
     senders: frozenset[Role]

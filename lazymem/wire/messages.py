@@ -9,7 +9,8 @@ ends it too.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from lazymem.pages import PageRange
 
@@ -71,8 +72,7 @@ class ErrorCode(enum.IntEnum):
     SHUTTING_DOWN = 203
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Struct, frozen=True):
     """First frame of the client. An empty name means: the only snapshot."""
 
     name: str
@@ -81,8 +81,7 @@ class Hello:
     capabilities: Capability = Capability.ZSTD
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """What the server takes from one connection; the client stays below."""
 
     max_request_pages: int
@@ -91,8 +90,7 @@ class Limits:
     """Open requests at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(Struct, frozen=True):
     """First frame of the server. `manifest` is manifest.json's bytes, empty for an unhashed snapshot (no manifest).
 
     `identity`: 32 bytes, equal for equal RAM only (`Manifest.identity`; unhashed: that server's own).
@@ -111,15 +109,13 @@ class Welcome:
     working_set_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch:
+class Fetch(Struct, frozen=True):
     id: int
     ranges: tuple[PageRange, ...]
     flags: FetchFlag = FetchFlag.NONE
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
+class Pages(Struct, frozen=True):
     """`data` is as on the wire (encoded). `digests`: 16 bytes a page from an unhashed snapshot's server, else empty.
     Zero pages (`Encoding.ZERO`) have neither: their digest is known."""
 
@@ -131,8 +127,7 @@ class Pages:
     final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class FetchDigests:
+class FetchDigests(Struct, frozen=True):
     """Ask for digests without pages: `count` leaves from `first` on, of one level."""
 
     id: int
@@ -141,8 +136,7 @@ class FetchDigests:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Digests:
+class Digests(Struct, frozen=True):
     id: int
     level: Level
     index: int
@@ -150,39 +144,34 @@ class Digests:
     final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ReadFile:
+class ReadFile(Struct, frozen=True):
     id: int
     file: PublishedFile
     offset: int
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class FileData:
+class FileData(Struct, frozen=True):
     """Answers `ReadFile`, one frame, shorter than asked only at the file's end."""
 
     id: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(Struct, frozen=True):
     """The client no longer waits for request `id`. Frames already on their way still come; the server's last word on
     that id is `Cancelled`, or the ordinary final frame if that was sent first."""
 
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
+class Cancelled(Struct, frozen=True):
     """The server's last word on a cancelled request; nothing with its id follows."""
 
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Error:
+class Error(Struct, frozen=True):
     """`id` 0: about the connection, which ends after it."""
 
     id: int
@@ -190,21 +179,18 @@ class Error:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(Struct, frozen=True):
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(Struct, frozen=True):
     id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Goodbye:
+class Goodbye(Struct, frozen=True):
     """No new requests; the connection closes once open ones are answered."""
 
-    reason: str = field(default="")
+    reason: str = ""
 
 
 Message = (

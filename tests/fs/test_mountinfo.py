@@ -1,10 +1,10 @@
 """Lines of mountinfo as proc(5) and a busy host show them."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from lazymem.errors import MountError
 from lazymem.fs import mountinfo

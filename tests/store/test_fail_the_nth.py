@@ -9,10 +9,10 @@ import errno
 import itertools
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from lazymem.errors import LazymemError, ServerUnreachableError, StoreError
 from lazymem.pages import PAGE_SIZE, PageRange

@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from lazymem.errors import IdentityError, LazymemError, RamFileError, SnapshotError
 from lazymem.pages import PAGE_SIZE

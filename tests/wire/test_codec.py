@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
 from lazymem.pages import PAGE_SIZE, PageRange
