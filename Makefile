@@ -14,6 +14,7 @@ demo: setup ## set up, then resume guests whose RAM is elsewhere, and show what 
 	@$(VENV)/lazymem demo
 
 test: setup lint ## set up, then lint, type check and run all tests (PYTEST_ARGS=... passes more to pytest)
+	@$(VENV)/python -m tests.prepare
 	@$(VENV)/python -m pytest $(PYTEST_ARGS)
 
 bench: setup ## set up with the peers' packages, then measure lazymem beside them (BENCH_ARGS='--help' lists what)

@@ -87,7 +87,7 @@ def main() -> None:
     """The whole set-up; a second run finds everything in place and takes well under a second."""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         fail(f"the guests are x86-64 and the mount is Linux's: not on {platform.system()} {platform.machine()}")
-    install_missing()
+    install_missing(NEEDS)
     provide_guest_parts()
     make_environment()
     compile_sources(SOURCES)
@@ -101,9 +101,9 @@ def main() -> None:
 # --- system packages
 
 
-def install_missing() -> None:
+def install_missing(needs: tuple[Need, ...]) -> None:
     """Installs the packages of the needs that are not met; nothing else."""
-    missing = [need for need in NEEDS if not need.there()]
+    missing = [need for need in needs if not need.there()]
     if not missing:
         return
     for need in missing:

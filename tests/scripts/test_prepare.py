@@ -61,20 +61,18 @@ def test_only_what_is_missing_is_installed(prepare: ModuleType, monkeypatch: pyt
         installed.append(packages)
         found["installed"] = True
 
-    monkeypatch.setattr(prepare, "NEEDS", needs)
     monkeypatch.setattr(prepare, "require_apt", lambda _: None)
     monkeypatch.setattr(prepare, "apt_install", install)
-    prepare.install_missing()
-    prepare.install_missing()
+    prepare.install_missing(needs)
+    prepare.install_missing(needs)
     assert installed == [["a", "b"]]
 
 
 def test_a_package_that_does_not_help_is_an_error(prepare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "NEEDS", (prepare.Need("a unicorn", lambda: False, ("horse",)),))
     monkeypatch.setattr(prepare, "require_apt", lambda _: None)
     monkeypatch.setattr(prepare, "apt_install", lambda _: None)
     with pytest.raises(SystemExit, match="still missing: a unicorn"):
-        prepare.install_missing()
+        prepare.install_missing((prepare.Need("a unicorn", lambda: False, ("horse",)),))
 
 
 def test_new_lists_only_when_the_old_ones_do_not_do(

@@ -1,0 +1,26 @@
+"""Set-up of the tests: what they need beyond the program itself, where it is missing. After `make setup`."""
+
+from __future__ import annotations
+
+from scripts import analyser, prepare
+
+NEEDS = (
+    # A file system with reflinks on a loop device, for the snapshots that they make short.
+    prepare.Need("file systems with reflinks", prepare.program("mkfs.btrfs"), ("btrfs-progs",)),
+)
+
+
+def main() -> None:
+    """Installs and fetches what is missing, and nothing else."""
+    prepare.install_missing(NEEDS)
+    try:
+        analyser.provide()
+    except analyser.NotFetched as error:
+        prepare.say(
+            f"WARNING: no QEMU source package: {error}. The tests that let QEMU's analyser read our streams will fail; "
+            "ANALYZE_MIGRATION=/path/to/qemu/scripts/analyze-migration.py (QEMU 9 or newer) names one"
+        )
+
+
+if __name__ == "__main__":
+    main()
