@@ -34,7 +34,10 @@ class SerialLine(Protocol):
     """The host's side of a UART."""
 
     def start(self, on_input: Callable[[], None]) -> None:
-        """Begin. `on_input` is called from another thread when bytes came while none were waiting."""
+        """Begin; a client that has connected before is served from now on, without a gap.
+
+        `on_input` is called from another thread when bytes came while none were waiting.
+        """
         ...
 
     def write(self, data: bytes) -> None:
@@ -85,6 +88,9 @@ class HostLine:
     def start(self, on_input: Callable[[], None]) -> None:
         self._on_input = on_input
         self._end.open()
+        if self._end.accept_fd is not None:
+            # Who connected before the guest hears its first word: it may be said before the thread below has run.
+            self._end.accept()
         # A daemon thread: a blocked write to somebody's stopped terminal must not keep the process alive.
         self._thread = threading.Thread(target=self._pump, name="serial", daemon=True)
         self._thread.start()

@@ -20,7 +20,11 @@ _PIECE_BYTES = 4096
 
 
 class HostEnd(Protocol):
-    """Descriptors are None where there is nothing to poll for. Only the pump's thread calls; `close` comes last."""
+    """Descriptors are None where there is nothing to poll for.
+
+    Whoever starts the pump's thread calls `open`, and `accept` where there is an `accept_fd`; then only that thread
+    calls; `close` comes last.
+    """
 
     @property
     def accept_fd(self) -> int | None: ...
@@ -35,7 +39,9 @@ class HostEnd(Protocol):
         """Called once, before anything else."""
         ...
 
-    def accept(self) -> None: ...
+    def accept(self) -> None:
+        """Take the client that waits, if one does; never waits for one itself."""
+        ...
 
     def receive(self, limit: int) -> bytes: ...
 

@@ -96,6 +96,21 @@ def test_a_client_may_come_before_the_guest(unix_line: serial.SerialLine, socket
         Input(unix_line).wait_for(b"early")
 
 
+def test_who_came_before_the_guest_hears_its_first_word(
+    unix_line: HostLine, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the vCPU may speak before the line's own thread runs for the first time."""
+    begin = threading.Event()
+    step = unix_line._step
+    monkeypatch.setattr(unix_line, "_step", lambda timeout_ms: begin.wait(20) and step(timeout_ms))
+    with connect(socket_path) as client:
+        unix_line.start(lambda: None)
+        unix_line.write(b"ready")
+        begin.set()
+        assert receive_exactly(client, 5) == b"ready"
+    assert unix_line.dropped_bytes == 0
+
+
 def test_output_without_a_client_is_dropped_at_once(unix_line: HostLine, socket_path: Path) -> None:
     received = Input(unix_line)
     unix_line.write(bytes(10 * serial.OUTPUT_BYTES))
