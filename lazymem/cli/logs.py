@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 from pathlib import Path
 
@@ -30,7 +29,9 @@ def set_up(program: str, *, in_front: bool, verbose: bool, file: Path | None) ->
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(f"{program}: %(message)s"))
     elif os.path.exists(SYSLOG_SOCKET):
-        handler = logging.handlers.SysLogHandler(SYSLOG_SOCKET)
+        from logging.handlers import SysLogHandler  # brings pickle along
+
+        handler = SysLogHandler(SYSLOG_SOCKET)
         handler.setFormatter(logging.Formatter(f"{program}[{os.getpid()}]: %(message)s"))
     else:
         handler = logging.NullHandler()

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import ctypes.util
-import gc
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from lazymem.cli.quickstart import leave, quick_imports
 
-from lazymem.cli import logs
-from lazymem.cli.background import Announcer, run_in_background
-from lazymem.cli.groups import cause_of
-from lazymem.errors import LazymemError
-from lazymem.fs import checks, mountinfo
-from lazymem.settings import (
-    MountSettings,
-    Prefetch,
-    ServerAddress,
-    TcpEndpoint,
-    default_cache_dir,
-    parse_endpoint,
-    parse_server,
-)
+with quick_imports(trio=False):
+    import argparse
+    import os
+    import sys
+    from pathlib import Path
+
+    from lazymem.cli import logs
+    from lazymem.cli.background import Announcer, run_in_background
+    from lazymem.cli.groups import cause_of
+    from lazymem.errors import LazymemError
+    from lazymem.fs import checks, mountinfo
+    from lazymem.settings import (
+        MountSettings,
+        Prefetch,
+        ServerAddress,
+        TcpEndpoint,
+        default_cache_dir,
+        parse_endpoint,
+        parse_server,
+    )
 
 PROGRAM = "lazymem-mount"
 
@@ -123,31 +122,8 @@ def _check_host(settings: MountSettings) -> None:
     checks.check_namespace(path)
 
 
-@contextlib.contextmanager
-def _quick_imports() -> Iterator[None]:
-    """Imports make much and throw little away: no look for garbage meanwhile, nor ever after at what they made.
-
-    And trio, which looks for the thread library to name its threads, gets it without ldconfig(8), which would be run to
-    list every library there is.
-    """
-    look = ctypes.util.find_library
-
-    def find_library(name: str) -> str | None:
-        return "libpthread.so.0" if name == "pthread" else look(name)
-
-    gc.disable()
-    ctypes.util.find_library = find_library
-    try:
-        yield
-    finally:
-        ctypes.util.find_library = look
-        gc.freeze()
-        gc.enable()
-
-
 def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:
-    with _quick_imports():
-        import sdnotify
+    with quick_imports():
         import trio
 
         from lazymem.cli import mountdaemon
@@ -160,10 +136,9 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     lock = MountLock(str(settings.mountpoint))
     lock.acquire(LOCK_WAIT_SECONDS)
     tuning.become_io_flusher()  # before any thread: they inherit it
-    notifier = sdnotify.SystemdNotifier()
 
     def ready(notices: tuple[str, ...]) -> None:
-        notifier.notify(f"READY=1\nMAINPID={os.getpid()}")
+        _tell_service_manager()
         announcer.ready(notices)
 
     try:
@@ -175,5 +150,17 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     return 0
 
 
+def _tell_service_manager() -> None:
+    if "NOTIFY_SOCKET" in os.environ:
+        import sdnotify
+
+        sdnotify.SystemdNotifier().notify(f"READY=1\nMAINPID={os.getpid()}")
+
+
+def command() -> None:
+    """The installed `lazymem-mount`."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
