@@ -6,8 +6,9 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
+
+from msgspec.structs import asdict
 
 from lazymem.cli.interrupts import interrupted_once
 from lazymem.cli.progress import reporting

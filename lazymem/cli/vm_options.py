@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
+
+from msgspec import Struct
 
 import lazymem
 from lazymem.errors import MonitorError, UsageError
@@ -49,15 +50,13 @@ VALUED = {"-m", "--append", "--incoming", "--kernel", "--mem-file", "--pcram-fil
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
+class Incoming(Struct, frozen=True):
     """Where the guest's state comes from; `uri` None: to be named over the monitor (defer)."""
 
     uri: Uri | None
 
 
-@dataclass(frozen=True, slots=True)
-class VmOptions:
+class VmOptions(Struct, frozen=True):
     """The whole command line. `qmp`: the monitor's socket; `start_paused`: -S."""
 
     ram_bytes: int

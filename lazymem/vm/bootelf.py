@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from lazymem.errors import UsageError
 
@@ -14,8 +15,7 @@ _SEGMENT = struct.Struct("<IIQQQQQQ")
 _CLASS_64, _LITTLE_ENDIAN, _EXECUTABLE, _X86_64, _LOAD = 2, 1, 2, 62, 1
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """`data` goes to physical `address`; zeros follow up to `size` bytes."""
 
     address: int
@@ -27,8 +27,7 @@ class Segment:
         return self.address + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class ElfKernel:
+class ElfKernel(Struct, frozen=True):
     """`entry` is a physical address inside a segment."""
 
     entry: int

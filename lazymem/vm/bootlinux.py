@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from lazymem.errors import UsageError
 
@@ -25,8 +26,7 @@ _FIRST_VERSION_WITH_XLOADFLAGS = 0x20C
 _UNDEFINED_LOADER, _LOADED_HIGH = 0xFF, 0x01
 
 
-@dataclass(frozen=True, slots=True)
-class LinuxKernel:
+class LinuxKernel(Struct, frozen=True):
     """`code` goes to `address` and is entered `_ENTRY_64_OFFSET` bytes behind its start. `header`: the setup header."""
 
     address: int

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 Write = Callable[[int, bytes], None]
 """Writes bytes at a physical address."""
@@ -47,8 +48,7 @@ _GDT = struct.pack(
 E820_RAM, E820_RESERVED = 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class RamRegion:
+class RamRegion(Struct, frozen=True):
     """Guest-physical RAM in one piece; both in bytes."""
 
     address: int

@@ -13,8 +13,9 @@ Unclaimed ports read as all ones and swallow writes, as on an ISA bus where nobo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 PORTS = 1 << 16
 
@@ -44,8 +45,7 @@ class InterruptController(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
+class _Target(Struct, frozen=True):
     device: Device
     offset: int
 

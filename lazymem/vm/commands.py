@@ -6,8 +6,9 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 import lazymem
 from lazymem.errors import LazymemError
@@ -30,8 +31,7 @@ _CPU_PATH = "/machine/cpu[0]"
 _TYPES = {"/machine": f"{MACHINE_TYPE}-machine", _CPU_PATH: "unicorn-x86_64-cpu"}
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(Struct, frozen=True):
     handler: Handler
     signature: Signature = NO_ARGUMENTS
 

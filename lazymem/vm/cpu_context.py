@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 GPR_NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 """In the order of their numbers in instructions, which is the library's order too."""
@@ -39,8 +40,7 @@ HFLAG_LONG_MODE = 1 << 14
 _HFLAG_CS64 = 1 << 15
 
 
-@dataclass(frozen=True, slots=True)
-class ContextShape:
+class ContextShape(Struct, frozen=True):
     """Byte offsets in the context: `env` of RAX, `dr0` of DR0; `size` of the whole."""
 
     env: int
@@ -48,8 +48,7 @@ class ContextShape:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """A segment register with its hidden part; `flags` is the descriptor's second word."""
 
     selector: int

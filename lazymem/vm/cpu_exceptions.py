@@ -7,8 +7,9 @@ are not set by the walk; task gates, shadow stacks, SMAP and protection keys are
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 from lazymem.vm.cpu_context import ContextImage, Segment
 
@@ -51,8 +52,7 @@ class PhysicalMemory(Protocol):
     def write(self, address: int, data: bytes) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True):
     """What is to be delivered. `software`: an INT instruction, whose gate must allow it; `external`: hardware."""
 
     vector: int

@@ -7,15 +7,15 @@ device itself knows nothing of streams.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 Value = int | bytes
 State = Mapping[str, Value]
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
+class Field(Struct, frozen=True):
     """One field: an unsigned integer of 1, 2, 4 or 8 bytes (value: int), or a buffer of any size (value: bytes)."""
 
     name: str
@@ -23,8 +23,7 @@ class Field:
     buffer: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """A device's section in the save stream: its name (QEMU's idstr), version and fields, in stream order."""
 
     name: str

@@ -6,9 +6,10 @@ Works with QEMU >= 7.2 and with lazymem-vm, which answers a part of it; what an 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from lazymem.errors import MonitorError, RamFileError
 from lazymem.snapshot.manifest import RAM_BLOCK, Emulator
@@ -39,8 +40,7 @@ _RECORDED_OPTIONS = frozenset(
 _ALONE = frozenset({"-enable-kvm", "-nodefaults", "-no-hpet", "-no-acpi"})
 
 
-@dataclass(frozen=True, slots=True)
-class RamBacking:
+class RamBacking(Struct, frozen=True):
     """The file that is the guest's RAM, as this process can open it. `share`: the guest's writes are in the file."""
 
     path: Path

@@ -16,8 +16,9 @@ import errno
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, TreeShape, leaf_digest, page_digest, root_digest
 from lazymem.errors import IdentityError, RamFileError, SnapshotError
@@ -40,8 +41,7 @@ _NO_SUCH_ATTRIBUTE = frozenset(
 """Not a lazymem mount, or a file that opening will say more about. A mount that is dead or broken is no such case."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountRun:
+class MountRun(Struct, frozen=True):
     """What a lazymem mount says of a RAM file. `identity` hex; `template`: many map it privately, none may write."""
 
     identity: str

@@ -11,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from lazymem.errors import GuestCrashError, LazymemError, UsageError
 from lazymem.pages import PAGE_SIZE
@@ -34,8 +35,7 @@ REPEATABLE_EPOCH = 946_684_800
 """2000-01-01, what the calendar shows at the start of an --icount guest."""
 
 
-@dataclass(frozen=True, slots=True)
-class MachineConfig:
+class MachineConfig(Struct, frozen=True):
     """What a machine is made of. `epoch_seconds`: the calendar at virtual time 0; None: now (icount: 2000-01-01).
 
     `icount_sleep`: with icount, idle time passes on the host too; else it is skipped.
@@ -65,8 +65,7 @@ def block_sizes(config: MachineConfig) -> tuple[tuple[str, int], ...]:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
+class Ending(Struct, frozen=True):
     """How a guest ended. `exit_code`: the process's; `error`: None if the guest ended itself."""
 
     run_state: str

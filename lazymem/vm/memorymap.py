@@ -7,8 +7,9 @@ As in QEMU's `pc`: pc.ram from 0 up, with a hole for the VGA window and the BIOS
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec import Struct
 
 MIB = 1 << 20
 VGA_WINDOW, VGA_WINDOW_BYTES = 0xA0000, 0x20000
@@ -38,8 +39,7 @@ class Memory(Protocol):
     def write(self, offset: int, data: bytes) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Struct, frozen=True):
     """`size` bytes of `block` from `offset` on appear at physical `address`."""
 
     address: int

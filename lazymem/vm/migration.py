@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
+from msgspec import Struct, field
 
 from lazymem.digests import page_digest
 from lazymem.errors import LazymemError, MonitorError, SaveStreamError
@@ -53,8 +53,7 @@ def global_state(run_state: str) -> State:
     return {"size": len(text), "runstate": text.ljust(_RUNSTATE_BYTES, b"\0")}
 
 
-@dataclass(slots=True)
-class Progress:
+class Progress(Struct):
     """One migration's figures, for query-migrate. Sizes in bytes; file-backed blocks count nowhere."""
 
     incoming: bool
@@ -233,6 +232,8 @@ class _Saver:
         await self._send(self._writer.begin())
         on_active()
         await self._pass()
+        # While the guest still runs: the sync in its pause then has only what it wrote since.
+        await self._sync()
         self._progress.stopped = time.monotonic()
         # Asked now and not at the start: somebody may have stopped the guest, or let it go on, during the pass.
         self._before = await self._runstate.stop("finish-migrate")
@@ -245,7 +246,7 @@ class _Saver:
             await self._send(self._writer.device(device.state()))
         # The files are part of the saved state. Before the end is sent, since a failure here lets this side run on,
         # and a stream without its end runs nowhere.
-        await trio.to_thread.run_sync(self._machine.blocks.sync)
+        await self._sync()
         await self._send(self._writer.end())
 
     async def undo(self) -> None:
@@ -254,6 +255,9 @@ class _Saver:
             await self._runstate.resume_after_save()
         elif self._before is not None:
             self._runstate.set_overlay(self._before)
+
+    async def _sync(self) -> None:
+        await trio.to_thread.run_sync(self._machine.blocks.sync)
 
     async def _pass(self) -> None:
         """Send every page that is not yet, or no longer, as it was sent."""

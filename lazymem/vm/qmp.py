@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 MAX_COMMAND_BYTES = 64 * 1024
 """Our longest command is a migrate with a path: 4 KiB. A client that sends more without its end is cut off."""
@@ -29,8 +30,7 @@ class QmpError(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """A command. `has_id`: the answer repeats `request_id`, which may be any JSON value."""
 
     command: str
@@ -39,8 +39,7 @@ class Request:
     has_id: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Signature:
+class Signature(Struct, frozen=True):
     """A command's arguments: name to Python type (str, bool, int, list)."""
 
     required: Mapping[str, type] = field(default_factory=dict)

@@ -11,10 +11,11 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from msgspec import Struct
 
 from lazymem.errors import MonitorError
 
@@ -25,8 +26,7 @@ _MAX_EVENTS = 10_000
 """Kept events; a monitor that sends more between two looks loses the oldest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True):
     """Something the emulator reports by itself. `seconds` is the emulator's clock (Unix time), else our own."""
 
     name: str

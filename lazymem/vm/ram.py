@@ -18,9 +18,10 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+
+from msgspec import Struct
 
 from lazymem.errors import BusyError, EnvironmentRefusedError, RamFileError
 from lazymem.pages import PAGE_SIZE
@@ -30,8 +31,7 @@ _MAP_NORESERVE = 0x4000
 """mmap.MAP_NORESERVE, which Python names from 3.13 on. A template's many private maps reserve nothing until written."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemFile:
+class MemFile(Struct, frozen=True):
     """Which file backs which block. `share` False: mapped privately, the guest's writes reach no file."""
 
     block: str
@@ -325,8 +325,7 @@ def _map_file(fd: int, mem_file: MemFile, size: int) -> mmap.mmap:
         raise RamFileError(f"cannot map {mem_file.path} for RAM block {mem_file.block}: {reason}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(Struct, frozen=True):
     """What a host must be for file-backed RAM; `this_host` reads it."""
 
     system: str

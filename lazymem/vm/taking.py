@@ -11,10 +11,11 @@ import os
 import select
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
+
+from msgspec import Struct
 
 from lazymem.errors import LazymemError, MonitorError, RamFileError, SnapshotError
 from lazymem.snapshot.manifest import MANIFEST_NAME, RAM_BLOCK, RAM_NAME, Block, Emulator, Manifest
@@ -42,8 +43,7 @@ class Reporter(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(Struct, frozen=True):
     """What the user asked for."""
 
     monitor: Path
@@ -52,8 +52,7 @@ class Options:
     disks_handled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(Struct, frozen=True):
     """What was made. `ram_way`: reflink, copy or move.
 
     `pause_seconds`: how long the guest stood; None unless it ran before and runs on.
@@ -70,8 +69,7 @@ class Result:
     uncovered_disks: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Guest:
+class _Guest(Struct, frozen=True):
     """The guest before it is touched."""
 
     ram: RamBacking

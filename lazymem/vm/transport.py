@@ -12,27 +12,25 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import trio
+from msgspec import Struct
 
 from lazymem.errors import LazymemError, MonitorError, SaveStreamError
 
 _CHUNK_BYTES = 256 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class FileUri:
+class FileUri(Struct, frozen=True):
     path: Path
 
     def __str__(self) -> str:
         return f"file:{self.path}"
 
 
-@dataclass(frozen=True, slots=True)
-class TcpUri:
+class TcpUri(Struct, frozen=True):
     host: str
     port: int
 
@@ -40,8 +38,7 @@ class TcpUri:
         return f"tcp:{self.host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
-class UnixUri:
+class UnixUri(Struct, frozen=True):
     path: Path
 
     def __str__(self) -> str:

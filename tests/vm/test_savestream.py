@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lazymem.errors import SaveStreamError
 from lazymem.pages import PAGE_SIZE

@@ -18,7 +18,8 @@ A name is a length byte and its bytes; a footer is 0x7e and the section's id.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from lazymem.vm.devicestate import Layout
 
@@ -61,8 +62,7 @@ class RamFlag(enum.IntFlag):
     """The record is for the same block as the one before; no name follows."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockShape:
+class BlockShape(Struct, frozen=True):
     """A RAM block as the stream lists it: name, size in bytes.
 
     `backed`: a file maps it here. `do_not_save`: that file is its state, so the stream never has a page of it.
@@ -74,8 +74,7 @@ class BlockShape:
     do_not_save: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StreamShape:
+class StreamShape(Struct, frozen=True):
     """What a machine's stream consists of: writer and loader are given the same.
 
     `machine` is the versioned machine type; a change to what the stream means takes a new one.
@@ -94,8 +93,7 @@ class StreamShape:
             raise ValueError("a block that is not saved needs x-ignore-shared")
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """A page record: offset in bytes within `block`, and its 4096 bytes, or None for zeros."""
 
     block: str

@@ -7,7 +7,8 @@ of each section; the description.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from lazymem.vm.devicestate import Layout, State, Value
 from lazymem.vm.savestream.cursor import Cursor
@@ -29,8 +30,7 @@ DeviceKey = tuple[str, int]
 """Name and instance."""
 
 
-@dataclass(frozen=True, slots=True)
-class SavedState:
+class SavedState(Struct, frozen=True):
     """A whole, checked stream.
 
     `pages`: block name to {offset in bytes: 4096 bytes, or None for zeros}. `devices`: state by (name, instance).
