@@ -122,7 +122,7 @@ def test_a_welcome_that_does_not_fit_the_hello(change: dict[str, object], match:
     client = ClientConnection()
     client.send(Hello("web", capabilities=Capability.NONE))
     good = replace(WELCOME, capabilities=Capability.NONE)
-    refused(client, replace(good, **change), match)  # type: ignore[arg-type]
+    refused(client, replace(good, **change), match)
 
 
 def test_an_empty_name_takes_any() -> None:
