@@ -39,7 +39,7 @@ def quick_imports(*, trio: bool = True) -> Iterator[None]:
     """
     stand_ins = {"importlib.metadata": _NoMetadata("importlib.metadata"), "typing_extensions": None}
     missing = {name: stand_in for name, stand_in in stand_ins.items() if name not in sys.modules}
-    collected = gc.isenabled()
+    collected, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     sys.modules.update(missing)  # type: ignore[arg-type]  # None: Python's own way to say that there is no such module
     try:
@@ -48,7 +48,8 @@ def quick_imports(*, trio: bool = True) -> Iterator[None]:
     finally:
         for name in missing:
             sys.modules.pop(name, None)
-        gc.freeze()
+        if len(sys.modules) > known:
+            gc.freeze()
         if collected:
             gc.enable()
 

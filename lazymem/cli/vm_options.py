@@ -14,7 +14,7 @@ from msgspec import Struct
 import lazymem
 from lazymem.errors import MonitorError, UsageError
 from lazymem.vm.ram import MemFile, parse_mem_file, pc_ram_file
-from lazymem.vm.transport import Uri, parse_uri
+from lazymem.vm.uri import Uri, parse_uri
 
 _DESCRIPTION = """\
 A small x86-64 PC whose RAM can be a file. A guest saved here resumes there, its RAM never in the save stream.

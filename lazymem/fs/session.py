@@ -14,13 +14,16 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyfuse3
 from msgspec import Struct
 
 from lazymem.errors import EnvironmentRefusedError, MountError
 from lazymem.fs import mountinfo
 from lazymem.fs.syscalls import system_call
+
+if TYPE_CHECKING:
+    import pyfuse3  # with trio behind it, a tenth of a second: `lazymem umount` needs neither
 
 MAX_READ_BYTES = 128 * 1024
 """Largest READ the kernel may send. A guest that touches one page inside a huge-page hint waits for the whole request
@@ -131,11 +134,15 @@ def _mount_by_helper(path: str, source: str, options: MountOptions) -> int:
 
 def attach(operations: pyfuse3.Operations, descriptor: int) -> None:
     """Bind pyfuse3 to a descriptor that gives requests and takes answers; `pyfuse3.main` then serves it."""
+    import pyfuse3
+
     pyfuse3.init(operations, f"/dev/fd/{descriptor}", set())
 
 
 def detach() -> None:
     """Give pyfuse3's session up without unmounting; the mount is unmounted by `unmount`, or is gone already."""
+    import pyfuse3
+
     pyfuse3.close(unmount=False)
 
 

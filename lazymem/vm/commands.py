@@ -19,7 +19,7 @@ from lazymem.vm.qmp import QmpError, Request, Signature, check
 from lazymem.vm.ram import RamBlock
 from lazymem.vm.runstate import RunState
 from lazymem.vm.savestream.format import IGNORE_SHARED
-from lazymem.vm.transport import Uri, parse_uri
+from lazymem.vm.uri import Uri, parse_uri
 
 Arguments = Mapping[str, Any]
 Handler = Callable[[Arguments], Awaitable[Any]]

@@ -28,7 +28,8 @@ from lazymem.vm.runstate import ENDED, MachineLike, RunState
 from lazymem.vm.savestream.format import BlockShape, Page, StreamShape
 from lazymem.vm.savestream.loader import SavedState, load, max_stream_bytes
 from lazymem.vm.savestream.writer import StreamWriter
-from lazymem.vm.transport import Address, Output, Uri, open_output, receive
+from lazymem.vm.transport import Address, Output, open_output, receive
+from lazymem.vm.uri import Uri
 
 MACHINE_TYPE = "lazymem-pc-0.1"
 """Versioned: a stream is loaded by the machine type that wrote it and no other."""

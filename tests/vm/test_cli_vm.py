@@ -30,7 +30,7 @@ from lazymem.errors import (
 from lazymem.snapshot.manifest import Block, Emulator, Manifest, VmState, vmstate_digest
 from lazymem.vm.guests import build_guest
 from lazymem.vm.ram import MemFile
-from lazymem.vm.transport import FileUri
+from lazymem.vm.uri import FileUri
 from tests.support.streamreader import read_stream
 from tests.support.vmprocess import WAIT_SECONDS, Start, counts_on, starting, wait_until
 

@@ -13,7 +13,7 @@ import trio.testing
 
 from lazymem.errors import SaveStreamError
 from lazymem.vm.ram import MemFile
-from lazymem.vm.transport import FileUri
+from lazymem.vm.uri import FileUri
 from tests.support.fakemachine import RAM_BYTES, SIZES, FakeMachine
 from tests.support.monitored import Client, serving, wait_migrated
 from tests.support.streamreader import read_stream

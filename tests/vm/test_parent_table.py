@@ -20,7 +20,7 @@ from lazymem.errors import EnvironmentRefusedError, RamFileError
 from lazymem.vm.migration import Migrations
 from lazymem.vm.ram import Host, MemFile, RamBlock, RamBlocks, check_host, parse_mem_file, pc_ram_file, this_host
 from lazymem.vm.runstate import RunState
-from lazymem.vm.transport import FileUri
+from lazymem.vm.uri import FileUri
 from tests.support.fakemachine import RAM_BYTES, SIZES, FakeMachine
 from tests.support.streamreader import Stream, read_stream
 

@@ -13,17 +13,8 @@ import pytest
 import trio
 
 from lazymem.errors import MonitorError, SaveStreamError
-from lazymem.vm.transport import (
-    Address,
-    FileUri,
-    TcpUri,
-    UnixUri,
-    Uri,
-    listen_unix,
-    open_output,
-    parse_uri,
-    receive,
-)
+from lazymem.vm.transport import Address, listen_unix, open_output, receive
+from lazymem.vm.uri import FileUri, TcpUri, UnixUri, Uri, parse_uri
 
 
 @pytest.mark.parametrize(
