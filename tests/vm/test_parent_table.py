@@ -6,10 +6,11 @@ Each test is named by its row. What needs a running lazymem-vm is in test_cli_vm
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,43 @@ class TestAllChangesAreInTheFile:
         await migrations.save(FileUri(tmp_path / "vmstate"))
         assert (str(ram), "active") in synced
         machine.blocks.close()
+
+    async def test_most_of_it_while_the_guest_still_runs(
+        self, ram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In its pause only what it wrote since is left to be written out; what it writes last is in all the same."""
+        machine = FakeMachine([MemFile("pc.ram", ram)])
+        machine.on_stop = lambda: machine.blocks["pc.ram"].write(0, b"last word")
+        machine.start()
+        synced: list[tuple[str, bytes]] = []
+        monkeypatch.setattr(
+            machine.blocks, "sync", lambda: synced.append((machine.run_state, machine.blocks["pc.ram"].read(0, 9)))
+        )
+        await save(machine, tmp_path / "vmstate")
+        assert synced == [("running", bytes(range(9))), ("paused", b"last word")]
+        machine.blocks.close()
+
+    async def test_storage_that_fails_stops_nobody(
+        self, ram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for failing in (1, 2):
+            machine = FakeMachine([MemFile("pc.ram", ram)])
+            machine.start()
+            calls = itertools.count(1)
+
+            def sync(failing: int = failing, calls: Iterator[int] = calls) -> None:
+                if next(calls) == failing:
+                    raise RamFileError("the disk is broken")
+
+            monkeypatch.setattr(machine.blocks, "sync", sync)
+            migrations = Migrations(RunState(machine), notice=lambda _: None)
+            migrations.begin_save()
+            await migrations.save(FileUri(tmp_path / "vmstate"))
+            assert migrations.progress is not None
+            assert migrations.progress.status == "failed"
+            assert machine.run_state == "running"
+            assert not await trio.Path(tmp_path / "vmstate").exists()
+            machine.blocks.close()
 
     async def test_a_second_machine_goes_on_from_a_copy(self, ram: Path, tmp_path: Path) -> None:
         machine = FakeMachine([MemFile("pc.ram", ram)])

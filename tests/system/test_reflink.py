@@ -1,0 +1,142 @@
+"""`lazymem snapshot` on a file system with reflinks: the copy shares the guest's blocks, and is still a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazymem.cli import snapshot
+from lazymem.demo import vmrun
+from lazymem.snapshot.manifest import parse
+from lazymem.snapshot.writer import write_digests
+from lazymem.vm.guests import build_guest
+from tests.support.qemu import RAM_BYTES, booted
+from tests.support.reflinks import NoLoopDeviceError, reflink_disk, stored_pages
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+
+VM_RAM_BYTES = 64 << 20
+ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A running guest with much in its RAM. `change` rewrites a good part of it, `check` finds all in order."""
+
+    monitor: Path
+    ram: Path
+    ram_bytes: int
+    change: Callable[[], None]
+    check: Callable[[], None]
+
+
+@contextmanager
+def lazymem_vm(folder: Path) -> Iterator[Guest]:
+    ram = folder / "ram"
+    ram.touch()
+    os.truncate(ram, VM_RAM_BYTES)
+    with tempfile.TemporaryDirectory(prefix="lazymem-") as sockets:
+        place = vmrun.VmGuest(ram, VM_RAM_BYTES, Path(sockets, "q"), Path(sockets, "s"), build_guest("pages", folder))
+        with vmrun.started(place, folder / "log") as vm:
+            with vm.open_monitor() as qmp:
+                qmp.command("cont")
+            vm.serial.expect("ready")
+            vm.serial.ask("fill 7", "filled")
+
+            def change() -> None:
+                assert vm.serial.ask("rewrite 8000 3", "rewrote") == "8000"
+
+            def check() -> None:
+                assert " bad 0 " in vm.serial.ask("verify", "verified")
+
+            yield Guest(vm.monitor, ram, VM_RAM_BYTES, change, check)
+
+
+@contextmanager
+def qemu(folder: Path) -> Iterator[Guest]:
+    with booted(folder) as linux:
+
+        def change() -> None:
+            before, linux.checksum = linux.checksum, linux.qemu.serial.ask("write after", "written")
+            assert linux.checksum != before
+
+        def check() -> None:
+            assert linux.qemu.serial.ask("sum", "sum") == linux.checksum
+
+        yield Guest(linux.qemu.monitor, linux.ram, RAM_BYTES, change, check)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        try:
+            mounted = stack.enter_context(reflink_disk(tmp_path_factory.mktemp("reflinks") / "btrfs"))
+        except NoLoopDeviceError as error:
+            pytest.skip(f"no file system with reflinks can be mounted here: {error}")
+        yield mounted
+
+
+@pytest.fixture(scope="module", params=[lazymem_vm, qemu])
+def guest(request: pytest.FixtureRequest, disk: Path) -> Iterator[Guest]:
+    """Its RAM file, and so all beside it, is on the disk with reflinks."""
+    start: Callable[[Path], AbstractContextManager[Guest]] = request.param
+    with start(Path(tempfile.mkdtemp(dir=disk))) as running:
+        yield running
+
+
+def taken(guest: Guest, target: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert snapshot.main([str(guest.monitor), str(target), "--resume", "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def unchanged(folder: Path, ram_bytes: int, scratch: Path) -> bool:
+    """Whether its RAM still is what its digests were made from."""
+    root = parse((folder / "manifest.json").read_bytes()).ram_root
+    return write_digests(folder / "pc.ram", ram_bytes, scratch) == root
+
+
+def test_shared_blocks_and_a_guest_that_runs_on(
+    guest: Guest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = guest.ram.parent
+    pauses: dict[str, list[float]] = {"reflink": [], "copy": []}
+    for number in range(ROUNDS):
+        # In turn, so that a busy machine is as busy for both. Another file system has no block of this one.
+        for way, parent in (("reflink", beside), ("copy", tmp_path)):
+            result = taken(guest, parent / f"{way}{number}", capsys)
+            assert result["ram_way"] == way
+            pauses[way].append(result["pause_seconds"])
+    assert 0 < min(pauses["reflink"]) < min(pauses["copy"]), pauses
+
+    first, copy = beside / "reflink0", tmp_path / "copy0"
+    pages = stored_pages(first / "pc.ram")
+    shared = pages & stored_pages(guest.ram)
+    assert len(shared) > 0.9 * len(pages), "all but what the guest wrote since"
+    assert (copy / "pc.ram").stat().st_dev != guest.ram.stat().st_dev
+    assert (copy / "pc.ram").stat().st_blocks * 512 <= len(pages) * 4096, "and the copy is sparse"
+
+    guest.change()
+    guest.check()
+    assert stored_pages(first / "pc.ram") == pages, "the guest's new pages went elsewhere"
+    assert len(pages & stored_pages(guest.ram)) < len(shared)
+    assert unchanged(first, guest.ram_bytes, tmp_path / "again")
+    assert unchanged(copy, guest.ram_bytes, tmp_path / "again-too")
+
+
+def test_the_result_says_how_and_how_long(guest: Guest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a person reads it, on the same file system and on another."""
+    for way, parent in (("reflink", guest.ram.parent), ("copy", tmp_path)):
+        assert snapshot.main([str(guest.monitor), str(parent / "told"), "--resume"]) == 0
+        said = capsys.readouterr().out
+        assert f"stored ({way})" in said
+        assert "guest stood " in said
