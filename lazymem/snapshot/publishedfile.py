@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 
 from lazymem.errors import VerificationError
+from lazymem.nowait import nowait_flags
 from lazymem.pages import PAGE_SHIFT, PageRange
 
 _WOULD_WAIT = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS)
-_MOUNTINFO = "/proc/self/mountinfo"
 
 
 class PublishedFile:
@@ -22,7 +22,7 @@ class PublishedFile:
     def __init__(self, fd: int) -> None:
         """Takes the descriptor over."""
         self._fd = fd
-        self._nowait_flags = 0 if _is_memory_file_system(os.fstat(fd).st_dev) else os.RWF_NOWAIT
+        self._nowait_flags = nowait_flags(fd)
 
     def signature(self) -> tuple[int, int, int, int, int]:
         """What `stat` says of the file; a write through any path moves it (a mapped one sooner or later)."""
@@ -87,17 +87,3 @@ class PublishedFile:
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def _is_memory_file_system(device: int) -> bool:
-    """tmpfs refuses RWF_NOWAIT, but reading it waits for no disk (short of swap)."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open(_MOUNTINFO, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                fields = line.split()
-                if fields[2] == wanted:
-                    return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
-    except OSError:  # no /proc: then reads go through a thread, which is only slower
-        pass
-    return False

@@ -15,6 +15,7 @@ from typing import TypeVar, TypeVarTuple
 import trio
 
 from lazymem.errors import StoreError
+from lazymem.nowait import nowait_flags
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.secondcopy import SecondCopy
 
@@ -42,6 +43,7 @@ class PageFile:
         self._fd = fd
         self._name = name
         self._nowait = True
+        self._nowait_flags = nowait_flags(fd)
         self._readers = trio.CapacityLimiter(READ_THREADS)
         self._writers = trio.CapacityLimiter(WRITE_THREADS)
         self._second_copy = SecondCopy(fd)
@@ -60,7 +62,7 @@ class PageFile:
             self._buffer = memoryview(bytearray(length))
         view = self._buffer[:length]
         try:
-            done = os.preadv(self._fd, [view], offset, os.RWF_NOWAIT)
+            done = os.preadv(self._fd, [view], offset, self._nowait_flags)
         except BlockingIOError:
             return None
         except OSError as error:
