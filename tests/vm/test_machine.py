@@ -274,11 +274,7 @@ def test_everything_answers_while_the_guest_waits_for_a_page(icount: bool, tmp_p
     with rig_for(TOUCH, tmp_path, icount=icount) as rig:
         machine = rig.machine
         machine.boot()
-        try:
-            pages = StalledPages(rig.blocks["pc.ram"].address + 0x300000, 1)
-        except OSError as error:
-            pytest.skip(f"this host does not allow userfaultfd: {error}")
-        with pages:
+        with StalledPages(rig.blocks["pc.ram"].address + 0x300000, 1) as pages:
             machine.start()
             pages.wait_touched()
             assert machine.run_state == "running"
@@ -299,11 +295,7 @@ def test_everything_answers_while_the_guest_waits_for_a_page(icount: bool, tmp_p
 def test_close_does_not_wait_for_a_page_for_ever(tmp_path: Path) -> None:
     with rig_for(TOUCH, tmp_path, icount=False) as rig:
         rig.machine.boot()
-        try:
-            pages = StalledPages(rig.blocks["pc.ram"].address + 0x300000, 1)
-        except OSError as error:
-            pytest.skip(f"this host does not allow userfaultfd: {error}")
-        with pages:
+        with StalledPages(rig.blocks["pc.ram"].address + 0x300000, 1) as pages:
             rig.machine.start()
             pages.wait_touched()
             assert rig.machine.close(0.05) is False
