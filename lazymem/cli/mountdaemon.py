@@ -21,6 +21,7 @@ from lazymem.fetch.client import Client, connect
 from lazymem.fetch.prefetch import SweepPrefetcher
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.fs import mountinfo, session, tuning
+from lazymem.fs.channel import Channel
 from lazymem.fs.lifetime import Lifetime
 from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
 from lazymem.fs.session import MountOptions
@@ -79,7 +80,7 @@ async def _serve(
     ram = GuestRam(pristine, state, scheduler)
     try:
         status = MountStatus(settings, client, scheduler, ram)
-        await _mount_and_serve(client, manifest, ram, settings, options, status, ready)
+        await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready)
     finally:
         with trio.CancelScope(shield=True):
             await scheduler.wait_kept()
@@ -140,6 +141,7 @@ async def _mount_and_serve(
     client: Client,
     manifest: Manifest | None,
     ram: GuestRam,
+    scheduler: Scheduler,
     settings: MountSettings,
     options: MountOptions,
     status: MountStatus,
@@ -158,15 +160,17 @@ async def _mount_and_serve(
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
         async with _mounted(path, str(settings.server), options) as (descriptor, mounted):
-            lifetime = Lifetime(path, mounted.device, descriptor, wish)
+            channel = Channel(descriptor, tree, ram, scheduler)
+            lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)
             operations = Operations(
                 tree, ram, files.read, xattrs, mounted_ns=time.time_ns(), on_release=lifetime.released
             )
-            session.attach(operations, descriptor)
+            session.attach(operations, channel.take_library_end())
             notices = manifest.resume_notices if manifest else ()
             nursery.start_soon(_announce, path, mounted, ready, notices)
             await lifetime.serve()
             session.detach()
+            channel.close()
         nursery.cancel_scope.cancel()
     log.info("%s is unmounted", path)
 
@@ -183,6 +187,7 @@ async def _mounted(path: str, source: str, options: MountOptions) -> AsyncIterat
         left = mountinfo.maybe_mount_at(path)
         if left is not None and left.mount_id == mounted.mount_id:
             session.unmount(path, lazy=True)  # an error ended us; lazily, since nobody serves its flush any more
+        os.close(descriptor)
 
 
 async def _announce(path: str, mounted: mountinfo.Mount, ready: Ready, notices: tuple[str, ...]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from time import perf_counter
 from typing import TypeVar
 
 import trio
@@ -27,6 +26,7 @@ from lazymem.fetch.backoff import Backoff
 from lazymem.fetch.lane import Lane
 from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest
 from lazymem.fetch.session import Session, open_session
+from lazymem.fetch.starter import OnFetched, OnHere
 from lazymem.fetch.stats import LinkCounters, LinkStatistics
 from lazymem.fetch.transport import Transport, dial
 from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
@@ -34,7 +34,6 @@ from lazymem.settings import LinkSettings, ServerAddress
 from lazymem.wire.messages import PublishedFile, Welcome
 
 Dial = Callable[[], Awaitable[Transport]]
-OnFetched = Callable[[Fetched | LazymemError], None]
 
 INLINE_DECODE_PAGES = 32
 """zstd gives back 128 KiB in about 80 us; the way to a thread and back costs as much. Larger answers go there."""
@@ -118,11 +117,21 @@ class Client:
         (self._background if background else self._demand).submit(request)
         return FetchHandle(self, request)
 
-    def receive_for(self, seconds: float, done: Callable[[], bool]) -> None:
-        """Take in answers on the demand connection without giving up the processor, until `done` or for so long."""
-        give_up_at = perf_counter() + seconds
-        while not done() and (self._demand.receive_nowait() or perf_counter() < give_up_at):
-            pass
+    def start_lone(self, pages: PageRange, want_leaves: bool, on_here: OnHere, on_done: OnFetched) -> None:
+        """As `FetchStarter.start_lone`."""
+
+        def ended(request: FetchRequest, maybe_error: LazymemError | None) -> None:
+            self._ended(request, maybe_error, on_done)
+
+        self._demand.submit_lone(FetchRequest((pages,), want_leaves, False, ended, on_here))
+
+    def fileno(self) -> int:
+        """The demand connection's socket, readable when answers came; -1 without one."""
+        return self._demand.fileno()
+
+    def receive_nowait(self) -> bool:
+        """Act on what came on the demand connection; whether there was something. Between awaits of any task."""
+        return self._demand.receive_nowait()
 
     async def fetch(
         self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False

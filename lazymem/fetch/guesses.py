@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import trio
 
 from lazymem.fetch.inflight import InFlightTable, Want
-from lazymem.fetch.keeper import Sink
 from lazymem.fetch.prefetch import Prefetcher
+from lazymem.fetch.sink import Sink
 from lazymem.pages import PageRange
 
 MAX_GUESS_RANGES = 64

@@ -97,6 +97,13 @@ class InFlightTable:
     def find(self, page: int) -> Want | None:
         return self._by_page.get(page)
 
+    def is_free(self, pages: PageRange) -> bool:
+        """Whether none of `pages` is in a want."""
+        by_page = self._by_page
+        if pages.count == 1:
+            return pages.start not in by_page
+        return by_page.keys().isdisjoint(range(pages.start, pages.end))
+
     def demand(self, pages: PageRange, wake: Callable[[], None]) -> Demand:
         """Enter a reader: join the wants that exist, make waiting ones for the other pages."""
         demand = Demand(pages, wake)
@@ -107,6 +114,23 @@ class InFlightTable:
                 want.demands.append(demand)
                 demand.open += 1
         return demand
+
+    def join(self, want: Want, wake: Callable[[], None]) -> Demand:
+        """A reader of all that `want` brings, which is on its way."""
+        demand = Demand(want.pages, wake)
+        demand.wants.append(want)
+        demand.open = 1
+        want.demands.append(demand)
+        return demand
+
+    def enter_sent(self, want: Want) -> None:
+        """Enter a demanded want for which a request was sent already. Its pages must be `free`."""
+        by_page, pages = self._by_page, want.pages
+        if pages.count == 1:
+            by_page[pages.start] = want
+        else:
+            by_page.update(dict.fromkeys(range(pages.start, pages.end), want))
+        self.in_flight_pages += pages.count
 
     def leave(self, demand: Demand) -> list[Want]:
         """A reader is gone. Wants that nobody waits for now: waiting ones are dropped, sent ones returned.

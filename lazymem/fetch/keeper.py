@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from lazymem.errors import LazymemError
-from lazymem.pages import Fetched, PageRange, PageRun
+from lazymem.fetch.guesses import Asked
+from lazymem.fetch.inflight import Want
+from lazymem.fetch.sink import Sink
+from lazymem.pages import Fetched, PageRun
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 GATHER_SECONDS = 0.01
 PLENTY_PAGES = 256
@@ -28,22 +28,17 @@ MAX_BATCH_PAGES = 1024
 """4 MiB a write to the disk: large enough for any of them, and memory is given back in steps."""
 
 
-class Sink(Protocol):
-    """The store's `PageSink`, by its shape."""
-
-    def missing_leaves(self, pages: PageRange) -> bool: ...
-    def next_missing(self, start: int, limit: int) -> PageRange | None: ...
-    def accept(self, fetched: Fetched) -> None: ...
-    async def keep(self, fetched: Fetched) -> None: ...
+OnKept = Callable[[Sequence[Want], Asked | None, LazymemError | None], None]
 
 
-class Keeper(Generic[T]):
-    """`run` keeps what was `put`; `on_kept(tag, maybe_error)` is called for each, in order."""
+class Keeper:
+    """`run` keeps what was `put`; `on_kept` is called for each, in order, with the wants, who asked for them, and why
+    they could not be kept."""
 
-    def __init__(self, sink: Sink, on_kept: Callable[[T, LazymemError | None], None]) -> None:
+    def __init__(self, sink: Sink, on_kept: OnKept) -> None:
         self._sink = sink
         self._on_kept = on_kept
-        self._backlog: deque[tuple[T, Fetched]] = deque()
+        self._backlog: deque[tuple[Sequence[Want], Asked | None, Fetched]] = deque()
         self._backlog_pages = 0
         self._something = trio.Event()
         self._plenty = trio.Event()
@@ -51,8 +46,9 @@ class Keeper(Generic[T]):
         self._idle.set()
         self._over = False
 
-    def put(self, tag: T, fetched: Fetched) -> None:
-        self._backlog.append((tag, fetched))
+    def put(self, wants: Sequence[Want], fetched: Fetched, maybe_asked: Asked | None = None) -> None:
+        """`fetched` brought `wants`."""
+        self._backlog.append((wants, maybe_asked, fetched))
         self._backlog_pages += _pages_of(fetched)
         self._something.set()
         if self._backlog_pages >= PLENTY_PAGES:
@@ -85,25 +81,25 @@ class Keeper(Generic[T]):
                 self._something = trio.Event()
                 self._idle.set()
 
-    def _next_batch(self) -> list[tuple[T, Fetched]]:
-        batch: list[tuple[T, Fetched]] = []
+    def _next_batch(self) -> list[tuple[Sequence[Want], Asked | None, Fetched]]:
+        batch: list[tuple[Sequence[Want], Asked | None, Fetched]] = []
         pages = 0
         while self._backlog and (not batch or pages < MAX_BATCH_PAGES):
             entry = self._backlog.popleft()
-            pages += _pages_of(entry[1])
+            pages += _pages_of(entry[2])
             batch.append(entry)
         self._backlog_pages -= pages
         return batch
 
-    async def _keep(self, batch: list[tuple[T, Fetched]]) -> None:
+    async def _keep(self, batch: list[tuple[Sequence[Want], Asked | None, Fetched]]) -> None:
         """An error is the disk's; the pages are then missing again, and it is for `on_kept` to say so."""
         maybe_error: LazymemError | None = None
         try:
-            await self._sink.keep(joined([fetched for _, fetched in batch]))
+            await self._sink.keep(joined([fetched for _, _, fetched in batch]))
         except LazymemError as error:
             maybe_error = error
-        for tag, _ in batch:
-            self._on_kept(tag, maybe_error)
+        for wants, maybe_asked, _ in batch:
+            self._on_kept(wants, maybe_asked, maybe_error)
 
 
 def _pages_of(fetched: Fetched) -> int:

@@ -19,7 +19,7 @@ import trio
 
 from lazymem.errors import LazymemError, LocalProtocolError
 from lazymem.fetch.backoff import Backoff
-from lazymem.fetch.requests import Part, Request, maybe_again, refusal
+from lazymem.fetch.requests import FetchRequest, Part, Request, maybe_again, refusal
 from lazymem.fetch.session import Session
 from lazymem.wire.messages import Cancel, Cancelled, Error, Message
 
@@ -101,6 +101,25 @@ class Lane:
             self._queue(request, self._session)
             self._pump(self._session)
 
+    def submit_lone(self, request: FetchRequest) -> None:
+        """As `submit`, for a fetch of one range; the way of a page fault."""
+        session = self._session
+        if session is None or self._unsent or len(self._requests) >= MAX_REQUESTS:
+            self.submit(request)
+            return
+        request_id = self._next_id
+        if not session.send_lone(request.lone_message(request_id)):
+            self.submit(request)
+            return
+        self._next_id = request_id + 1
+        self._requests[request] = None
+        self._open[request_id] = (request, request.ranges)
+        request.open_parts = 1
+
+    def fileno(self) -> int:
+        """The connection's socket; -1 without one."""
+        return -1 if self._session is None else self._session.fileno()
+
     def receive_nowait(self) -> bool:
         """Take in what has come on the connection; False when that is nothing."""
         return self._session is not None and self._session.receive_nowait()
@@ -151,7 +170,7 @@ class Lane:
                 if self._session is None:
                     self._attach(session)
                 try:
-                    await session.run(self._on_message)
+                    await session.run(self._on_message, self._on_lone)
                 except LazymemError as error:
                     cause = error
                 nursery.cancel_scope.cancel()
@@ -236,6 +255,25 @@ class Lane:
             self._refusing = False
             request = entry[0]
             request.open_parts -= 1
+            if not request.open_parts:
+                self._end(request, None)
+        if self._unsent and self._session is not None:
+            self._pump(self._session)
+
+    def _on_lone(self, request_id: int, start: int, count: int, maybe_data: bytes | None) -> None:
+        entry = self._open.pop(request_id)
+        assert entry is not None, "of a cancelled request the connection gives the common way"
+        request = entry[0]
+        assert isinstance(request, FetchRequest)
+        if self._refusing:
+            self._refusing = False
+            self._backoff.reset()
+        request.open_parts -= 1
+        if request.maybe_on_here is not None and count == request.ranges[0].count:
+            del self._requests[request]
+            request.maybe_on_here(maybe_data)
+        else:
+            request.take_lone(start, count, maybe_data)
             if not request.open_parts:
                 self._end(request, None)
         if self._unsent and self._session is not None:

@@ -47,6 +47,13 @@ _AGAIN = frozenset({ErrorCode.IO_ERROR, ErrorCode.BUSY, ErrorCode.SHUTTING_DOWN,
 _REFUSED = frozenset({ErrorCode.NO_SUCH_SNAPSHOT, ErrorCode.UNSUPPORTED_VERSION, ErrorCode.NO_SUCH_FILE})
 
 
+_FLAGS = {
+    (want_leaves, background): FetchFlag(want_leaves * FetchFlag.WANT_DIGESTS | background * FetchFlag.BACKGROUND)
+    for want_leaves in (False, True)
+    for background in (False, True)
+}
+
+
 class Request(Protocol):
     """What a lane needs of a request."""
 
@@ -78,8 +85,12 @@ class FetchRequest:
         want_leaves: bool,
         background: bool,
         on_done: Callable[[FetchRequest, LazymemError | None], None],
+        maybe_on_here: Callable[[bytes | None], None] | None = None,
     ) -> None:
+        """`maybe_on_here`: gets the bytes (None: zeros) of a lone range that came in one frame; `on_done` is then not
+        called."""
         self.ranges = tuple(ranges)
+        self.maybe_on_here = maybe_on_here
         self.background = background
         self.cancelled = False
         self.open_parts = 0
@@ -95,10 +106,18 @@ class FetchRequest:
         return split(rest, limits.max_request_pages, limits.max_request_ranges)
 
     def message(self, request_id: int, part: Part) -> Message:
-        flags = FetchFlag.WANT_DIGESTS if self._want_leaves else FetchFlag.NONE
-        if self.background:
-            flags |= FetchFlag.BACKGROUND
-        return Fetch(request_id, part, flags)
+        return Fetch(request_id, part, _FLAGS[self._want_leaves, self.background])
+
+    def lone_message(self, request_id: int) -> Fetch:
+        """As `message`, of the only range."""
+        return Fetch(request_id, self.ranges, _FLAGS[self._want_leaves, self.background])
+
+    def take_lone(self, start: int, count: int, maybe_data: bytes | None) -> None:
+        """A whole part came in one frame; None: zeros."""
+        if maybe_data is None:
+            self._frames.append(Pages(0, PageRange(start, count), Encoding.ZERO, final=True))
+        else:
+            self._frames.append(Pages(0, PageRange(start, count), Encoding.RAW, maybe_data, final=True))
 
     def take(self, answer: Message) -> bool:
         if type(answer) is Pages:

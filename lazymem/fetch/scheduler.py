@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import trio
 
 from lazymem.errors import DeadlineError, LazymemError, RemoteProtocolError, VerificationError
+from lazymem.fetch.fault import Fault
 from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
 from lazymem.fetch.inflight import Demand, InFlightTable, State, Want
-from lazymem.fetch.keeper import Keeper, Sink
+from lazymem.fetch.keeper import Keeper
 from lazymem.fetch.plan import Budget, Load, background_allowance, plan_demand
 from lazymem.fetch.prefetch import Prefetcher
+from lazymem.fetch.sink import Sink
 from lazymem.fetch.starter import Source, starter_of
 from lazymem.fetch.stats import FetchStatistics, WaitHistogram
 from lazymem.fetch.window import BackgroundWindow
@@ -35,11 +37,6 @@ INLINE_VERIFY_PAGES = 64
 
 DEMANDED_SECONDS = 0.25
 """After a demand the next one is likely for so long, and guesses leave it more room."""
-
-LINGER_BELOW_SECONDS = 0.0004
-LINGER_SECONDS = 0.0002
-"""Where an answer comes this fast, a lone demand waits for it on the processor for so long: to sleep and be woken costs
-as much as the answer takes. On a slower link, or with company, the processor has better things to do."""
 
 MAX_ATTEMPTS = 2
 """A wrong answer is asked for once more, since memory and wires do flip bits; a source that insists is not believed."""
@@ -73,9 +70,8 @@ class Scheduler:
         self._guesses = GuessQueue(self._table, sink, prefetcher)
         self._window = BackgroundWindow()
         self._demanded_at = -math.inf
-        self._best_demand = math.inf  # seconds
         self._best_answer = math.inf  # of guesses too: a round trip, and the only one measured while nothing pauses
-        self._keeper: Keeper[Flight] = Keeper(sink, self._kept)
+        self._keeper = Keeper(sink, self._kept)
         self._keep_failing = False
         self._waits = WaitHistogram()
         self._faults = self._failures = self._demand_pages = self._background_pages = 0
@@ -103,15 +99,81 @@ class Scheduler:
             if self._guesses.maybe_prefetcher is not None:
                 self._guesses.maybe_prefetcher.faulted(pages)
             try:
-                if self._demand_flights == 1 and self._best_demand < LINGER_BELOW_SECONDS:
-                    self._starter.receive_for(LINGER_SECONDS, arrived.is_set)
-                if not arrived.is_set():
-                    await self._wait(arrived, pages)
+                await self._wait(arrived, pages)
             finally:
                 if demand.open or demand.error is not None:
                     self._leave(demand)
         self._waits.add(perf_counter() - started_at)
         return demand.collect()
+
+    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
+        """As `PageDemand.start`: for pages that nobody has asked for, when nothing is in the way of asking now."""
+        table = self._table
+        if self._deadline is not None or table.has_waiting or not table.is_free(pages):
+            return False
+        if self._demand_flights >= self._budget.max_demand_requests:
+            return False
+        if table.unkept_pages >= self._budget.max_unkept_pages:
+            return False
+        fault = Fault(pages, done, perf_counter(), trio.current_time())
+        self._faults += 1
+        self._demand_flights += 1
+        self._demanded_at = fault.sent_at
+        table.enter_sent(fault)
+        self._starter.start_lone(
+            pages,
+            self._sink.missing_leaves(pages),
+            lambda maybe_data: self._fault_here(fault, maybe_data),
+            lambda answer: self._fault_answered(fault, answer),
+        )
+        if self._guesses.maybe_prefetcher is not None:
+            self._guesses.maybe_prefetcher.faulted(pages)
+        return True
+
+    def _fault_here(self, fault: Fault, maybe_data: bytes | None) -> None:
+        """The whole answer came in one frame; None: zeros. The reader gets it before anything else is done."""
+        run = PageRun(fault.pages, maybe_data)
+        fetched = Fetched((run,))
+        try:
+            self._sink.accept(fetched)
+        except LazymemError as error:
+            self._fault_answered(fault, error)
+            return
+        self._waits.add(perf_counter() - fault.started_at)
+        fault.done([run])
+        self._demand_flights -= 1
+        self._note_demand(fault.pages.count, trio.current_time() - fault.sent_at)
+        self._table.arrived(fault, fetched.runs)
+        self._keeper.put((fault,), fetched)
+        if self._table.has_waiting:
+            self._send_demands()
+
+    def _fault_answered(self, fault: Fault, answer: Fetched | LazymemError) -> None:
+        """Anything but one good frame: from here on it goes the common way."""
+
+        def settled() -> None:
+            self._waits.add(perf_counter() - fault.started_at)
+            fault.done(demand.error or demand.collect())
+
+        demand = self._table.join(fault, settled)
+        flight = Flight((fault,), False, self._starter.wire_received_bytes, 0, None)
+        self._flights[fault] = flight
+        self._answered(flight, answer)
+
+    # ---- the demand connection, for who does not give up the processor meanwhile
+
+    def fileno(self) -> int:
+        """Readable when answers to demands came; -1 without a connection."""
+        return self._starter.fileno()
+
+    @property
+    def best_answer_seconds(self) -> float:
+        """The shortest time that an answer took, of demands and guesses; infinite before the first."""
+        return self._best_answer
+
+    def receive_nowait(self) -> bool:
+        """Act on what came; whether there was something."""
+        return self._starter.receive_nowait()
 
     async def _wait(self, arrived: trio.Event, pages: PageRange) -> None:
         if self._deadline is None:
@@ -241,9 +303,14 @@ class Scheduler:
                 now - self._demanded_at < DEMANDED_SECONDS,
             )
         else:
-            self._demand_pages += pages
-            self._best_demand = min(self._best_demand, elapsed)
-        self._keeper.put(flight, fetched)
+            self._note_demand(pages, elapsed)
+        self._keeper.put(flight.wants, fetched, flight.maybe_asked)
+        flight.maybe_asked = None
+
+    def _note_demand(self, pages: int, elapsed: float) -> None:
+        self._demand_pages += pages
+        if elapsed < self._best_answer:
+            self._best_answer = elapsed
 
     def _rejected(self, flight: Flight, error: LazymemError) -> None:
         """Wrong bytes: ask again for what a reader waits for, each want by itself; give up on guesses."""
@@ -256,10 +323,11 @@ class Scheduler:
             else:
                 self._failures += len(want.demands)
                 self._table.failed(want, error)
-        self._settle(flight)
+        self._settle(flight.maybe_asked)
+        flight.maybe_asked = None
 
-    def _kept(self, flight: Flight, maybe_error: LazymemError | None) -> None:
-        for want in flight.wants:
+    def _kept(self, wants: Sequence[Want], maybe_asked: Asked | None, maybe_error: LazymemError | None) -> None:
+        for want in wants:
             self._table.kept(want)
             if self._guesses.maybe_prefetcher is not None and maybe_error is None:
                 self._guesses.maybe_prefetcher.brought(want.pages)
@@ -267,16 +335,15 @@ class Scheduler:
             self._stop_guessing(maybe_error)
         else:
             self._keep_failing = False
-        self._settle(flight)
+        self._settle(maybe_asked)
         if self._table.has_waiting:
             self._send_demands()
         self._fill_background()
 
-    def _settle(self, flight: Flight) -> None:
-        if flight.maybe_asked is not None:
-            flight.maybe_asked.flights -= 1
-            flight.maybe_asked.check()
-            flight.maybe_asked = None
+    def _settle(self, maybe_asked: Asked | None) -> None:
+        if maybe_asked is not None:
+            maybe_asked.flights -= 1
+            maybe_asked.check()
 
     def _stop_guessing(self, error: LazymemError) -> None:
         """The cache cannot be written: readers get their pages all the same, but guesses would come again and again."""

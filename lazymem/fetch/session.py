@@ -19,7 +19,13 @@ from lazymem.fetch.stats import LinkCounters
 from lazymem.fetch.transport import Transport
 from lazymem.settings import LinkSettings
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ClientConnection, Event
-from lazymem.wire.messages import Error, Goodbye, Hello, Message, Ping, Pong, Welcome
+from lazymem.wire.messages import Error, Fetch, Goodbye, Hello, Message, Ping, Pong, Welcome
+
+OnLone = Callable[[int, int, int, bytes | None], None]
+
+
+def _nobody(request_id: int, start: int, count: int, maybe_data: bytes | None) -> None:
+    raise AssertionError("answers are taken in while the session runs")
 
 
 class Session:
@@ -48,6 +54,7 @@ class Session:
         self._ping_sent_at: float | None = None
         self._cause: LazymemError | None = None
         self._on_message: Callable[[Message], None] | None = None
+        self._on_lone: OnLone = _nobody
         self._scope = trio.CancelScope()
 
     @property
@@ -68,7 +75,9 @@ class Session:
         Raises:
             LocalProtocolError: the message is not allowed; nothing was sent.
         """
-        data = self._connection.send(message)
+        self._put(self._connection.send(message))
+
+    def _put(self, data: bytes) -> None:
         self._counters.wire_sent_bytes += len(data)
         if self._cause is not None:
             return
@@ -84,15 +93,28 @@ class Session:
             self._unsent.append(memoryview(data)[taken:])
             self._something_unsent.set()
 
-    async def run(self, on_message: Callable[[Message], None]) -> None:
+    def send_lone(self, fetch: Fetch) -> bool:
+        """Send a FETCH of one range if nothing is before it and the server takes it now; False: nothing was done."""
+        if self._unsent or self.draining or self._cause is not None:
+            return False
+        data = self._connection.send_lone(fetch)
+        if data is None:
+            return False
+        self._put(data)
+        return True
+
+    async def run(self, on_message: Callable[[Message], None], on_lone: OnLone) -> None:
         """Serve until the connection ends; always raises, unless cancelled. The transport is closed afterwards.
+
+        `on_lone`: gets id, first page, count and bytes (None: zeros) of answers that are one frame, of which
+        `on_message` hears nothing then.
 
         Raises:
             ServerUnreachableError: the connection went away, or fell silent.
             RemoteProtocolError: the peer broke the protocol.
             ServerRefusedError: the server ended the connection and said why.
         """
-        self._on_message = on_message
+        self._on_message, self._on_lone = on_message, on_lone
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -103,6 +125,10 @@ class Session:
             self.close()
         raise self._cause or ServerUnreachableError("connection closed")
 
+    def fileno(self) -> int:
+        """The transport's; -1 while nothing may be taken in by `receive_nowait`."""
+        return -1 if self._on_message is None or self._cause is not None else self._transport.fileno()
+
     def receive_nowait(self) -> bool:
         """Handle what has come, without a task switch; False when that was nothing. Between awaits of `run` only."""
         if self._on_message is None or self._cause is not None:
@@ -111,7 +137,12 @@ class Session:
             data = self._transport.receive_nowait()
             if data is None:
                 return False
-            self._take(data, self._on_message)
+            lone = self._connection.lone_answer(data)
+            if lone is None:
+                self._take(data, self._on_message)
+            else:
+                self._note_received(data)
+                self._on_lone(*lone)
         except LazymemError as error:
             self._fail(error)
         return True
@@ -140,10 +171,13 @@ class Session:
             self._take(await self._transport.receive(), on_message)
 
     def _take(self, data: bytes, on_message: Callable[[Message], None]) -> None:
-        self._counters.wire_received_bytes += len(data)
-        self._last_received = trio.current_time()
+        self._note_received(data)
         self._connection.receive_data(data)
         self._handle_all(on_message)
+
+    def _note_received(self, data: bytes) -> None:
+        self._counters.wire_received_bytes += len(data)
+        self._last_received = trio.current_time()
 
     def _handle_all(self, on_message: Callable[[Message], None]) -> None:
         next_event = self._connection.next_event

@@ -17,6 +17,7 @@ from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
 logger = logging.getLogger(__name__)
 
 OnFetched = Callable[[Fetched | LazymemError], None]
+OnHere = Callable[[bytes | None], None]
 
 BACKOFF_BASE_SECONDS = 0.05
 BACKOFF_CAP_SECONDS = 5.0
@@ -54,8 +55,17 @@ class FetchStarter(Protocol):
         self, ranges: Sequence[PageRange], *, want_leaves: bool, background: bool, on_done: OnFetched
     ) -> Handle: ...
 
-    def receive_for(self, seconds: float, done: Callable[[], bool]) -> None:
-        """Handle answers to demands as they come, without giving up the processor, until `done` or so long."""
+    def start_lone(self, pages: PageRange, want_leaves: bool, on_here: OnHere, on_done: OnFetched) -> None:
+        """As `start_fetch`, for one demanded range that is never cancelled. Where its answer is one frame as it is,
+        `on_here` gets the bytes (None: zeros) instead of `on_done`; not from `start_lone` itself."""
+        ...
+
+    def fileno(self) -> int:
+        """Readable when answers to demands came; -1: there is nothing to look at."""
+        ...
+
+    def receive_nowait(self) -> bool:
+        """Act on what came, between awaits of any task; whether there was something."""
         ...
 
     @property
@@ -101,8 +111,15 @@ class TaskStarter:
         self._nursery.start_soon(fetch)
         return _TaskHandle(scope)
 
-    def receive_for(self, seconds: float, done: Callable[[], bool]) -> None:
+    def start_lone(self, pages: PageRange, want_leaves: bool, on_here: OnHere, on_done: OnFetched) -> None:
+        self.start_fetch((pages,), want_leaves=want_leaves, background=False, on_done=on_done)
+
+    def fileno(self) -> int:
         """Its fetches need their tasks to run."""
+        return -1
+
+    def receive_nowait(self) -> bool:
+        return False
 
     async def _fetch(self, ranges: Sequence[PageRange], want_leaves: bool, background: bool) -> Fetched | LazymemError:
         backoff = Backoff(BACKOFF_BASE_SECONDS, BACKOFF_CAP_SECONDS, self._rng)

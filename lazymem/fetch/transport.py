@@ -48,6 +48,10 @@ class Transport(Protocol):
         """
         ...
 
+    def fileno(self) -> int:
+        """Readable when `receive_nowait` would find something; -1: closed, or there is none."""
+        ...
+
     def close(self) -> None:
         """Drop the stream. Every task that waits in it gets an error. May be called twice."""
         ...
@@ -95,6 +99,9 @@ class SocketTransport:
             return None
         except OSError as error:
             raise _lost(error) from error
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def close(self) -> None:
         if self._socket.fileno() >= 0:

@@ -13,25 +13,28 @@ import trio
 
 from lazymem.errors import MountError
 from lazymem.fs import holders, session
+from lazymem.fs.channel import Channel
 
 log = logging.getLogger(__name__)
 
-MAX_REQUESTS = 512
-"""Requests that may wait for pages at a time: a guest has one a vCPU and the kernel's background slots on top."""
+MAX_LIBRARY_REQUESTS = 64
+"""Requests of pyfuse3's at a time: names, attributes, fsync. A guest's page faults are the channel's."""
 
 RETRY_SECONDS = 1.0
 """Somebody who merely stood in the folder leaves without a word to us, so the unmount is tried again this often."""
 
 
 class Lifetime:
-    """Serves the attached session of the mount at `path`, with device number `device` ("MAJ:MIN"), over `descriptor`.
+    """Serves the attached session of the mount at `path`, with device number `device` ("MAJ:MIN"), over `descriptor`,
+    by `channel` and pyfuse3.
 
     `wish_to_end` is set by a signal: unmount as soon as nobody holds the file.
     """
 
-    def __init__(self, path: str, device: str, descriptor: int, wish_to_end: trio.Event) -> None:
+    def __init__(self, path: str, device: str, descriptor: int, channel: Channel, wish_to_end: trio.Event) -> None:
         self._path = path
         self._descriptor = descriptor
+        self._channel = channel
         self._device = device
         self._wish = wish_to_end
         self._changed = trio.Event()
@@ -44,6 +47,7 @@ class Lifetime:
         """Return once the mount is gone, whoever unmounted it."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._unmount_when_asked)
+            nursery.start_soon(self._channel.run)
             nursery.start_soon(self._answer_requests)
             # Not the library's word: it waits for every request, also for one whose page cannot come and whose reader
             # is dead. What is still unanswered when the mount has gone has nobody who waits for it.
@@ -51,7 +55,7 @@ class Lifetime:
             nursery.cancel_scope.cancel()
 
     async def _answer_requests(self) -> None:
-        await pyfuse3.main(max_tasks=MAX_REQUESTS)
+        await pyfuse3.main(max_tasks=MAX_LIBRARY_REQUESTS)
 
     async def _unmount_when_asked(self) -> None:
         await self._wish.wait()

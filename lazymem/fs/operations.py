@@ -1,4 +1,4 @@
-"""The FUSE operations: requests of the kernel in, bytes out. The only module that speaks errno.
+"""The FUSE operations that pyfuse3 serves: all but READ and WRITE of the RAM, which `channel` answers.
 
 Every handler is guarded: what escapes from one ends pyfuse3's main loop, and with it every guest on the mount. A
 failed page is EIO to its reader, which a guest that maps the file sees as SIGBUS; the log says why.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import logging
 import os
 import stat
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -16,11 +15,10 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 
-from lazymem.errors import BusyError, DeadlineError, LazymemError, StoreError, TemplateWriteError
+from lazymem.errors import LazymemError
+from lazymem.fs.failures import told_errno
 from lazymem.fs.tree import FOREVER_SECONDS, RAM_INODE, ROOT_INODE, Node, Tree
 from lazymem.pages import PAGE_SIZE
-
-log = logging.getLogger(__name__)
 
 STATUS_XATTR = b"user.lazymem.status"
 RUN_XATTR = b"user.lazymem.run"
@@ -30,29 +28,13 @@ R = TypeVar("R")
 
 
 class RamFile(Protocol):
-    """What the operations need of the store's guest RAM. Offsets and lengths in bytes."""
-
-    async def read(self, offset: int, length: int) -> bytes: ...
-
-    async def write(self, offset: int, data: bytes) -> None: ...
+    """What the operations need of the store's guest RAM."""
 
     async def sync(self) -> None: ...
 
 
 SmallFile = Callable[[int], Awaitable[bytes]]
 """Whole content of the manifest or the vmstate, by inode number."""
-
-
-def _errno_for(error: LazymemError) -> int:
-    if isinstance(error, DeadlineError):
-        return errno.ETIMEDOUT
-    if isinstance(error, BusyError):
-        return errno.EBUSY
-    if isinstance(error, TemplateWriteError):
-        return errno.EROFS
-    if isinstance(error, StoreError) and isinstance(error.__cause__, OSError):
-        return error.__cause__.errno or errno.EIO
-    return errno.EIO
 
 
 def _guarded(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
@@ -63,13 +45,11 @@ def _guarded(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Corout
         try:
             return await handler(*args, **kwargs)
         except LazymemError as error:
-            log.error("%s failed: %s", handler.__name__, error)
-            raise pyfuse3.FUSEError(_errno_for(error)) from error
+            raise pyfuse3.FUSEError(told_errno(handler.__name__, error)) from error
         except pyfuse3.FUSEError:
             raise
         except Exception as error:  # the guest of another page must outlive a bug in this one's handler
-            log.exception("%s failed: a bug in lazymem", handler.__name__)
-            raise pyfuse3.FUSEError(errno.EIO) from error
+            raise pyfuse3.FUSEError(told_errno(handler.__name__, error)) from error
 
     return guarded
 
@@ -209,22 +189,13 @@ class Operations(pyfuse3.Operations):
 
     @_guarded
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
-        if fh == RAM_INODE:
-            length = min(size, self._tree.ram.size - off)
-            return await self._ram.read(off, length) if length > 0 else b""
+        assert fh != RAM_INODE, "the channel's"
         content = await self._small_file(fh)
         return content[off : off + size]
 
     @_guarded
     async def write(self, fh: pyfuse3.FileHandleT, off: int, buf: bytes) -> int:
-        if fh != RAM_INODE or not self._tree.ram.mode & 0o222:
-            raise pyfuse3.FUSEError(errno.EROFS)
-        room = self._tree.ram.size - off
-        if room <= 0:
-            raise pyfuse3.FUSEError(errno.ENOSPC)  # RAM does not grow
-        data = buf if len(buf) <= room else buf[:room]
-        await self._ram.write(off, data)
-        return len(data)
+        raise pyfuse3.FUSEError(errno.EROFS)
 
     @_guarded
     async def flush(self, fh: pyfuse3.FileHandleT) -> None:

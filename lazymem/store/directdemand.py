@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from lazymem.errors import LazymemError
 from lazymem.pages import PageRange, PageRun
 from lazymem.store.source import PageSink, PageSource
 
@@ -12,6 +15,10 @@ class DirectDemand:
     def __init__(self, source: PageSource, sink: PageSink) -> None:
         self._source = source
         self._sink = sink
+
+    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
+        """Never: it takes a task."""
+        return False
 
     async def demand(self, pages: PageRange) -> list[PageRun]:
         """Fetch, verify, keep, return."""

@@ -14,7 +14,7 @@ only has the file mapped, and would read older ones later.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 FULL_RETRY_SECONDS = 0.5
 """A write that waits for room looks for it this often: soon for a person who makes room, rare for a disk."""
+
+
+OnRead = Callable[[bytes | LazymemError | None], None]
 
 
 class _Reading:
@@ -96,6 +99,28 @@ class GuestRam:
             dropped_pages=self._pristine.dropped_pages,
         )
 
+    def read_soon(self, offset: int, length: int, done: OnRead) -> bytes | bool:
+        """`length` bytes from byte `offset` on, if all of them are at hand. True: they are one run of missing pages and
+        were demanded; `done` is called once, later, with the bytes, or the error, or None where `read` must be asked.
+        False: nothing was begun, and only `read` can tell. `offset + length` lies inside the RAM."""
+        pages = covering(offset, length)
+        if pages.length_bytes != length:
+            return False
+        if self._state is None or self._state.written.all_unset(pages):
+            if self._pristine.none_held(pages):
+                return self._start_missing(pages, done)
+            data = self._pristine.maybe_read_held_nowait(pages)
+            if data is not None:
+                self._reads += 1
+                self._reads_at_hand += 1
+                self._pristine.given(pages)
+                return data
+        data = self._maybe_at_hand(pages)
+        if data is None:
+            return False
+        self._reads += 1
+        return data
+
     async def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from byte `offset` on, fewer at the end. No checkpoint when all of them are at hand.
 
@@ -110,25 +135,47 @@ class GuestRam:
             return b""
         pages = covering(offset, length)
         self._reads += 1
-        if (held := self._maybe_held_nowait(pages)) is not None:
-            self._reads_at_hand += 1
-            self._pristine.given(pages)
-            return held if len(held) == length else held[offset - pages.offset_bytes :][:length]
-        planned = self._plan(pages)
-        if planned[0][0] is Place.MISSING and len(planned) == 1:
-            data = await self._read_missing(pages)
-            self._pristine.given(pages)
-        elif (found := self._maybe_read_nowait(planned)) is None:
+        data = self._maybe_at_hand(pages)
+        if data is None:
+            planned = self._plan(pages)
             data = await self._read_waiting(pages)
-            self._given(planned)
-        else:
-            data = found
-            self._reads_at_hand += 1
             self._given(planned)
         if len(data) == length:
             return data
         start = offset - pages.offset_bytes
         return data[start : start + length]
+
+    def _maybe_at_hand(self, pages: PageRange) -> bytes | None:
+        planned = self._plan(pages)
+        data = self._maybe_read_nowait(planned)
+        if data is not None:
+            self._reads_at_hand += 1
+            self._given(planned)
+        return data
+
+    def _start_missing(self, pages: PageRange, done: OnRead) -> bool:
+        """Demand `pages`, none of which is here, and give the answer as it is. The commonest fault, and the barest."""
+        reading = _Reading(pages)
+
+        def arrived(answer: list[PageRun] | LazymemError) -> None:
+            self._readings.discard(reading)
+            if isinstance(answer, LazymemError):
+                done(answer)
+            elif reading.stale:
+                done(None)
+            elif not _is_exact(pages, answer):
+                done(_other_pages(pages))
+            else:
+                done(_joined(answer))
+                self._pristine.given(pages)
+
+        self._readings.add(reading)
+        if not self._demand.start(pages, arrived):
+            self._readings.discard(reading)
+            return False
+        self._reads += 1
+        self._demanded_pages += pages.count
+        return True
 
     def _given(self, planned: list[tuple[Place, PageRange]]) -> None:
         """The kernel gets these: rule 12."""
@@ -210,12 +257,6 @@ class GuestRam:
         written = self._state.written.states(pages) if self._state else bytes(pages.count)
         return plan(pages, self._pristine.states(pages), written)
 
-    def _maybe_held_nowait(self, pages: PageRange) -> bytes | None:
-        """`pages` in one piece, where all of them are the cache's: what a guest reads of what came ahead of it."""
-        if self._state is not None and not self._state.written.all_unset(pages):
-            return None
-        return self._pristine.maybe_read_held_nowait(pages)
-
     def _maybe_read_nowait(self, planned: list[tuple[Place, PageRange]]) -> bytes | None:
         if len(planned) == 1:
             return self._maybe_piece_nowait(*planned[0])
@@ -235,17 +276,6 @@ class GuestRam:
         if place is Place.WRITTEN and self._state is not None:
             return self._state.ram.maybe_read_nowait(run.offset_bytes, run.length_bytes)
         return None
-
-    async def _read_missing(self, pages: PageRange) -> bytes:
-        """`pages`, none of which is here: the answer of one demand, as it is. The commonest fault, and the barest."""
-        reading = _Reading(pages)
-        self._readings.add(reading)
-        try:
-            self._demanded_pages += pages.count
-            data = _joined(await self._demand_exactly(pages))
-            return await self._refreshed(reading, bytearray(data)) if reading.stale else data
-        finally:
-            self._readings.discard(reading)
 
     async def _read_waiting(self, pages: PageRange) -> bytes:
         reading = _Reading(pages)
@@ -316,14 +346,8 @@ class GuestRam:
 
     async def _demand_exactly(self, pages: PageRange) -> list[PageRun]:
         answer = await self._demand.demand(pages)
-        at = pages.start
-        for run in answer:
-            if run.pages.start != at or (run.data is not None and len(run.data) != run.pages.length_bytes):
-                break
-            at = run.pages.end
-        if at != pages.end:
-            # Reading on would show zeros where the snapshot has other bytes.
-            raise VerificationError(f"pages {pages.start} to {pages.end - 1} were demanded, and others came")
+        if not _is_exact(pages, answer):
+            raise _other_pages(pages)
         return answer
 
     async def _merge(self, state: StateFolder, offset: int, data: bytes) -> tuple[int, bytes]:
@@ -354,6 +378,21 @@ class GuestRam:
         for reading in self._readings:
             overlap = range(max(pages.start, reading.pages.start), min(pages.end, reading.pages.end))
             reading.stale.update(overlap)
+
+
+def _is_exact(pages: PageRange, answer: Sequence[PageRun]) -> bool:
+    """Whether `answer` covers `pages` and nothing else, in order, with as many bytes."""
+    at = pages.start
+    for run in answer:
+        if run.pages.start != at or (run.data is not None and len(run.data) != run.pages.length_bytes):
+            return False
+        at = run.pages.end
+    return at == pages.end
+
+
+def _other_pages(pages: PageRange) -> VerificationError:
+    """Reading on would show zeros where the snapshot has other bytes."""
+    return VerificationError(f"pages {pages.start} to {pages.end - 1} were demanded, and others came")
 
 
 def _joined(found: list[PageRun]) -> bytes:

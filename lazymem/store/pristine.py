@@ -91,6 +91,10 @@ class PristinePages:
         """One byte a page: what the cache's map says."""
         return self._cache.held.states(pages)
 
+    def none_held(self, pages: PageRange) -> bool:
+        """Whether every page of `pages` is missing."""
+        return self._cache.held.all_unset(pages)
+
     def missing_runs(self, pages: PageRange) -> Iterator[PageRange]:
         """The runs within `pages` that are not held, in order."""
         return self._cache.held.unset_runs(pages)

@@ -5,9 +5,10 @@ Also the sink into which fetched pages go. The records that travel are `pages.Pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from lazymem.errors import LazymemError
 from lazymem.pages import Fetched, PageRange, PageRun
 
 
@@ -58,6 +59,11 @@ class PageSink(Protocol):
 
 class PageDemand(Protocol):
     """What the store calls when a reader needs pages that are not held."""
+
+    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
+        """As `demand`, without a task: whether it was begun. `done` is then called once, later, with what `demand`
+        would return or raise. False: nothing was begun; `demand` is the way (some are on their way already, say)."""
+        ...
 
     async def demand(self, pages: PageRange) -> list[PageRun]:
         """Return verified runs that cover `pages` exactly, in order; one fetch a page at a time, whoever asks.

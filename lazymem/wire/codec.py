@@ -66,6 +66,7 @@ FRAME_TYPES: dict[type, FrameType] = {
 _HEADER_AND_PAGES = struct.Struct(frame.HEADER.format + frame.PAGES.format[1:])
 _HEADER_AND_RANGE = struct.Struct(frame.HEADER.format + frame.RANGE.format[1:])
 _ENCODINGS = {int(encoding): encoding for encoding in Encoding}
+_RAW, _ZERO = int(Encoding.RAW), int(Encoding.ZERO)
 _FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(4)}
 _KNOWN_CAPABILITIES = int(Capability.ZSTD)
 
@@ -131,6 +132,30 @@ def lone_range(data: bytes) -> tuple[int, int, int, int] | None:
     if number != FrameType.FETCH or length != frame.RANGE.size or flags > 3 or reserved or not request_id or not count:
         return None
     return request_id, flags, start, count
+
+
+def lone_fetch(request_id: int, start: int, count: int, flags: int) -> bytes:
+    """The frame of a FETCH of one range; the caller knows that it is legal."""
+    length = frame.RANGE.size
+    return _HEADER_AND_RANGE.pack(length, FrameType.FETCH, flags, 0, request_id, start, count)
+
+
+def lone_pages(data: bytes) -> tuple[int, int, int, bytes | None] | None:
+    """Id, first page, count and bytes (None: all zero) of a PAGES that ends an answer, uncompressed and without
+    digests, if `data` is exactly that frame and legal by itself."""
+    if len(data) < _HEADER_AND_PAGES.size:
+        return None
+    length, number, flags, reserved, request_id, start, count, encoding, zero = _HEADER_AND_PAGES.unpack_from(data)
+    if number != FrameType.PAGES or flags != frame.FINAL or reserved or zero or frame.HEADER.size + length != len(data):
+        return None
+    held = len(data) - _HEADER_AND_PAGES.size
+    if encoding == _RAW:
+        if held != count * PAGE_SIZE or not 1 <= count <= limits.MAX_FRAME_PAGES:
+            return None
+        return request_id, start, count, data[_HEADER_AND_PAGES.size :]
+    if encoding != _ZERO or held or not 1 <= count <= limits.MAX_FRAME_PAGES:
+        return None
+    return request_id, start, count, None
 
 
 def _encode_pages(message: Pages) -> bytes:

@@ -20,7 +20,7 @@ import enum
 from typing import Final, Literal
 
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
-from lazymem.wire.codec import FRAME_TYPES, encode, encode_parts, lone_range
+from lazymem.wire.codec import FRAME_TYPES, encode, encode_parts, lone_fetch, lone_pages, lone_range
 from lazymem.wire.frame import Role
 from lazymem.wire.limits import MAX_PINGS
 from lazymem.wire.messages import (
@@ -91,6 +91,11 @@ class Connection:
     @property
     def their_state(self) -> State:
         return self._states[self._peer]
+
+    @property
+    def _both_open(self) -> bool:
+        """Both sides are in the middle of their talk."""
+        return self._states.both_open and not self._ended and self._broken is None
 
     @property
     def welcome(self) -> Welcome | None:
@@ -233,6 +238,30 @@ class ClientConnection(Connection):
     def __init__(self) -> None:
         super().__init__(Role.CLIENT)
 
+    def send_lone(self, fetch: Fetch) -> bytes | None:
+        """As `send`, for a FETCH of one range, if it is legal now; None: nothing was noted, `send` says why."""
+        requests = self._requests
+        if requests is None or not self._both_open:
+            return None
+        pages = fetch.ranges[0]
+        start, count = pages.start, pages.count
+        if not fetch.id or not requests.may_open(fetch.id, start, count):
+            return None
+        requests.open_lone(fetch)
+        return lone_fetch(fetch.id, start, count, fetch.flags)
+
+    def lone_answer(self, data: bytes) -> tuple[int, int, int, bytes | None] | None:
+        """Id, first page, count and bytes (None: zeros) if `data` is the whole answer of an open FETCH of one range, in
+        one uncompressed frame, and all that was received. It is then noted. Otherwise nothing is, and `data` takes the
+        common way (`receive_data`)."""
+        requests = self._requests
+        if requests is None or self._buffer or not self._both_open:
+            return None
+        found = lone_pages(data)
+        if found is None or not requests.take_lone(found[0], found[1], found[2], found[3] is None):
+            return None
+        return found
+
 
 class ServerConnection(Connection):
     """The server's end."""
@@ -251,9 +280,7 @@ class ServerConnection(Connection):
         `data` takes the common way (`receive_data`), which says what is wrong with it.
         """
         requests = self._requests
-        if requests is None or self._buffer or self._ended or self._broken is not None:
-            return None
-        if self.their_state is not State.OPEN or self.our_state is not State.OPEN:
+        if requests is None or self._buffer or not self._both_open:
             return None
         found = lone_range(data)
         return found if found is not None and requests.may_open(found[0], found[2], found[3]) else None

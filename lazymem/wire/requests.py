@@ -40,6 +40,11 @@ class _OpenFetch:
         self._next = request.ranges[0].start
         self._last_leaf = -1
 
+    @property
+    def untouched(self) -> bool:
+        """No page came yet."""
+        return not self._index and self._next == self.request.ranges[0].start
+
     def problem(self, answer: Answer) -> str | None:
         if type(answer) is Pages:
             return self._pages_problem(answer)
@@ -134,6 +139,22 @@ class OpenRequests:
         if request_id in self._open or len(self._open) >= self._limits.max_requests:
             return False
         return count <= self._limits.max_request_pages and start + count <= self._total_pages
+
+    def open_lone(self, request: Fetch) -> None:
+        """Note a FETCH that `may_open` allows."""
+        self._open[request.id] = _OpenFetch(request, self._hashed)
+
+    def take_lone(self, request_id: int, start: int, count: int, zero: bool) -> bool:
+        """Whether PAGES of this one range, final and without digests, is the whole answer of an open FETCH that was
+        not cancelled and got nothing so far; if so that is closed."""
+        entry = self._open.get(request_id)
+        if type(entry) is not _OpenFetch or entry.cancelled or not (self._hashed or zero):
+            return False
+        ranges = entry.request.ranges
+        if len(ranges) != 1 or ranges[0].start != start or ranges[0].count != count or not entry.untouched:
+            return False
+        del self._open[request_id]
+        return True
 
     def note_request(self, request: Request) -> str | None:
         if request.id in self._open:

@@ -86,6 +86,10 @@ class ConnectionStates:
     def __init__(self) -> None:
         self._state = {Role.CLIENT: State.IDLE, Role.SERVER: State.IDLE}
 
+    @property
+    def both_open(self) -> bool:
+        return self._state[Role.CLIENT] is State.OPEN and self._state[Role.SERVER] is State.OPEN
+
     def __getitem__(self, role: Role) -> State:
         return self._state[role]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
 from lazymem.errors import LazymemError, StoreError
+from lazymem.fetch.guesses import Asked
+from lazymem.fetch.inflight import Want
 from lazymem.fetch.keeper import MAX_BATCH_PAGES, Keeper, joined
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
 from tests.support.memorysink import MemorySink
@@ -22,8 +26,15 @@ def fetched(start: int, count: int = 1) -> Fetched:
 class Keeping:
     def __init__(self) -> None:
         self.sink = MemorySink(RAM)
-        self.kept: list[tuple[str, LazymemError | None]] = []
-        self.keeper: Keeper[str] = Keeper(self.sink, lambda tag, maybe_error: self.kept.append((tag, maybe_error)))
+        self.kept: list[tuple[int, LazymemError | None]] = []
+        self.keeper = Keeper(self.sink, self._on_kept)
+
+    def _on_kept(self, wants: Sequence[Want], maybe_asked: Asked | None, maybe_error: LazymemError | None) -> None:
+        assert maybe_asked is None
+        self.kept += [(want.pages.start, maybe_error) for want in wants]
+
+    def put(self, start: int, count: int = 1) -> None:
+        self.keeper.put((Want(PageRange(start, count), background=False),), fetched(start, count))
 
 
 async def test_what_gathers_is_kept_in_one_go_and_reported_in_order(
@@ -33,9 +44,9 @@ async def test_what_gathers_is_kept_in_one_go_and_reported_in_order(
     nursery.start_soon(keeping.keeper.run)
     await keeping.keeper.wait_idle()
     for start in (9, 3, 5):
-        keeping.keeper.put(str(start), fetched(start))
+        keeping.put(start)
     await keeping.keeper.wait_idle()
-    assert keeping.kept == [("9", None), ("3", None), ("5", None)]
+    assert keeping.kept == [(9, None), (3, None), (5, None)]
     (batch,) = keeping.sink.kept
     assert [run.pages.start for run in batch.runs] == [3, 5, 9]
     assert sorted(batch.leaves) == sorted(batch.page_digests) == [3, 5, 9]
@@ -45,7 +56,7 @@ async def test_batches_are_bounded(autojump_clock: MockClock, nursery: trio.Nurs
     keeping = Keeping()
     nursery.start_soon(keeping.keeper.run)
     for start in range(0, MAX_BATCH_PAGES * 2, 256):
-        keeping.keeper.put("x", fetched(start, 256))
+        keeping.put(start, 256)
     await keeping.keeper.wait_idle()
     assert [sum(run.pages.count for run in batch.runs) for batch in keeping.sink.kept] == [MAX_BATCH_PAGES] * 2
 
@@ -56,13 +67,13 @@ async def test_an_error_is_reported_for_all_of_its_batch_and_the_next_is_tried(
     keeping = Keeping()
     nursery.start_soon(keeping.keeper.run)
     keeping.sink.maybe_error = full = StoreError("full")
-    keeping.keeper.put("a", fetched(0))
-    keeping.keeper.put("b", fetched(1))
+    keeping.put(0)
+    keeping.put(1)
     await keeping.keeper.wait_idle()
     keeping.sink.maybe_error = None
-    keeping.keeper.put("c", fetched(2))
+    keeping.put(2)
     await keeping.keeper.wait_idle()
-    assert keeping.kept == [("a", full), ("b", full), ("c", None)]
+    assert keeping.kept == [(0, full), (1, full), (2, None)]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -72,14 +83,14 @@ async def test_nobody_waits_for_a_keeper_that_is_over(autojump_clock: MockClock,
     keeping.sink.open = trio.Event()
     async with trio.open_nursery() as inner:
         inner.start_soon(keeping.keeper.run)
-        keeping.keeper.put("a", fetched(0))
+        keeping.put(0)
         await trio.sleep(1)
         if when == "before":
             inner.cancel_scope.cancel()
         with trio.CancelScope(shield=True):
             inner.cancel_scope.cancel()
             await keeping.keeper.wait_idle()
-    keeping.keeper.put("b", fetched(1))
+    keeping.put(1)
     await keeping.keeper.wait_idle()
     assert keeping.kept == []
 

@@ -18,6 +18,7 @@ from lazymem.store.guestram import GuestRam
 from lazymem.store.layers import ErrorLayer
 from lazymem.store.pagemap import UNSET
 from tests.support.gates import Step, SteppedDemand, settle
+from tests.support.shortway import read_as_channel
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.stores import OpenStore, build_store, local_source, opened_store
 
@@ -36,6 +37,12 @@ WRITES: dict[str, Write] = {
 SECOND: Write = (3 * PAGE_SIZE + 120, b"2" * 60)
 
 
+async def _read(ram: GuestRam, offset: int, length: int, at_answer: Callable[[], None]) -> bytes:
+    data = await ram.read(offset, length)
+    at_answer()
+    return data
+
+
 class Play:
     """One order of events over a fresh store, with what a plain file would hold."""
 
@@ -47,11 +54,15 @@ class Play:
         self.model = bytearray(snapshot.ram)
         self.started: list[Write] = []
         self.result: tuple[bytes, bytes, list[Write]] = (b"", b"never", [])
+        self.short = False
 
     async def read(self) -> None:
         """Keeps what the file held when the read returned, and the writes that had begun but not ended by then."""
-        data = await self.ram.read(FIRST, READ_BYTES)
-        self.result = data, bytes(self.model[FIRST : FIRST + READ_BYTES]), list(self.started)
+        data = await (read_as_channel if self.short else _read)(self.ram, FIRST, READ_BYTES, self._note_answer)
+        self.result = data, *self.result[1:]
+
+    def _note_answer(self) -> None:
+        self.result = b"", bytes(self.model[FIRST : FIRST + READ_BYTES]), list(self.started)
 
     async def write(self, write: Write) -> None:
         self.started.append(write)
@@ -82,29 +93,33 @@ def orders() -> list[tuple[str, ...]]:
     return [order for order in itertools.permutations(names) if order.index("fetch") < order.index("keep")]
 
 
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("kind", WRITES)
-async def test_every_order_of_read_write_and_fetch(kind: str, tmp_path: Path) -> None:
+async def test_every_order_of_read_write_and_fetch(kind: str, short: bool, tmp_path: Path) -> None:
     snapshot = make_snapshot(tmp_path / "snapshot", pages=PAGES, seed=5)
     async with opened_store(snapshot, tmp_path / "cache") as store:
         assert store.state
         for order in orders():
-            await _play(store, snapshot, order, WRITES[kind])
+            await _play(store, snapshot, order, WRITES[kind], short)
             store.state.written.set(PageRange(0, PAGES), UNSET)
 
 
-async def _play(store: OpenStore, snapshot: BuiltSnapshot, order: tuple[str, ...], write: Write) -> None:
+async def _play(store: OpenStore, snapshot: BuiltSnapshot, order: tuple[str, ...], write: Write, short: bool) -> None:
     store.pristine.drop(PageRange(0, PAGES))
-    demand = SteppedDemand(store.source, store.pristine)
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
+            demand = SteppedDemand(store.source, store.pristine, nursery if short else None)
             play = Play(store, snapshot, demand, nursery)
+            play.short = short
             for event in order:
                 events(play, write)[event]()
                 await settle(store)
     data, held, open_writes = play.result
     if not open_writes:
         assert data == held, order
+    demand = SteppedDemand(store.source, store.pristine)
     demand.open_all()
+    play.ram = GuestRam(store.pristine, store.state, demand)
     assert await play.ram.read(0, len(play.model)) == play.model, order
     play.drop()
     assert await play.ram.read(0, len(play.model)) == play.model, order

@@ -22,6 +22,7 @@ from lazymem.pages import PAGE_SIZE, Fetched, PageRange
 from lazymem.store.cachefolder import DIGESTS_NAME, MAP_NAME, PAGES_NAME
 from lazymem.store.layers import Layer
 from lazymem.store.localsource import LocalSource
+from tests.support.shortway import read_as_channel
 from tests.support.snapshots import make_snapshot
 from tests.support.stores import OpenStore, build_store, local_source
 
@@ -101,7 +102,7 @@ class Runs(RuleBasedStateMachine):
 
     def _check(self, number: int, offset: int, length: int) -> None:
         async def read() -> None:
-            data = await self.stores[number].ram.read(offset, length)
+            data = await read_as_channel(self.stores[number].ram, offset, length)
             assert data == self.models[number][offset : offset + length]
 
         self._run(number, read)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import trio
 import trio.testing
 
+from lazymem.errors import LazymemError
 from lazymem.pages import PageRange, PageRun
 from lazymem.store.source import PageSink, PageSource
 from tests.support.stores import OpenStore
@@ -24,12 +26,28 @@ class Step(enum.Enum):
 class SteppedDemand:
     """Implements `source.PageDemand`."""
 
-    def __init__(self, source: PageSource, sink: PageSink) -> None:
+    def __init__(self, source: PageSource, sink: PageSink, nursery: trio.Nursery | None = None) -> None:
+        """With a `nursery`, demands may also be started without a task."""
+        self._nursery = nursery
         self._source = source
         self._sink = sink
         self.gates = {step: trio.Event() for step in Step}
         self.asked: list[PageRange] = []
         self.waiting = 0
+
+    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
+        if self._nursery is None:
+            return False
+
+        async def bring() -> None:
+            try:
+                answer: list[PageRun] | LazymemError = await self.demand(pages)
+            except LazymemError as error:
+                answer = error
+            done(answer)
+
+        self._nursery.start_soon(bring)
+        return True
 
     async def demand(self, pages: PageRange) -> list[PageRun]:
         self.asked.append(pages)

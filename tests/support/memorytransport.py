@@ -39,6 +39,9 @@ class MemoryTransport:
     def receive_nowait(self) -> bytes | None:
         return None
 
+    def fileno(self) -> int:
+        return -1
+
     def close(self) -> None:
         self._closed = True
         self._stream.send_stream.close()

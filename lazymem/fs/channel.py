@@ -1,0 +1,326 @@
+"""The kernel's end of the mount: READ and WRITE of the RAM are answered here, everything else is pyfuse3's.
+
+pyfuse3 sits at one end of a socket pair as if that were `/dev/fuse`; we read the real one and hand over what is not
+ours, and its answers back (record 0006). So a page fault meets no library on its way: from the kernel's request to its
+answer it is ordinary function calls in trio's thread, with the demand connection's socket looked at in between.
+
+Tasks: `run` waits for requests and serves bursts of them; one task hands pyfuse3's answers to the kernel; each READ
+that cannot be answered the short way, and each WRITE, has one. All state belongs to trio's thread.
+
+Bursts: whoever touches one missing page mostly touches the next at once. While requests keep coming the processor is
+not given up between them (to sleep and be woken costs as much as all our work), but other tasks get a turn each
+millisecond, and when waiting has not paid lately there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+from collections.abc import Callable
+from time import perf_counter
+from typing import Protocol
+
+import trio
+
+from lazymem.errors import LazymemError
+from lazymem.fs import fuseabi, readers
+from lazymem.fs.failures import told_errno
+from lazymem.fs.tree import RAM_INODE, Tree
+
+log = logging.getLogger(__name__)
+
+TURN_SECONDS = 0.001
+"""So long a burst is served before other tasks get a turn."""
+
+MAX_LINGER_SECONDS = 0.0002
+MIN_LINGER_SECONDS = 0.00001
+"""How long the next request is waited for on the processor: doubled when it came, halved when it did not."""
+
+NEAR_SECONDS = 0.0004
+"""Where an answer has come so fast, answers are waited for on the processor, for `MAX_LINGER_SECONDS`."""
+
+SEEN_AGAIN_SECONDS = 1.0
+"""A reader may be killed after it was merely interrupted, and the kernel does not tell of that: look this often."""
+
+Answer = Callable[[bytes | LazymemError | None], None]
+
+
+class RamFile(Protocol):
+    """What the channel needs of the guest's RAM. Offsets and lengths in bytes."""
+
+    def read_soon(self, offset: int, length: int, done: Answer) -> bytes | bool:
+        """The bytes, if they are at hand; True: they were asked for, and `done` is called once, later, with them, or
+        why there are none, or None where `read` must be asked; False: nothing was begun, ask `read`."""
+        ...
+
+    async def read(self, offset: int, length: int) -> bytes: ...
+
+    async def write(self, offset: int, data: bytes) -> None: ...
+
+
+class Link(Protocol):
+    """Where demanded pages come from, to be looked at while we do not give up the processor."""
+
+    def fileno(self) -> int:
+        """Readable when something came; -1: not connected."""
+        ...
+
+    def receive_nowait(self) -> bool:
+        """Act on what came; whether there was something."""
+        ...
+
+    @property
+    def best_answer_seconds(self) -> float:
+        """The shortest time that an answer took."""
+        ...
+
+
+class Channel:
+    """Serves the mount behind `descriptor`, which stays the caller's and becomes non-blocking; nobody else reads it.
+
+    `close` lets go of our end of the socket pair.
+    """
+
+    def __init__(self, descriptor: int, tree: Tree, ram: RamFile, link: Link) -> None:
+        os.set_blocking(descriptor, False)  # a request may be taken back between poll and read
+        self._fd = descriptor
+        self._ram = ram
+        self._ram_bytes = tree.ram.size
+        self._writable = bool(tree.ram.mode & 0o222)
+        self._link = link
+        self._link_fd = -1
+        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setblocking(False)
+        self._theirs = theirs
+        self._buffer = bytearray(fuseabi.REQUEST_BYTES)
+        self._view = memoryview(self._buffer)
+        self._into = [self._view]
+        self._open: dict[int, int] = {}  # unique: thread id of who waits
+        self._interrupted: set[int] = set()
+        self._linger = MIN_LINGER_SECONDS
+        self._answered_at = 0.0
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+        self._nursery: trio.Nursery | None = None
+        self._over = False
+
+    def take_library_end(self) -> int:
+        """The descriptor that pyfuse3 takes for `/dev/fuse`; it closes it. To be called once."""
+        return self._theirs.detach()
+
+    async def run(self) -> None:
+        """Serve until cancelled, or until the mount is gone."""
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._bring_library_answers)
+                while not self._over:
+                    await trio.lowlevel.wait_readable(self._fd)
+                    self._serve_burst()
+                self._nursery.cancel_scope.cancel()
+        finally:
+            self._over = True
+            self._nursery = None
+
+    def close(self) -> None:
+        """After `run`."""
+        self._ours.close()
+        self._theirs.close()
+
+    # ---- bursts
+
+    def _serve_burst(self) -> None:
+        begun = perf_counter()
+        turn_ends = begun + TURN_SECONDS
+        if begun - self._answered_at < MAX_LINGER_SECONDS:  # it would have paid to wait
+            self._linger = min(2 * self._linger, MAX_LINGER_SECONDS)
+        self._watch_link()
+        poll, fd = self._poll.poll, self._fd
+        near = self._link.best_answer_seconds < NEAR_SECONDS
+        linger_ends = begun + self._linger
+        while True:
+            found = poll(0)
+            now = perf_counter()
+            for ready, _ in found:
+                if ready == fd:
+                    self._take_request()
+                else:
+                    self._link.receive_nowait()
+                    self._watch_link()
+            if found:
+                if now > turn_ends or self._over:
+                    return
+                linger_ends = now + (MAX_LINGER_SECONDS if near and self._open else self._linger)
+            elif now > linger_ends:
+                self._linger = max(self._linger / 2, MIN_LINGER_SECONDS)
+                return
+
+    def _watch_link(self) -> None:
+        link_fd = self._link.fileno()
+        if link_fd == self._link_fd:
+            return
+        if self._link_fd >= 0:
+            self._poll.unregister(self._link_fd)
+        if link_fd >= 0:
+            self._poll.register(link_fd, select.POLLIN)
+        self._link_fd = link_fd
+
+    def _take_request(self) -> None:
+        try:
+            length = os.readv(self._fd, self._into)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                self._over = True
+            elif error.errno not in (errno.EAGAIN, errno.EINTR, errno.ENOENT):  # ENOENT: it was taken back
+                raise
+            return
+        _, opcode, unique, inode, _, _, thread, _, _ = fuseabi.IN_HEADER.unpack_from(self._buffer)
+        if inode == RAM_INODE and opcode == fuseabi.READ:
+            _, offset, size, _, _, _, _ = fuseabi.READ_IN.unpack_from(self._buffer, fuseabi.READ_IN_AT)
+            self._take_read(unique, thread, offset, size)
+        elif inode == RAM_INODE and opcode == fuseabi.WRITE:
+            self._take_write(unique)
+        elif opcode != fuseabi.INTERRUPT or not self._take_interrupt():
+            self._hand_over(opcode, bytes(self._view[:length]))
+
+    # ---- the RAM
+
+    def _take_read(self, unique: int, thread: int, offset: int, size: int) -> None:
+        size = min(size, self._ram_bytes - offset)
+        if size <= 0:
+            self._answer_read(unique, b"")
+            return
+        try:
+            self._open[unique] = thread
+
+            def done(answer: bytes | LazymemError | None) -> None:
+                self._done(unique, offset, size, answer)
+
+            found = self._ram.read_soon(offset, size, done)
+            if found is False:
+                self._read_long_way(unique, offset, size)
+            elif found is not True:
+                del self._open[unique]
+                self._answer_read(unique, found)
+        except Exception as error:  # noqa: BLE001  # the guest of another page must outlive a bug in this one's way
+            self._fail("read", unique, error)
+
+    def _done(self, unique: int, offset: int, size: int, answer: bytes | LazymemError | None) -> None:
+        if unique not in self._open:
+            return
+        if answer is None:
+            self._read_long_way(unique, offset, size)
+        elif isinstance(answer, LazymemError):
+            self._fail("read", unique, answer)
+        else:
+            del self._open[unique]
+            self._answer_read(unique, answer)
+
+    def _read_long_way(self, unique: int, offset: int, size: int) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._read, unique, offset, size)
+
+    async def _read(self, unique: int, offset: int, size: int) -> None:
+        try:
+            data = await self._ram.read(offset, size)
+        except Exception as error:  # noqa: BLE001  # as above
+            self._fail("read", unique, error)
+        else:
+            if self._open.pop(unique, None) is not None:
+                self._answer_read(unique, data)
+
+    def _take_write(self, unique: int) -> None:
+        _, offset, size, _, _, _, _ = fuseabi.WRITE_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
+        room = self._ram_bytes - offset
+        if not self._writable or room <= 0:  # RAM does not grow
+            self._send((fuseabi.error_answer(unique, errno.ENOSPC if self._writable else errno.EROFS),))
+            return
+        end = fuseabi.WRITE_DATA_AT + min(size, room)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._write, unique, offset, bytes(self._view[fuseabi.WRITE_DATA_AT : end]))
+
+    async def _write(self, unique: int, offset: int, data: bytes) -> None:
+        try:
+            await self._ram.write(offset, data)
+        except Exception as error:  # noqa: BLE001  # as above
+            self._fail("write", unique, error)
+        else:
+            self._send((fuseabi.write_answer(unique, len(data)),))
+
+    def _fail(self, name: str, unique: int, error: Exception) -> None:
+        self._open.pop(unique, None)
+        self._send((fuseabi.error_answer(unique, told_errno(name, error)),))
+
+    # ---- readers that are killed
+
+    def _take_interrupt(self) -> bool:
+        """Whether it is about one of our READs. Only one whose reader is being killed is ended by it: any other signal
+        finds its thread when the page has come, as with memory that is here."""
+        (unique,) = fuseabi.INTERRUPT_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
+        if unique not in self._open:
+            return False
+        if self._nursery is not None and not self._let_go_if_killed(unique):
+            self._interrupted.add(unique)
+            if len(self._interrupted) == 1:
+                self._nursery.start_soon(self._look_again)
+        return True
+
+    def _let_go_if_killed(self, unique: int) -> bool:
+        if unique in self._open and not readers.is_killed(self._open[unique]):
+            return False
+        if self._open.pop(unique, None) is not None:
+            self._send((fuseabi.error_answer(unique, errno.EINTR),))
+        return True
+
+    async def _look_again(self) -> None:
+        while self._interrupted:
+            await trio.sleep(SEEN_AGAIN_SECONDS)
+            self._interrupted = {unique for unique in self._interrupted if not self._let_go_if_killed(unique)}
+
+    # ---- answers
+
+    def _answer_read(self, unique: int, data: bytes) -> None:
+        self._send((fuseabi.answer_head(unique, len(data)), data))
+        self._answered_at = perf_counter()
+
+    def _send(self, pieces: tuple[bytes, ...]) -> None:
+        try:
+            os.writev(self._fd, pieces)
+        except OSError as error:
+            # ENOENT: nobody waits any more. ENODEV, EPERM: the mount is gone.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):
+                log.error("the kernel does not take an answer: %s", error)
+
+    # ---- pyfuse3's requests
+
+    def _hand_over(self, opcode: int, request: bytes) -> None:
+        if opcode == fuseabi.INIT:
+            request = fuseabi.without_splice(request)
+        try:
+            self._ours.send(request)
+        except BlockingIOError:
+            if self._nursery is not None:
+                self._nursery.start_soon(self._hand_over_later, request)
+        except OSError as error:
+            log.error("pyfuse3 takes no request any more: %s", error)
+
+    async def _hand_over_later(self, request: bytes) -> None:
+        """Names and attributes depend on nothing and change nothing, so their order does not matter."""
+        while True:
+            await trio.lowlevel.wait_writable(self._ours)
+            try:
+                self._ours.send(request)
+                return
+            except BlockingIOError:
+                continue
+
+    async def _bring_library_answers(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._ours)
+            with contextlib.suppress(BlockingIOError):
+                answer = self._ours.recv(fuseabi.REQUEST_BYTES)
+                if answer:
+                    self._send((answer,))
