@@ -7,6 +7,7 @@ import sys
 from typing import NamedTuple
 
 from lazymem import __version__
+from lazymem.cli.quickstart import leave, quick_imports
 
 
 class Command(NamedTuple):
@@ -39,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     if command is None:
         print(f"lazymem: there is no command {words[0]!r}; try 'lazymem --help'", file=sys.stderr)
         return 2
-    return int(importlib.import_module(command.module).main(words[1:]))
+    with quick_imports(trio=words[0] == "serve"):
+        module = importlib.import_module(command.module)
+    return int(module.main(words[1:]))
 
 
 def usage() -> str:
@@ -58,5 +61,10 @@ def usage() -> str:
     )
 
 
+def run() -> None:
+    """The installed `lazymem`."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -157,10 +157,10 @@ def _tell_service_manager() -> None:
         sdnotify.SystemdNotifier().notify(f"READY=1\nMAINPID={os.getpid()}")
 
 
-def command() -> None:
+def run() -> None:
     """The installed `lazymem-mount`."""
     leave(main())
 
 
 if __name__ == "__main__":
-    command()
+    run()

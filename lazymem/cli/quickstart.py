@@ -73,8 +73,11 @@ def _thread_library_known() -> Iterator[None]:
 def leave(exit_code: int) -> NoReturn:
     """End the process once what it printed is out. Python would take every module apart first, for 10 ms.
 
-    Only where nothing is registered to run at the exit, and no file is open for writing.
+    Only where nothing is registered to run at the exit, and no file is open for writing. Threads are waited for.
     """
+    threading = sys.modules.get("threading")
+    if threading is not None and threading.active_count() > 1:
+        sys.exit(exit_code)
     try:
         sys.stdout.flush()
         sys.stderr.flush()

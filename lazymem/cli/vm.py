@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def command() -> None:
+def run() -> None:
     """The installed `lazymem-vm`."""
     leave(main())
 
 
 if __name__ == "__main__":
-    command()
+    run()
