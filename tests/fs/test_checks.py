@@ -9,6 +9,7 @@ import pytest
 
 from lazymem.errors import EnvironmentRefusedError, MountError
 from lazymem.fs import checks, mountinfo
+from tests.support.privileges import maybe_own_mount_namespace
 
 
 @pytest.mark.parametrize("release", ["5.4.0-1-amd64", "6.18.44", "10.0"])
@@ -48,24 +49,34 @@ def test_our_own_namespace_is_fine(tmp_path: Path) -> None:
 CODE = "import sys; from lazymem.fs import checks; checks.check_namespace(sys.argv[1])"
 
 
-def test_a_namespace_to_oneself_is_refused_unless_somebody_shares_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CODE, str(tmp_path)]
-    if os.geteuid() != 0:
-        # A user makes one within a user namespace, from where nobody outside can be seen: nothing speaks against it.
-        assert subprocess.run(["unshare", "-rm", "--propagation", "private", *command], check=False).returncode == 0
-        return
-    alone = subprocess.run(
-        ["unshare", "-m", "--propagation", "private", *command], capture_output=True, text=True, check=False
-    )
+def in_own_namespace(propagation: str, *command: str) -> subprocess.CompletedProcess[str]:
+    alone = maybe_own_mount_namespace(propagation)
+    if alone is None:
+        pytest.skip("no mount namespace: neither root, nor sudo without a password, nor user namespaces")
+    return subprocess.run([*alone, *command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("propagation", ["private", "slave"])
+def test_a_namespace_to_oneself_is_refused(tmp_path: Path, propagation: str) -> None:
+    alone = in_own_namespace(propagation, sys.executable, "-c", CODE, str(tmp_path))
     assert alone.returncode != 0
     assert "mount namespace to itself" in alone.stderr
-    slave = subprocess.run(
-        ["unshare", "-m", "--propagation", "slave", *command], capture_output=True, text=True, check=False
-    )
-    assert "mount namespace to itself" in slave.stderr
-    # The shell that started it is there too, and will use the mount.
-    shell = ["unshare", "-m", "--propagation", "private", "sh", "-c", '"$@"; exit $?', "sh", *command]
-    assert subprocess.run(shell, check=False).returncode == 0
+
+
+def test_a_namespace_with_a_shell_in_it_is_fine(tmp_path: Path) -> None:
+    """The shell that started it is there too, and will use the mount."""
+    shell = ("sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", CODE, str(tmp_path))
+    done = in_own_namespace("private", *shell)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_user_who_cannot_look_outside_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As within a user namespace: neither pid 1 nor the parent can be looked at, so nothing speaks against it."""
+    monkeypatch.setattr(checks, "_maybe_namespace", lambda pid: None)
+    checks.check_namespace(str(tmp_path))
+    monkeypatch.setattr(checks, "_maybe_namespace", lambda pid: "mnt:[1]" if pid == str(os.getppid()) else None)
+    with pytest.raises(EnvironmentRefusedError, match="mount namespace to itself"):
+        checks.check_namespace(str(tmp_path))
 
 
 def test_a_shared_mount_point_is_seen_by_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,3 +17,25 @@ def maybe_as_root() -> tuple[str, ...] | None:
         return None
     allowed = subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode == 0
     return ("sudo", "-n") if allowed else None
+
+
+@functools.cache
+def user_namespaces() -> bool:
+    """Whether an ordinary user may make namespaces (Ubuntu from 24.04 on says no)."""
+    return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+
+
+def maybe_own_mount_namespace(propagation: str) -> list[str] | None:
+    """What to put before a command so that it has a mount namespace to itself, and could look at pid 1's.
+
+    As root; else within a user namespace, with processes of its own, where a shell is pid 1. None where neither goes.
+    """
+    alone = ["unshare", "-m", "--propagation", propagation]
+    root = maybe_as_root()
+    if root is not None:
+        # Root's byte code in a user's checkout would be in his way.
+        return [*root, "env", "PYTHONDONTWRITEBYTECODE=1", *alone]
+    if user_namespaces():
+        script = '"$@"; exit $?'
+        return ["unshare", "-rm", "--fork", "--pid", "--mount-proc", "sh", "-c", script, "sh", *alone]
+    return None
