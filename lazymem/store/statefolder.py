@@ -15,6 +15,7 @@ of pages that were not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -41,6 +42,8 @@ PRIVATE_PREFIX = "run-"
 
 _PRIVATE_NAME = re.compile(re.escape(PRIVATE_PREFIX) + "[0-9a-f]{16}")
 _OWN_NAMES = frozenset({RAM_NAME, MAP_NAME, META_NAME, LOCK_NAME})
+
+_LOOK_BYTES = 256 * 1024
 
 _POLL_SECONDS = 0.05
 """Between tries for the lock: a mount's end is noticed sooner than a person would."""
@@ -192,9 +195,16 @@ def _complete(path: Path, size_bytes: int, *, needed: Callable[[], bool]) -> Non
 
 
 def _has_bytes(path: Path) -> bool:
-    """Whether a page map says anything; it is read whole (one byte a page), once."""
+    """Whether a page map says anything. One byte a page: what is not a hole is read, and compared with zeros."""
+    nothing = bytes(_LOOK_BYTES)
     with open(path, "rb") as file:
-        return any(any(chunk) for chunk in iter(lambda: file.read(1 << 20), b""))
+        try:
+            file.seek(0, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole up to the end
+                return False
+            raise
+        return any(chunk != nothing[: len(chunk)] for chunk in iter(lambda: file.read(_LOOK_BYTES), b""))
 
 
 def _remove_abandoned(cache: Path) -> None:
