@@ -14,6 +14,7 @@ comes second writes the same verified bytes.
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections import deque
 from collections.abc import Iterable, Iterator
 from operator import gt
@@ -71,7 +72,8 @@ class PristinePages:
                 cache.digests.store_upper(upper)
             self._mark_zeros(self._verifier.zero_leaves())
         self._dropped_pages = 0
-        self._given = bytearray(origin.pages)  # one byte a page; memory only where one is set
+        # One byte a page; memory only where one is set, which a bytearray would not do.
+        self._given = mmap.mmap(-1, origin.pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._given_early: deque[PageRange] = deque(maxlen=MAX_GIVEN_EARLY)
 
     @property
