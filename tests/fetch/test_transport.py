@@ -107,7 +107,7 @@ async def test_nobody_there_is_said_in_words(tmp_path: Path) -> None:
         await dial(TcpEndpoint("127.0.0.1", port), LINK)
     with pytest.raises(ServerUnreachableError, match="No such file"):
         await dial(UnixEndpoint(str(tmp_path / "none")), LINK)
-    (tmp_path / "file").touch(stat.S_IRUSR)
+    (tmp_path / "file").touch(stat.S_IRUSR | stat.S_IWUSR)
     with pytest.raises(ServerUnreachableError, match="refused"):
         await dial(UnixEndpoint(str(tmp_path / "file")), LINK)
     with pytest.raises(ServerUnreachableError, match=r"no\.such\.host\.invalid:1"):
