@@ -25,6 +25,18 @@ def user_namespaces() -> bool:
     return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
 
 
+_NO_BYTE_CODE = ("env", "PYTHONDONTWRITEBYTECODE=1")
+"""Root's byte code in a user's checkout would be in the user's way."""
+
+
+def maybe_own_network() -> list[str] | None:
+    """What to put before a command so that its network is its own, with the loopback down. None where denied."""
+    root = maybe_as_root()
+    if root is not None:
+        return [*root, *_NO_BYTE_CODE, "unshare", "-n"]
+    return ["unshare", "-rn"] if user_namespaces() else None
+
+
 def maybe_own_mount_namespace(propagation: str) -> list[str] | None:
     """What to put before a command so that it has a mount namespace to itself, and could look at pid 1's.
 
@@ -33,8 +45,7 @@ def maybe_own_mount_namespace(propagation: str) -> list[str] | None:
     alone = ["unshare", "-m", "--propagation", propagation]
     root = maybe_as_root()
     if root is not None:
-        # Root's byte code in a user's checkout would be in his way.
-        return [*root, "env", "PYTHONDONTWRITEBYTECODE=1", *alone]
+        return [*root, *_NO_BYTE_CODE, *alone]
     if user_namespaces():
         script = '"$@"; exit $?'
         return ["unshare", "-rm", "--fork", "--pid", "--mount-proc", "sh", "-c", script, "sh", *alone]
