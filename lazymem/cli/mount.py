@@ -127,6 +127,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         import trio
 
         from lazymem.cli import mountdaemon
+        from lazymem.cli.servicemanager import tell_ready
         from lazymem.fs import tuning
         from lazymem.fs.lock import MountLock
         from lazymem.fs.session import MountOptions
@@ -138,7 +139,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     tuning.become_io_flusher()  # before any thread: they inherit it
 
     def ready(notices: tuple[str, ...]) -> None:
-        _tell_service_manager()
+        tell_ready()
         announcer.ready(notices)
 
     try:
@@ -148,13 +149,6 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     finally:
         lock.release()
     return 0
-
-
-def _tell_service_manager() -> None:
-    if "NOTIFY_SOCKET" in os.environ:
-        import sdnotify
-
-        sdnotify.SystemdNotifier().notify(f"READY=1\nMAINPID={os.getpid()}")
 
 
 def run() -> None:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import trio
 
+from lazymem.cli.servicemanager import tell_ready
 from lazymem.cli.vm_options import VmOptions
 from lazymem.errors import LazymemError
 from lazymem.vm.commands import Commands
@@ -131,13 +132,17 @@ class _Vm:
         if incoming is None:
             if not self._options.start_paused:
                 await self._runstate.cont()
-        elif incoming.uri is not None:
+            tell_ready()
+        elif incoming.uri is None:
+            tell_ready()  # for the monitor's migrate-incoming
+        else:
             self._migrations.begin_take_over()
             # Beside the wait for the end: the state may come over a socket, some day.
             nursery.start_soon(self._take_over, incoming.uri)
 
     async def _take_over(self, uri: Uri) -> None:
         await self._migrations.take_over(uri)
+        tell_ready()
         if self._options.qmp is None and self._runstate.status == "paused":
             say("the guest stands, as it was saved or as -S says, and there is no monitor (-qmp) to let it go on")
 
