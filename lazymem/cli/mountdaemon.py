@@ -6,12 +6,13 @@ End: the mount is gone first (its unmount stores what the guest wrote), then the
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
@@ -54,14 +55,20 @@ async def run(settings: MountSettings, options: MountOptions, ready: Ready) -> N
     Raises:
         LazymemError: it could not be started; nothing is left mounted.
     """
-    async with trio.open_nursery() as nursery:
+    # The store is around the nursery: closed once no task is left that could use it.
+    async with AsyncExitStack() as opened, trio.open_nursery() as nursery:
         client = await connect(nursery, settings.server, settings.link)
-        await _serve(client, settings, options, ready, nursery)
+        await _serve(client, settings, options, ready, nursery, opened)
         nursery.cancel_scope.cancel()
 
 
 async def _serve(
-    client: Client, settings: MountSettings, options: MountOptions, ready: Ready, nursery: trio.Nursery
+    client: Client,
+    settings: MountSettings,
+    options: MountOptions,
+    ready: Ready,
+    nursery: trio.Nursery,
+    opened: AsyncExitStack,
 ) -> None:
     manifest = _maybe_manifest(client.welcome)
     origin = RamOrigin(
@@ -78,13 +85,18 @@ async def _serve(
         else None,
     )
     ram = GuestRam(pristine, state, scheduler)
+    opened.push_async_callback(_close, ram)
     try:
         status = MountStatus(settings, client, scheduler, ram)
         await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready)
     finally:
         with trio.CancelScope(shield=True):
             await scheduler.wait_kept()
-            await ram.close()
+
+
+async def _close(ram: GuestRam) -> None:
+    with trio.CancelScope(shield=True):
+        await ram.close()
 
 
 async def _open_store(client: Client, settings: MountSettings, origin: RamOrigin) -> tuple[PristinePages, StateFolder]:
@@ -199,6 +211,7 @@ async def _announce(path: str, mounted: mountinfo.Mount, ready: Ready, notices: 
         os.stat(path)
 
     await trio.to_thread.run_sync(tune_and_look, abandon_on_cancel=True)
+    gc.freeze()  # or the collector looks at all that start-up made, 20 ms at a time, while a fault waits
     ready(notices)
     log.info("%s is ready (pid %d)", path, os.getpid())
     for notice in notices:
