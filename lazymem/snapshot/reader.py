@@ -26,8 +26,7 @@ from lazymem.snapshot import manifest as manifests
 from lazymem.snapshot.manifest import MAX_MANIFEST_BYTES, MAX_RAM_BYTES, Manifest
 from lazymem.snapshot.publishedfile import PublishedFile
 from lazymem.snapshot.vouching import FirstReadVouching, TreeVouching, zero_digests
-
-WORKING_SET_NAME = "working-set"
+from lazymem.snapshot.workingset import WORKING_SET_NAME
 
 _LEAF_SHIFT = LEAF_PAGES.bit_length() - 1
 
