@@ -10,6 +10,7 @@ on the descriptor (the same page cache as the map), a private one by a C copy th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -167,8 +168,9 @@ class RamBlock:
             self._map.close()
             self._map = None
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            with contextlib.suppress(OSError):  # a mount whose daemon has died; `sync` has told what that costs
+                os.close(fd)
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:

@@ -109,6 +109,20 @@ def test_a_failed_sync_is_told(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
             blocks.sync()
 
 
+def test_close_is_not_held_up_by_a_mount_that_died(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_close = os.close
+
+    def dead(fd: int) -> None:
+        really_close(fd)  # Linux gives the descriptor back whatever the file system says
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    blocks = RamBlocks([("a", SIZE)], [MemFile("a", file)])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", dead)
+        blocks.close()
+    blocks.close()
+
+
 def test_close_twice_is_harmless_and_frees_the_map(file: Path) -> None:
     blocks = RamBlocks([("a", SIZE)], [MemFile("a", file)])
     assert str(file) in Path("/proc/self/maps").read_text()
