@@ -16,10 +16,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
-from lazymem.cli.mountstatus import MountStatus
+from lazymem.cli.mountstatus import MAP_XATTR, MountStatus
 from lazymem.errors import VerificationError
 from lazymem.fetch.client import Client, connect
-from lazymem.fetch.prefetch import SweepPrefetcher
+from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.fs import mountinfo, session, tuning
 from lazymem.fs.channel import Channel
@@ -30,6 +30,7 @@ from lazymem.fs.tree import MANIFEST_INODE, Tree
 from lazymem.settings import MountSettings, Prefetch
 from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
 from lazymem.store.cachefolder import open_cache
+from lazymem.store.coarsemap import coarse_map
 from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pristine import PristinePages
@@ -80,14 +81,20 @@ async def _serve(
         pristine,
         nursery,
         deadline_seconds=settings.deadline_seconds,
-        prefetcher=SweepPrefetcher(pristine.next_missing, origin.pages, pristine.missing_leaves)
+        prefetcher=prepager(pristine.next_missing, origin.pages, maybe_leaf_missing=pristine.missing_leaves)
         if settings.prefetch is Prefetch.ALL
         else None,
     )
     ram = GuestRam(pristine, state, scheduler)
     opened.push_async_callback(_close, ram)
     try:
-        status = MountStatus(settings, client, scheduler, ram)
+        status = MountStatus(
+            settings,
+            client,
+            scheduler,
+            ram,
+            lambda: coarse_map(origin.pages, pristine.held_at, pristine.given_at, state.written.states_at),
+        )
         await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready)
     finally:
         with trio.CancelScope(shield=True):
@@ -168,7 +175,11 @@ async def _mount_and_serve(
         others=options.allow_other,
     )
     files = _SmallFiles(client, manifest)
-    xattrs: dict[bytes, Callable[[], bytes]] = {STATUS_XATTR: status.to_json, RUN_XATTR: status.run_to_json}
+    xattrs: dict[bytes, Callable[[], bytes]] = {
+        STATUS_XATTR: status.to_json,
+        RUN_XATTR: status.run_to_json,
+        MAP_XATTR: status.map_to_json,
+    }
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
         async with _mounted(path, str(settings.server), options) as (descriptor, mounted):

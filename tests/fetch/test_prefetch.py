@@ -1,4 +1,4 @@
-"""Guesses: near the guest's own faults first, then everything that is missing, and then an end."""
+"""Guesses: what was recorded, then near the guest's own faults, then everything that is missing, and then an end."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lazymem.digests import LEAF_PAGES
-from lazymem.fetch.prefetch import (
-    MAX_LEAD_LEAVES,
-    MAX_RECENT_FAULTS,
-    NEIGHBOURHOOD_PAGES,
-    SCOUT_LEAVES,
-    SweepPrefetcher,
-)
+from lazymem.fetch.guesses import GuessQueue
+from lazymem.fetch.inflight import InFlightTable, Want
+from lazymem.fetch.neighbourhood import MAX_REACH_PAGES, MIN_REACH_PAGES, Neighbourhoods
+from lazymem.fetch.plan import Budget, Load, background_allowance
+from lazymem.fetch.prefetch import Prepager, prepager
+from lazymem.fetch.recorded import RecordedSet
+from lazymem.fetch.sweep import MAX_LEAD_LEAVES, SCOUT_LEAVES
 from lazymem.pages import PageRange
 
 TOTAL = 1000
+
+BLOCK = 128
+"""Pages of a neighbourhood at the start."""
 
 
 class Pages:
@@ -33,20 +36,20 @@ class Pages:
             end += 1
         return PageRange(first, end - first)
 
-    def bring(self, prefetcher: SweepPrefetcher, pages: PageRange) -> None:
+    def bring(self, prefetcher: Prepager, pages: PageRange) -> None:
         self.missing -= set(range(pages.start, pages.end))
         prefetcher.brought(pages)
 
 
 def test_what_surrounds_the_latest_fault_comes_first() -> None:
     pages = Pages(set(range(TOTAL)))
-    prefetcher = SweepPrefetcher(pages.next_missing, TOTAL)
-    fault = PageRange(NEIGHBOURHOOD_PAGES * 2 + 10, 4)
+    prefetcher = prepager(pages.next_missing, TOTAL)
+    fault = PageRange(BLOCK * 2 + 10, 4)
     pages.bring(prefetcher, fault)
     prefetcher.faulted(fault)
-    base = NEIGHBOURHOOD_PAGES * 2
+    base = BLOCK * 2
     assert prefetcher.next_range(64) == PageRange(fault.end, 64)
-    assert prefetcher.next_range(64) == PageRange(fault.end + 64, NEIGHBOURHOOD_PAGES - 14 - 64)
+    assert prefetcher.next_range(64) == PageRange(fault.end + 64, BLOCK - 14 - 64)
     assert prefetcher.next_range(64) == PageRange(base, 10)
     assert prefetcher.next_range(64) == PageRange(0, 64)
     assert prefetcher.next_range(64) == PageRange(64, 64)
@@ -54,19 +57,42 @@ def test_what_surrounds_the_latest_fault_comes_first() -> None:
 
 def test_fault_at_the_end_guesses_nothing_behind_it() -> None:
     pages = Pages(set(range(TOTAL)))
-    prefetcher = SweepPrefetcher(pages.next_missing, TOTAL)
+    prefetcher = prepager(pages.next_missing, TOTAL)
     prefetcher.faulted(PageRange(TOTAL - 1, 1))
     first = prefetcher.next_range(1000)
     assert first is not None
     assert first.end == TOTAL - 1
 
 
-def test_old_faults_are_forgotten() -> None:
-    pages = Pages(set(range(TOTAL)))
-    prefetcher = SweepPrefetcher(pages.next_missing, TOTAL)
-    for _ in range(MAX_RECENT_FAULTS * 3):
-        prefetcher.faulted(PageRange(500, 1))
-    assert len(prefetcher._recent) == MAX_RECENT_FAULTS
+def test_only_so_many_neighbourhoods_are_kept() -> None:
+    """The guest has moved on: the rest is the sweep's."""
+    pages = Pages(set(range(0, 2_000_000, 1000)))
+    neighbourhoods = Neighbourhoods(pages.next_missing, 2_000_000)
+    for fault in range(0, 2_000_000, 1000):
+        neighbourhoods.faulted(PageRange(fault + 1, 1))
+    guesses = 0
+    while neighbourhoods.next_range(64) is not None:
+        guesses += 1
+    assert 0 < guesses <= 32
+
+
+def test_neighbourhoods_shrink_to_nothing_while_faults_are_far_apart() -> None:
+    neighbourhoods = Neighbourhoods(lambda start, limit: PageRange(start, limit), 1 << 24)
+    assert neighbourhoods.reach_pages == BLOCK
+    for number in range(100):
+        neighbourhoods.faulted(PageRange((number * 7919) % 4096 * 4096, 32))
+    assert neighbourhoods.reach_pages == MIN_REACH_PAGES
+    while neighbourhoods.next_range(64) is not None:
+        pass
+    neighbourhoods.faulted(PageRange(100 * 4096, 32))
+    assert neighbourhoods.next_range(64) is None, "the kernel reads as much itself"
+
+
+def test_neighbourhoods_grow_while_faults_stay_near() -> None:
+    neighbourhoods = Neighbourhoods(lambda start, limit: PageRange(start, limit), 1 << 24)
+    for number in range(100):
+        neighbourhoods.faulted(PageRange(5_000_000 + number * 32, 32))
+    assert neighbourhoods.reach_pages == MAX_REACH_PAGES
 
 
 @given(
@@ -80,7 +106,7 @@ def test_everything_is_guessed_once_and_then_it_ends(
 ) -> None:
     """Answers come `in_flight` requests late; what is out is filtered as the scheduler does."""
     pages = Pages(set(missing))
-    prefetcher = SweepPrefetcher(pages.next_missing, TOTAL)
+    prefetcher = prepager(pages.next_missing, TOTAL)
     out: list[PageRange] = []
     asked: list[int] = []
     for _ in range(5000):
@@ -107,7 +133,7 @@ def test_everything_is_guessed_once_and_then_it_ends(
 
 def test_pages_that_never_come_do_not_keep_it_busy() -> None:
     pages = Pages({3, 700})
-    prefetcher = SweepPrefetcher(pages.next_missing, TOTAL)
+    prefetcher = prepager(pages.next_missing, TOTAL)
     guesses = 0
     while prefetcher.next_range(64) is not None:
         guesses += 1
@@ -129,7 +155,7 @@ class Leaves(Pages):
     def leaf_missing(self, pages: PageRange) -> bool:
         return any(page // LEAF_PAGES not in self.known for page in range(pages.start, pages.end))
 
-    def bring_with_leaves(self, prefetcher: SweepPrefetcher, pages: PageRange, wanted: bool) -> None:
+    def bring_with_leaves(self, prefetcher: Prepager, pages: PageRange, wanted: bool) -> None:
         for leaf in {page // LEAF_PAGES for page in range(pages.start, pages.end)}:
             self.leaves_sent += wanted
             self.known.add(leaf)
@@ -142,7 +168,7 @@ def test_scouts_bring_leaves_before_the_sweep() -> None:
     total = leaves * LEAF_PAGES
     zeros = {page for page in range(total) if page % 3}
     pages = Leaves(set(range(total)) - zeros, zeros)
-    prefetcher = SweepPrefetcher(pages.next_missing, total, pages.leaf_missing)
+    prefetcher = prepager(pages.next_missing, total, maybe_leaf_missing=pages.leaf_missing)
     scouts = [prefetcher.next_range(64) for _ in range(SCOUT_LEAVES)]
     assert scouts == [PageRange(leaf * LEAF_PAGES, 1) for leaf in range(SCOUT_LEAVES)]
     for scout in scouts:
@@ -163,8 +189,8 @@ def test_a_sweep_goes_on_without_its_scouts_in_the_end() -> None:
     """They never arrive, nor does anything else: every page is guessed, and then it ends."""
     total = (MAX_LEAD_LEAVES + 20) * LEAF_PAGES
     pages = Leaves(set(range(total)), set())
-    prefetcher = SweepPrefetcher(
-        lambda start, limit: PageRange(start, min(limit, total - start)), total, lambda _: True
+    prefetcher = prepager(
+        lambda start, limit: PageRange(start, min(limit, total - start)), total, maybe_leaf_missing=lambda _: True
     )
     guesses = []
     while (guess := prefetcher.next_range(256)) is not None:
@@ -186,7 +212,7 @@ def test_with_scouts_too_everything_comes_and_then_it_ends(
     missing: set[int], zeros: set[int], faults: list[int], limit: int, in_flight: int
 ) -> None:
     pages = Leaves(missing - zeros, zeros)
-    prefetcher = SweepPrefetcher(pages.next_missing, TOTAL, pages.leaf_missing)
+    prefetcher = prepager(pages.next_missing, TOTAL, maybe_leaf_missing=pages.leaf_missing)
     out: list[tuple[PageRange, bool]] = []
     for _ in range(5000):
         if faults:
@@ -205,3 +231,135 @@ def test_with_scouts_too_everything_comes_and_then_it_ends(
     else:
         raise AssertionError("it never ends")
     assert not pages.missing
+
+
+# --- a recorded working set
+
+
+def test_what_was_recorded_comes_first_and_in_its_order() -> None:
+    pages = Pages(set(range(TOTAL)))
+    runs = (PageRange(500, 3), PageRange(10, 100), PageRange(700, 1))
+    strategy = prepager(pages.next_missing, TOTAL, recorded=runs, sweep=False)
+    strategy.faulted(PageRange(900, 1))
+    asked = [strategy.next_range(64) for _ in range(6)]
+    assert asked[:4] == [PageRange(500, 3), PageRange(10, 64), PageRange(74, 36), PageRange(700, 1)]
+    assert asked[4:] == [PageRange(901, 64), PageRange(965, TOTAL - 965)]
+
+
+def test_recorded_pages_that_are_here_are_not_asked_for() -> None:
+    pages = Pages(set(range(0, TOTAL, 2)))
+    recorded = RecordedSet(pages.next_missing, (PageRange(9, 4), PageRange(1, 1), PageRange(3, 2)))
+    found = []
+    while (guess := recorded.next_range(64)) is not None:
+        found.append(guess)
+        pages.missing -= set(range(guess.start, guess.end))
+    assert found == [PageRange(10, 1), PageRange(12, 1), PageRange(4, 1)]
+
+
+def test_a_fault_in_a_later_phase_moves_the_set_on_and_back() -> None:
+    pages = Pages(set(range(TOTAL)))
+    recorded = RecordedSet(pages.next_missing, [PageRange(page, 1) for page in (5, 900, 300, 40, 600)])
+    assert recorded.next_range(8) == PageRange(5, 1)
+    recorded.faulted(PageRange(40, 1))
+    recorded.faulted(PageRange(41, 1))  # of no run
+    recorded.faulted(PageRange(0, 1))
+    recorded.faulted(PageRange(5, 1))  # we are beyond it
+    assert [recorded.next_range(8) for _ in range(5)] == [
+        PageRange(40, 1),
+        PageRange(600, 1),
+        PageRange(900, 1),
+        PageRange(300, 1),
+        None,
+    ]
+
+
+@st.composite
+def _disjoint(draw: st.DrawFn) -> tuple[PageRange, ...]:
+    found = []
+    at = 0
+    for gap, count in draw(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 40)), max_size=12)):
+        if at + gap + count > TOTAL:
+            break
+        found.append(PageRange(at + gap, count))
+        at += gap + count
+    return tuple(draw(st.permutations(found)))
+
+
+class Run:
+    """The strategy behind the queue and the table that it runs behind in the daemon; the test is the link."""
+
+    def __init__(self, missing: set[int], recorded: tuple[PageRange, ...], sweep: bool) -> None:
+        self.sink = Pages(set(missing))
+        self.table = InFlightTable()
+        self.strategy = prepager(self.sink.next_missing, TOTAL, recorded=recorded, sweep=sweep)
+        self.queue = GuessQueue(self.table, self.sink, self.strategy)  # type: ignore[arg-type]  # the part it needs
+        self.out: list[Want] = []
+        self.guessed: list[int] = []
+        self.demanded: set[int] = set()
+
+    def demand(self, page: int) -> None:
+        """As `Scheduler.demand`, with every request slot taken: it waits unsent."""
+        if page in self.sink.missing and self.table.find(page) is None:
+            self.table.demand(PageRange(page, 1), lambda: None)
+            self.demanded.add(page)
+        self.strategy.faulted(PageRange(page, 1))
+
+    def guess(self, window: int) -> bool:
+        load = Load(len(self.table.waiting), self.table.background_in_flight_pages, self.table.unkept_pages)
+        allowed = background_allowance(self.table.has_waiting, load, Budget(), window)
+        if self.table.has_waiting:
+            assert not allowed, "a demand goes first"
+        if not allowed:
+            return False
+        wants, _ = self.queue.take(allowed)
+        for want in wants:
+            pages = range(want.pages.start, want.pages.end)
+            assert self.sink.missing.issuperset(pages), "asks for a held page"
+            self.guessed += pages
+        self.out += wants
+        assert self.table.background_in_flight_pages <= window
+        return bool(wants)
+
+    def answer(self) -> None:
+        """The oldest demand, or else the oldest guess, arrives and is kept."""
+        waiting = self.table.waiting
+        if waiting:
+            self.table.sent(waiting[0])
+        want = waiting[0] if waiting else self.out.pop(0)
+        self.table.arrived(want, ())
+        self.sink.missing -= set(range(want.pages.start, want.pages.end))
+        self.table.kept(want)
+        self.strategy.brought(want.pages)
+
+
+@given(
+    st.sets(st.integers(0, TOTAL - 1)),
+    _disjoint(),
+    st.booleans(),
+    st.integers(1, 100),
+    st.lists(st.sampled_from(["guess", "answer", "fault"]), max_size=60),
+    st.lists(st.integers(0, TOTAL - 1), min_size=1, max_size=60),
+)
+def test_the_promises_of_the_whole(
+    missing: set[int], recorded: tuple[PageRange, ...], sweep: bool, window: int, steps: list[str], faults: list[int]
+) -> None:
+    """Never a held page, never beyond the window, demand before everything, each wanted page in the end, none twice."""
+    run = Run(missing, recorded, sweep)
+    for number, step in enumerate(steps):
+        if step == "fault":
+            run.demand(faults[number % len(faults)])
+        elif step == "answer" and (run.out or run.table.has_waiting):
+            run.answer()
+        else:
+            run.guess(window)
+    for _ in range(20_000):
+        if run.out or run.table.has_waiting:
+            run.answer()
+        elif not run.guess(window):
+            break
+    else:
+        raise AssertionError("it never ends")
+    wanted = missing if sweep else {page for pages in recorded for page in range(pages.start, pages.end)} & missing
+    assert wanted <= set(run.guessed) | run.demanded
+    assert not wanted & run.sink.missing
+    assert len(run.guessed) == len(set(run.guessed)), "a page was asked for twice"

@@ -15,7 +15,7 @@ from trio.testing import MockClock
 from lazymem.errors import DeadlineError, ServerRefusedError, ServerUnreachableError, StoreError, VerificationError
 from lazymem.fetch.inflight import Demand, Want
 from lazymem.fetch.plan import Budget
-from lazymem.fetch.prefetch import SweepPrefetcher
+from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.requests import FetchRequest
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
@@ -155,7 +155,7 @@ async def test_full_disk_harms_no_reader_and_stops_the_guesses(
 ) -> None:
     sink.maybe_error = StoreError("no space left")
     scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
     )
     await settle()
     for page in (1, 1, 2):
@@ -338,7 +338,7 @@ async def test_wrong_guess_reaches_nobody_and_the_sweep_ends(
 ) -> None:
     network.peer = flipping = FlippingPeer(peer, page=100, flips=1_000_000)
     scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
     )
     await trio.sleep(60)
     assert not scheduler.statistics().prefetching
@@ -355,7 +355,7 @@ async def test_prefetch_all_brings_everything_once_and_stops(
     autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
 ) -> None:
     scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
     )
     await trio.sleep(60)
     assert sorted(asked_pages(peer)) == list(range(RAM_PAGES))
@@ -389,7 +389,7 @@ async def test_demand_waits_for_no_guess_when_the_background_lane_is_saturated(
 
     peer.answers = demand_only
     scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=SweepPrefetcher(sink.next_missing, RAM_PAGES)
+        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
     )
     await settle()
     guessed = set(asked_pages(peer))

@@ -15,7 +15,7 @@ from lazymem_server.app import Serving, serve
 
 from lazymem.errors import ServerRefusedError
 from lazymem.fetch.client import Client, connect
-from lazymem.fetch.prefetch import SweepPrefetcher
+from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.settings import LinkSettings, parse_server
@@ -53,7 +53,7 @@ async def stack(snapshot: BuiltSnapshot, address: str, cache: Path, prefetch: bo
         origin = origin_of(snapshot)
         folder, state = open_cache(cache, origin), open_private_state(cache, origin)
         pristine = PristinePages(origin, folder, upper, state.written)
-        guesses = SweepPrefetcher(pristine.next_missing, PAGES) if prefetch else None
+        guesses = prepager(pristine.next_missing, PAGES) if prefetch else None
         scheduler = Scheduler(client, pristine, nursery, prefetcher=guesses)
         ram = GuestRam(pristine, state, scheduler)
         yield Stack(client, scheduler, ram, pristine)
