@@ -1,8 +1,8 @@
 """Guesses around the guest's latest faults, wider while faults stay near each other, narrower while they do not. Pure.
 
 Source: the "bubbling" of Hines and Gopalan, "Post-copy based live virtual machine migration using adaptive pre-paging
-and dynamic self-ballooning", VEE 2009: pages around the latest faults first, from the fault outwards. Theirs grows until
-the next fault; ours ends where it stops paying, since a sweep, or a link that somebody pays for, comes after it.
+and dynamic self-ballooning", VEE 2009: pages around the latest faults first, from the fault outwards. Theirs grows
+until the next fault; ours ends where it stops paying, since a sweep, or a link that somebody pays for, comes after it.
 
 What a guess was worth cannot be seen (pages that are here no longer fault), but its need can: while faults go on in or
 beside where faults have been, the guest reads on faster than we guess.
