@@ -25,6 +25,7 @@ from lazymem.fs import mountinfo, session, tuning
 from lazymem.fs.channel import Channel
 from lazymem.fs.lifetime import Lifetime
 from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
+from lazymem.fs.pagecache import PageCache
 from lazymem.fs.session import MountOptions
 from lazymem.fs.tree import MANIFEST_INODE, Tree
 from lazymem.settings import MountSettings, Prefetch
@@ -87,6 +88,14 @@ async def _serve(
     )
     ram = GuestRam(pristine, state, scheduler)
     opened.push_async_callback(_close, ram)
+    page_cache = None
+    if settings.prefetch is not Prefetch.NONE:
+        page_cache = PageCache(
+            pristine,
+            everything=settings.prefetch is Prefetch.ALL,
+            demands_wait=lambda: scheduler.demands_wait,
+            fetching=lambda: scheduler.fetching,
+        )
     try:
         status = MountStatus(
             settings,
@@ -94,8 +103,9 @@ async def _serve(
             scheduler,
             ram,
             lambda: coarse_map(origin.pages, pristine.held_at, pristine.given_at, state.written.states_at),
+            page_cache,
         )
-        await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready)
+        await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready, page_cache)
     finally:
         with trio.CancelScope(shield=True):
             await scheduler.wait_kept()
@@ -165,6 +175,7 @@ async def _mount_and_serve(
     options: MountOptions,
     status: MountStatus,
     ready: Ready,
+    maybe_page_cache: PageCache | None,
 ) -> None:
     path = str(settings.mountpoint)
     tree = Tree(
@@ -183,7 +194,9 @@ async def _mount_and_serve(
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
         async with _mounted(path, str(settings.server), options) as (descriptor, mounted):
-            channel = Channel(descriptor, tree, ram, scheduler)
+            channel = Channel(
+                descriptor, tree, ram, scheduler, maybe_page_cache.takes if maybe_page_cache is not None else None
+            )
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)
             operations = Operations(
                 tree, ram, files.read, xattrs, mounted_ns=time.time_ns(), on_release=lifetime.released
@@ -191,6 +204,8 @@ async def _mount_and_serve(
             session.attach(operations, channel.take_library_end())
             notices = manifest.resume_notices if manifest else ()
             nursery.start_soon(_announce, path, mounted, ready, notices)
+            if maybe_page_cache is not None:
+                nursery.start_soon(maybe_page_cache.run, mounted, wish)
             await lifetime.serve()
             session.detach()
             channel.close()

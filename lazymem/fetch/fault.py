@@ -16,11 +16,11 @@ Done = Callable[[list[PageRun] | LazymemError], None]
 
 
 class Fault(Want):
-    """`done` is called once, with the pages or the error. Times in seconds, of `perf_counter` and of trio's clock."""
+    """`done` is called once, with the pages or the error. `started_at`: seconds, of `perf_counter`."""
 
-    __slots__ = ("done", "sent_at", "started_at")
+    __slots__ = ("done", "started_at")
 
-    def __init__(self, pages: PageRange, done: Done, started_at: float, sent_at: float) -> None:
+    def __init__(self, pages: PageRange, done: Done, started_at: float) -> None:
         self.pages = pages
         self.background = False
         self.state = State.SENT
@@ -30,4 +30,3 @@ class Fault(Want):
         self.runs = ()
         self.done = done
         self.started_at = started_at
-        self.sent_at = sent_at

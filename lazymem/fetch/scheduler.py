@@ -115,10 +115,10 @@ class Scheduler:
             return False
         if table.unkept_pages >= self._budget.max_unkept_pages:
             return False
-        fault = Fault(pages, done, perf_counter(), trio.current_time())
+        fault = Fault(pages, done, perf_counter())
         self._faults += 1
         self._demand_flights += 1
-        self._demanded_at = fault.sent_at
+        self._demanded_at = fault.started_at
         table.enter_sent(fault)
         self._starter.start_lone(
             pages,
@@ -139,10 +139,11 @@ class Scheduler:
         except LazymemError as error:
             self._fault_answered(fault, error)
             return
-        self._waits.add(perf_counter() - fault.started_at)
         fault.done([run])
+        elapsed = perf_counter() - fault.started_at
+        self._waits.add(elapsed)
+        self._note_demand(fault.pages.count, elapsed)
         self._demand_flights -= 1
-        self._note_demand(fault.pages.count, trio.current_time() - fault.sent_at)
         self._table.arrived(fault, fetched.runs)
         self._keeper.put((fault,), fetched)
         if self._table.has_waiting:
@@ -224,7 +225,7 @@ class Scheduler:
             self._flights[want] = flight
         if not background:
             self._demand_flights += 1
-            self._demanded_at = flight.sent_at
+            self._demanded_at = perf_counter()
 
         def on_done(answer: Fetched | LazymemError) -> None:
             self._answered(flight, answer)
@@ -300,7 +301,7 @@ class Scheduler:
                 elapsed,
                 min(self._best_answer, self._starter.best_round_trip_seconds),
                 now,
-                now - self._demanded_at < DEMANDED_SECONDS,
+                perf_counter() - self._demanded_at < DEMANDED_SECONDS,
             )
         else:
             self._note_demand(pages, elapsed)
@@ -380,6 +381,18 @@ class Scheduler:
                 return
             self._send(wants, background=True, maybe_asked=maybe_asked)
 
+    # ---- for who must not be in the way
+
+    @property
+    def demands_wait(self) -> bool:
+        """Whether a reader waits for pages that are on their way."""
+        return self._demand_flights > 0 or self._table.has_waiting
+
+    @property
+    def fetching(self) -> bool:
+        """Whether guesses are on their way."""
+        return self._table.background_in_flight_pages > 0
+
     # ---- for people
 
     async def wait_kept(self) -> None:
@@ -391,6 +404,7 @@ class Scheduler:
         link = getattr(self._source, "statistics", None)
         return FetchStatistics(
             demand_faults=self._faults,
+            wait_octaves=self._waits.octaves(),
             wait_p50_seconds=self._waits.quantile(0.5),
             wait_p99_seconds=self._waits.quantile(0.99),
             demand_pages=self._demand_pages,

@@ -49,7 +49,8 @@ class Session:
         self._counters = counters
         self._unsent: deque[bytes | memoryview] = deque()
         self._something_unsent = trio.Event()
-        self._last_received = trio.current_time()
+        self._last_received = trio.current_time()  # or a little later: `_watch` looks whether it was `_heard`
+        self._heard = False
         self._ping_id = 0
         self._ping_sent_at: float | None = None
         self._cause: LazymemError | None = None
@@ -177,7 +178,7 @@ class Session:
 
     def _note_received(self, data: bytes) -> None:
         self._counters.wire_received_bytes += len(data)
-        self._last_received = trio.current_time()
+        self._heard = True
 
     def _handle_all(self, on_message: Callable[[Message], None]) -> None:
         next_event = self._connection.next_event
@@ -222,7 +223,7 @@ class Session:
         link = self._link
         while True:
             await trio.sleep_until(self._last_received + link.ping_interval_seconds)
-            if trio.current_time() < self._last_received + link.ping_interval_seconds:
+            if self._was_heard():
                 continue
             asked_at = trio.current_time()
             if self._ping_sent_at is None:
@@ -230,10 +231,18 @@ class Session:
                 self._ping_sent_at = asked_at
                 self.send(Ping(self._ping_id))
             await trio.sleep_until(asked_at + link.ping_timeout_seconds)
-            if self._last_received < asked_at:
+            if not self._was_heard() and self._last_received < asked_at:
                 raise ServerUnreachableError(
                     f"the server was silent for {trio.current_time() - self._last_received:.1f} s"
                 )
+
+    def _was_heard(self) -> bool:
+        """Whether anything came since this was last asked; that then counts as received now."""
+        if not self._heard:
+            return False
+        self._heard = False
+        self._last_received = trio.current_time()
+        return True
 
 
 async def open_session(transport: Transport, name: str, link: LinkSettings, counters: LinkCounters) -> Session:

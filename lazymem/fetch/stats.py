@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _BUCKETS_PER_OCTAVE = 4
@@ -36,6 +37,17 @@ class WaitHistogram:
             if rank <= 0:
                 return float(2 ** ((bucket + 1) / _BUCKETS_PER_OCTAVE) * 1e-6)
         raise AssertionError("buckets and total disagree")
+
+    def octaves(self) -> list[tuple[float, int]]:
+        """(upper edge in seconds, waits up to it and above the edge before), from the shortest wait to the longest."""
+        step = _BUCKETS_PER_OCTAVE
+        counts = [sum(self._counts[first : first + step]) for first in range(0, _BUCKETS, step)]
+        found = [(2 ** (octave + 1) * 1e-6, count) for octave, count in enumerate(counts)]
+        while found and not found[-1][1]:
+            found.pop()
+        while found and not found[0][1]:
+            found.pop(0)
+        return found
 
 
 @dataclass(slots=True)
@@ -80,3 +92,5 @@ class FetchStatistics:
     failures: int
     prefetching: bool
     link: LinkStatistics | None = None
+    wait_octaves: Sequence[tuple[float, int]] = ()
+    """Histogram of waits: upper edge in seconds, and how many; edges double."""

@@ -18,6 +18,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import select
 import socket
 from collections.abc import Callable
@@ -33,12 +34,17 @@ from lazymem.fs.tree import RAM_INODE, Tree
 
 log = logging.getLogger(__name__)
 
-TURN_SECONDS = 0.001
+TURN_SECONDS = 0.004
 """So long a burst is served before other tasks get a turn."""
 
 MAX_LINGER_SECONDS = 0.0002
 MIN_LINGER_SECONDS = 0.00001
-"""How long the next request is waited for on the processor: doubled when it came, halved when it did not."""
+"""How long the next request is waited for on the processor: halved each time it did not come, and all of it again when
+one came that would have been worth it."""
+
+CROWDED_SECONDS = 0.05
+"""Who waits on the processor while others want it is put behind them when it has something to do. So after the kernel
+took the processor from us, nothing is waited for on it for so long."""
 
 NEAR_SECONDS = 0.0004
 """Where an answer has come so fast, answers are waited for on the processor, for `MAX_LINGER_SECONDS`."""
@@ -47,6 +53,9 @@ SEEN_AGAIN_SECONDS = 1.0
 """A reader may be killed after it was merely interrupted, and the kernel does not tell of that: look this often."""
 
 Answer = Callable[[bytes | LazymemError | None], None]
+
+Taken = Callable[[int, int, int], bool]
+"""Told of each READ's thread, offset and size; True: the kernel sent it for us, no guest touched anything."""
 
 
 class RamFile(Protocol):
@@ -85,10 +94,11 @@ class Channel:
     `close` lets go of our end of the socket pair.
     """
 
-    def __init__(self, descriptor: int, tree: Tree, ram: RamFile, link: Link) -> None:
+    def __init__(self, descriptor: int, tree: Tree, ram: RamFile, link: Link, maybe_taken: Taken | None = None) -> None:
         os.set_blocking(descriptor, False)  # a request may be taken back between poll and read
         self._fd = descriptor
         self._ram = ram
+        self._maybe_taken = maybe_taken
         self._ram_bytes = tree.ram.size
         self._writable = bool(tree.ram.mode & 0o222)
         self._link = link
@@ -103,6 +113,8 @@ class Channel:
         self._interrupted: set[int] = set()
         self._linger = MIN_LINGER_SECONDS
         self._answered_at = 0.0
+        self._taken = 0  # how often the kernel took the processor from this thread
+        self._crowded_until = 0.0
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
         self._nursery: trio.Nursery | None = None
@@ -136,11 +148,14 @@ class Channel:
         begun = perf_counter()
         turn_ends = begun + TURN_SECONDS
         if begun - self._answered_at < MAX_LINGER_SECONDS:  # it would have paid to wait
-            self._linger = min(2 * self._linger, MAX_LINGER_SECONDS)
+            self._linger = MAX_LINGER_SECONDS
         self._watch_link()
         poll, fd = self._poll.poll, self._fd
-        near = self._link.best_answer_seconds < NEAR_SECONDS
-        linger_ends = begun + self._linger
+        if self._is_crowded(begun):
+            near, linger_ends = False, 0.0
+        else:
+            near = self._link.best_answer_seconds < NEAR_SECONDS
+            linger_ends = begun + self._linger
         while True:
             found = poll(0)
             now = perf_counter()
@@ -153,10 +168,18 @@ class Channel:
             if found:
                 if now > turn_ends or self._over:
                     return
-                linger_ends = now + (MAX_LINGER_SECONDS if near and self._open else self._linger)
+                if linger_ends:
+                    linger_ends = now + (MAX_LINGER_SECONDS if near and self._open else self._linger)
             elif now > linger_ends:
                 self._linger = max(self._linger / 2, MIN_LINGER_SECONDS)
                 return
+
+    def _is_crowded(self, now: float) -> bool:
+        taken = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+        if taken != self._taken:
+            self._taken = taken
+            self._crowded_until = now + CROWDED_SECONDS
+        return now < self._crowded_until
 
     def _watch_link(self) -> None:
         link_fd = self._link.fileno()
@@ -193,6 +216,8 @@ class Channel:
         if size <= 0:
             self._answer_read(unique, b"")
             return
+        if self._maybe_taken is not None:
+            self._maybe_taken(thread, offset, size)
         try:
             self._open[unique] = thread
 

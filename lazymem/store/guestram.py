@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from lazymem.errors import LazymemError, StoreError, TemplateWriteError, VerificationError
-from lazymem.pages import PAGE_SIZE, PageRange, PageRun, covering, runs
+from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, PageRange, PageRun, covering, runs
 from lazymem.store.fulldisk import is_full
 from lazymem.store.pagemap import SET
 from lazymem.store.pristine import PristinePages
@@ -103,9 +103,10 @@ class GuestRam:
         """`length` bytes from byte `offset` on, if all of them are at hand. True: they are one run of missing pages and
         were demanded; `done` is called once, later, with the bytes, or the error, or None where `read` must be asked.
         False: nothing was begun, and only `read` can tell. `offset + length` lies inside the RAM."""
-        pages = covering(offset, length)
-        if pages.length_bytes != length:
+        start, count = offset >> PAGE_SHIFT, length >> PAGE_SHIFT
+        if count << PAGE_SHIFT != length or start << PAGE_SHIFT != offset:
             return False
+        pages = PageRange(start, count)
         if self._state is None or self._state.written.all_unset(pages):
             if self._pristine.none_held(pages):
                 return self._start_missing(pages, done)

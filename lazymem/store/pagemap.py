@@ -66,8 +66,14 @@ class PageMap:
         """One byte a page of `pages`."""
         return self._map[pages.start : pages.end]
 
+    def states_at(self, pages: range) -> bytes:
+        """One byte for each page number of `pages`."""
+        return self._map[pages.start : pages.stop : pages.step]
+
     def all_unset(self, pages: PageRange) -> bool:
-        return not any(self.states(pages))
+        if pages.count == 1:
+            return not self._map[pages.start]
+        return not self._map[pages.start : pages.end].strip(b"\0")
 
     def set(self, pages: PageRange, state: int) -> None:
         """Give all of `pages` one state. Only after their bytes are where the state says.

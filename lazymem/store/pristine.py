@@ -34,6 +34,9 @@ from lazymem.store.verify import HashedVerifier, UnhashedVerifier, Verifier, is_
 MARK_PAGES = 1 << 20
 """1 MiB of the map at a time, of what may be 16 MiB for 64 GiB of zeros."""
 
+RUNS_A_TURN = 32
+"""Kept between two looks at what else there is to do: a third of a millisecond, which a fault may have to wait."""
+
 COPIES_A_TURN = 32
 """Equal pages that are read and verified before others get a turn: a third of a millisecond."""
 
@@ -42,6 +45,7 @@ MAX_GIVEN_EARLY = 1024
 
 
 _HELD = bytes((SET, SET_ZERO))
+_FILL_STATES = bytes({UNSET: 2, SET: 1}.get(state, 0) for state in range(256))
 _WITH_DATA = bytes(state == SET for state in range(256))
 
 
@@ -128,25 +132,33 @@ class PristinePages:
         """
         pieces: list[tuple[int, bytes | memoryview]] = []
         marks: list[tuple[PageRange, int]] = []
-        for run in fetched.runs:
+        for count, run in enumerate(fetched.runs, 1):
             for part, data in _split_zeros(run, self._verifier.digests_of(run.pages)):
                 marks.append((part, SET if data is not None else SET_ZERO))
                 if data is not None:
                     pieces.append((part.offset_bytes, data))
+            if count % RUNS_A_TURN == 0:
+                await trio.lowlevel.checkpoint()
         leaves = self._verifier.store(fetched)
         for first, digests in leaves:
             self._mark_zeros(zero_runs(first, digests))
         if pieces:
             await self._cache.pages.write_many(pieces)
+        for at in range(0, len(marks), RUNS_A_TURN):
+            self._hold(marks[at : at + RUNS_A_TURN])
+            await trio.lowlevel.checkpoint()
+        if self._maybe_equal is not None:
+            for first, digests in leaves:
+                await self._copy_equal(self._maybe_equal, first, digests)
+        if self._given_early:
+            self._let_go_of_kept()
+
+    def _hold(self, marks: list[tuple[PageRange, int]]) -> None:
         self._cache.held.set_many(marks)
         if self._maybe_equal is not None:
             for part, state in marks:
                 if state == SET:
                     self._maybe_equal.note(part, self._verifier.digests_of(part))
-            for first, digests in leaves:
-                await self._copy_equal(self._maybe_equal, first, digests)
-        if self._given_early:
-            self._let_go_of_kept()
 
     def maybe_read_nowait(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
@@ -178,6 +190,25 @@ class PristinePages:
             self._dropped_pages += pages.count
             return bytes(pages.length_bytes), [pages]
         return data, self._drop_wrong(pages, data)
+
+    def held_at(self, pages: range) -> bytes:
+        """One byte for each page number of `pages`, 0: it is missing."""
+        return self._cache.held.states_at(pages)
+
+    def given_at(self, pages: range) -> bytes:
+        """One byte for each page number of `pages`, 0: the guest's kernel never asked for it."""
+        return self._given[pages.start : pages.stop : pages.step]
+
+    def fill_states(self, pages: PageRange) -> bytes:
+        """One byte a page, for who fills the guest's kernel ahead of it: 1 held, with data; 2 missing; 0 there is nothing
+        to fill, since it is zero, the guest wrote it, or its kernel has had it."""
+        states = self._cache.held.states(pages).translate(_FILL_STATES)
+        if not states.strip(b"\0"):
+            return states
+        done = int.from_bytes(self._given[pages.start : pages.end], "little")
+        if self._written is not None:
+            done |= int.from_bytes(self._written.states(pages), "little")
+        return (int.from_bytes(states, "little") & ~(3 * done)).to_bytes(pages.count, "little")
 
     def given(self, pages: PageRange) -> None:
         """The guest's kernel has got `pages`, from here or on their way here."""

@@ -66,6 +66,9 @@ RECEIVE_BYTES = 16 * 1024
 BULK_BYTES = 64 * 1024
 """Unsent answers of this size are sent in turn with the other sessions' ones."""
 
+LONE_PATIENCE_MS = 1000
+"""So long a session that answers faults only may not look at its clock."""
+
 REMEMBERED_DEMANDS = 1024
 """Whoever demands again what it had so few demands ago did not like what it got."""
 
@@ -133,6 +136,7 @@ class Session:
         self._reader: SnapshotReader | None = None
         self._lone_pages = limits.demand_frame_pages
         self._buffer = memoryview(bytearray(self._lone_pages * PAGE_SIZE))
+        self._heard = False
         self._unhandled = False  # messages may stand in the connection's buffer
         now = time.monotonic()
         self._ask_at = now + limits.handshake_seconds
@@ -179,6 +183,8 @@ class Session:
             self._poll.register(self._fd, select.POLLIN)
             self._interest = select.POLLIN
             while True:
+                if self._reader is not None and self._is_quiet():
+                    self._answer_faults()
                 self._turn()
         except SessionEnd as end:
             reason = str(end)
@@ -190,6 +196,35 @@ class Session:
             log.info("%s: %s", self._peer, reason)
             wait(self._at_disk.values())
         return farewell
+
+    def _is_quiet(self) -> bool:
+        """Nothing is open, unsent or said by other threads."""
+        if self._woken or self._unhandled or self._leaving or self._cold or self._stuck_at is not None:
+            return False
+        return not self._queue and not self._output.unsent_bytes and self._interest == select.POLLIN
+
+    def _answer_faults(self) -> None:
+        """A guest's faults come one after the other: as long as there is nothing else, wait, read, answer, no more.
+
+        Returns when a request takes the common way (it is then in the connection's buffer, or handled), when something
+        else is to be looked at, and when nothing comes for as long as the clock may go unseen.
+        """
+        wait, fd, asked = self._poll.poll, self._fd, [(self._fd, select.POLLIN)]
+        while wait(LONE_PATIENCE_MS) == asked:
+            try:
+                data = os.read(fd, RECEIVE_BYTES)
+            except BlockingIOError:
+                return
+            self._heard = True
+            if not self._answer_lone(data):
+                self._connection.receive_data(data)
+                self._handle_all()
+                break
+            if self._output.unsent_bytes:
+                break
+        if self._heard:
+            self._heard = self._asked = False
+            self._ask_at = time.monotonic() + self._limits.idle_seconds
 
     def _turn(self) -> None:
         """Wait for something to do, and do a bounded part of it."""
