@@ -4,28 +4,49 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 
 from msgspec import structs
 
 from lazymem.fetch.client import Client
 from lazymem.fetch.scheduler import Scheduler
+from lazymem.fs.pagecache import PageCache
 from lazymem.settings import MountSettings
+from lazymem.store.coarsemap import CoarseMap
 from lazymem.store.guestram import GuestRam
+
+MAP_XATTR = b"user.lazymem.map"
+"""Apart from the rest: it costs a millisecond or two of the loop that serves the guest's faults."""
 
 
 class MountStatus:
     """Reads the parts' statistics when asked; costs nothing in between."""
 
-    def __init__(self, settings: MountSettings, client: Client, scheduler: Scheduler, ram: GuestRam) -> None:
+    def __init__(
+        self,
+        settings: MountSettings,
+        client: Client,
+        scheduler: Scheduler,
+        ram: GuestRam,
+        look: Callable[[], CoarseMap],
+        maybe_page_cache: PageCache | None = None,
+    ) -> None:
         self._settings = settings
         self._client = client
         self._scheduler = scheduler
         self._ram = ram
+        self._maybe_page_cache = maybe_page_cache
+        self._look = look
 
     def to_json(self) -> bytes:
         """The whole record: names, pages, waits in seconds, bytes on the wire, connection."""
         store, fetch, link = self._ram.statistics(), self._scheduler.statistics(), self._client.statistics()
+        maybe_fill = self._maybe_page_cache.statistics() if self._maybe_page_cache is not None else None
+        if maybe_fill is not None:  # a guest's READs are counted apart from those that the kernel sent for us
+            guests = store.reads - maybe_fill.reads
+            at_hand = max(store.reads_at_hand - maybe_fill.reads, 0)
+            store = structs.replace(store, reads=guests, reads_at_hand=min(at_hand, guests))
         return json.dumps(
             {
                 "pid": os.getpid(),
@@ -50,11 +71,16 @@ class MountStatus:
                 "connection": link.connection,
                 "connected": link.connected,
                 "reconnects": link.reconnects,
+                "fill": structs.asdict(maybe_fill) if maybe_fill is not None else None,
                 "store": structs.asdict(store),
                 "fetch": asdict(fetch),
                 "link": asdict(link),
             }
         ).encode()
+
+    def map_to_json(self) -> bytes:
+        """The RAM in cells (`CoarseMap`)."""
+        return json.dumps(structs.asdict(self._look())).encode()
 
     def run_to_json(self) -> bytes:
         """What an emulator must know before it believes a vmstate (rule 6)."""

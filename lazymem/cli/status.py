@@ -18,11 +18,12 @@ from lazymem.pages import PAGE_SIZE
 
 PROGRAM = "lazymem status"
 ATTRIBUTE = "user.lazymem.status"
+MAP_ATTRIBUTE = "user.lazymem.map"
 
 _EPILOG = """examples:
   lazymem status /mnt/ram
   lazymem status /mnt/ram --json | jq .pages_held
-  watch lazymem status /mnt/ram
+  lazymem status /mnt/ram --watch       live, until ctrl-C or the mount's end
 """
 
 
@@ -35,22 +36,25 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--json", action="store_true", help="print one JSON object")
+    way.add_argument("--watch", action="store_true", help="a live view: map of the RAM, rates, waiting times")
     found = parser.parse_args(arguments)
     try:
-        status = read_status(found.mountpoint)
+        if found.watch:
+            from lazymem.cli.watch import watch
+
+            return watch(lambda: read_status(found.mountpoint, with_map=True))
+        status = read_status(found.mountpoint, with_map=found.json)
     except LazymemError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return error.exit_code
-    if found.json:
-        print(json.dumps(status, indent=2))
-    else:
-        _print_table(status)
+    print(json.dumps(status, indent=2) if found.json else as_table(describe(status)))
     return 0
 
 
-def read_status(mountpoint: str) -> dict[str, Any]:
-    """The daemon's record.
+def read_status(mountpoint: str, *, with_map: bool = False) -> dict[str, Any]:
+    """The daemon's record; its "map" (see `lazymem.store.coarsemap`) costs the mount a millisecond or two.
 
     Raises:
         MountError: no lazymem mount there, or its daemon does not answer.
@@ -61,20 +65,18 @@ def read_status(mountpoint: str) -> dict[str, Any]:
         raise MountError(f"{path} is not a lazymem mount; 'findmnt -t fuse.lazymem' lists them")
     try:
         status = json.loads(os.getxattr(path, ATTRIBUTE))
+        if with_map:
+            status["map"] = json.loads(os.getxattr(path, MAP_ATTRIBUTE))
     except OSError as error:
         raise MountError(f"the mount on {path} does not answer: {error.strerror}") from error
     assert isinstance(status, dict)
     return status
 
 
-def _print_table(status: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in describe(status):
-        table.add_row(name, value)
-    Console(highlight=False).print(table)
+def as_table(rows: list[tuple[str, str]]) -> str:
+    """A line a row, the values below each other."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def describe(status: dict[str, Any]) -> list[tuple[str, str]]:

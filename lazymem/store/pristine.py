@@ -210,6 +210,14 @@ class PristinePages:
             done |= int.from_bytes(self._written.states(pages), "little")
         return (int.from_bytes(states, "little") & ~(3 * done)).to_bytes(pages.count, "little")
 
+    def held_at(self, pages: range) -> bytes:
+        """One byte for each page number of `pages`, 0: it is missing."""
+        return self._cache.held.states_at(pages)
+
+    def given_at(self, pages: range) -> bytes:
+        """One byte for each page number of `pages`, 0: the guest's kernel never asked for it."""
+        return self._given[pages.start : pages.stop : pages.step]
+
     def given(self, pages: PageRange) -> None:
         """The guest's kernel has got `pages`, from here or on their way here."""
         start, end = pages.start, pages.end

@@ -1,0 +1,84 @@
+"""What the live view says of given records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lazymem.cli.watch import Rates, dominant, headlines, map_text, time_to_go, waits
+
+RECORD: dict[str, Any] = {
+    "mountpoint": "/mnt/ram", "snapshot": "web", "server": "h:1", "connection": "connected",
+    "pages_total": 1000, "pages_held": 250, "pages_written": 3, "pages_in_flight": 16, "pages_demanded": 50,
+    "pages_prefetched": 200, "demand_faults": 40, "wire_received_bytes": 0,
+    "demand_wait_p50_seconds": 0.000250, "demand_wait_p99_seconds": 0.021,
+    "fetch": {"wait_octaves": [[0.000256, 30], [0.000512, 0], [0.032768, 10]]},
+    "map": {"pages_per_cell": 250, "guessed": [0.2, 0.0, 0.0, 0.6], "demanded": [0.8, 0.3, 0.0, 0.0],
+            "written": [0.0, 0.1, 1.0, 0.4]},
+}  # fmt: skip
+
+
+def _later(**changes: int) -> Rates:
+    """Two seconds from RECORD to RECORD with `changes`."""
+    rates = Rates()
+    rates.add(10.0, RECORD)
+    rates.add(12.0, RECORD | changes)
+    return rates
+
+
+def test_time_to_go() -> None:
+    assert time_to_go(RECORD, Rates()) == "to go: not known"
+    assert time_to_go(RECORD, _later()) == "to go: not known"
+    assert time_to_go(RECORD | {"pages_held": 300}, _later(pages_held=300)) == "to go: 0:00:28"
+    assert time_to_go(RECORD | {"pages_held": 1000}, _later()) == "all is here"
+
+
+def test_pages_that_were_dropped_are_no_progress() -> None:
+    assert time_to_go(RECORD, _later(pages_held=200)) == "to go: not known"
+
+
+def test_rates_forget_what_is_long_ago() -> None:
+    rates = _later(pages_held=1000)
+    for second in range(13, 30):
+        rates.add(float(second), RECORD | {"pages_held": 1000})
+    assert rates.per_second("pages_held") == 0.0
+
+
+def test_the_map_has_a_letter_for_what_most_of_a_cell_is() -> None:
+    letters, _, legend = map_text(RECORD["map"]).plain.partition("\n")
+    assert letters == "+.#o"
+    for name in ("written", "demanded", "guessed", "missing", "1000.0 KiB a letter"):
+        assert name in legend
+
+
+@pytest.mark.parametrize(
+    ("shares", "kind"),
+    [
+        ({"written": 0.0, "demanded": 0.0, "guessed": 0.0}, "missing"),
+        ({"written": 0.1, "demanded": 0.2, "guessed": 0.19}, "missing"),
+        ({"written": 0.1, "demanded": 0.2, "guessed": 0.2}, "demanded"),
+        ({"written": 1.0, "demanded": 0.0, "guessed": 0.0}, "written"),
+    ],
+)
+def test_dominant(shares: dict[str, float], kind: str) -> None:
+    assert dominant(shares)[0] == kind
+
+
+def test_a_wide_map_is_broken_into_lines() -> None:
+    cells = {"pages_per_cell": 1, **{name: [1.0] * 130 for name in ("guessed", "demanded", "written")}}
+    assert [len(line) for line in map_text(cells).plain.splitlines()[:-1]] == [64, 64, 2]
+
+
+def test_the_histogram_has_a_bar_for_the_least_count() -> None:
+    first, *bars = waits(RECORD)
+    assert "p50 250 us, p99 21 ms" in first
+    assert [bar.count("=") for bar in bars] == [40, 0, 14]
+    assert bars[0].startswith("up to  256 us")
+    assert waits(RECORD | {"fetch": {"wait_octaves": []}}) == ["no demand fault has waited"]
+
+
+def test_headlines() -> None:
+    text = "\n".join(headlines(RECORD, _later(wire_received_bytes=4 << 20, demand_faults=80)))
+    for part in ("/mnt/ram", "held  25.0% of 3.9 MiB", "wire 2.0 MiB/s", "faults 20/s", "guessed 200"):
+        assert part in text
