@@ -1,4 +1,4 @@
-"""System calls that Python's library lacks: mount(2), umount2(2), prctl(2)."""
+"""System calls that Python's library lacks: mount(2), umount2(2), prctl(2), open_tree(2)."""
 
 from __future__ import annotations
 
@@ -17,3 +17,16 @@ def system_call(name: str, *arguments: bytes | int | ctypes.c_ulong) -> None:
     if getattr(_libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def descriptor_call(number: int, *arguments: bytes | int) -> int:
+    """Make system call `number`, which libc may not know by name and which returns a descriptor.
+
+    Raises:
+        OSError: with the call's errno.
+    """
+    descriptor = int(_libc.syscall(ctypes.c_long(number), *arguments))
+    if descriptor < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return descriptor

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 ROOT_INODE = 1
 RAM_INODE = 2
+RAM_NAME = "pc.ram"
 MANIFEST_INODE = 3
 VMSTATE_INODE = 4
 
@@ -54,7 +55,7 @@ class Tree:
         self._has_writes = has_writes
         read, write = (0o444, 0o222) if others else (0o400, 0o200)
         self.root = Node(ROOT_INODE, b"", stat.S_IFDIR | (0o755 if others else 0o700), 0)
-        self.ram = Node(RAM_INODE, b"pc.ram", stat.S_IFREG | read | (write if writable else 0), ram_bytes)
+        self.ram = Node(RAM_INODE, RAM_NAME.encode(), stat.S_IFREG | read | (write if writable else 0), ram_bytes)
         files = [self.ram]
         if manifest_bytes:
             files.append(Node(MANIFEST_INODE, b"manifest.json", stat.S_IFREG | read, manifest_bytes))

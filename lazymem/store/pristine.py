@@ -200,8 +200,8 @@ class PristinePages:
         return self._given[pages.start : pages.stop : pages.step]
 
     def fill_states(self, pages: PageRange) -> bytes:
-        """One byte a page, for who fills the guest's kernel ahead of it: 1 held, with data; 2 missing; 0 there is nothing
-        to fill, since it is zero, the guest wrote it, or its kernel has had it."""
+        """One byte a page, for who fills the guest's kernel ahead of it: 1 held, with data; 2 missing; 0 nothing to fill,
+        since it is zero, the guest wrote it, or its kernel has had it."""
         states = self._cache.held.states(pages).translate(_FILL_STATES)
         if not states.strip(b"\0"):
             return states
@@ -209,14 +209,6 @@ class PristinePages:
         if self._written is not None:
             done |= int.from_bytes(self._written.states(pages), "little")
         return (int.from_bytes(states, "little") & ~(3 * done)).to_bytes(pages.count, "little")
-
-    def held_at(self, pages: range) -> bytes:
-        """One byte for each page number of `pages`, 0: it is missing."""
-        return self._cache.held.states_at(pages)
-
-    def given_at(self, pages: range) -> bytes:
-        """One byte for each page number of `pages`, 0: the guest's kernel never asked for it."""
-        return self._given[pages.start : pages.stop : pages.step]
 
     def given(self, pages: PageRange) -> None:
         """The guest's kernel has got `pages`, from here or on their way here."""

@@ -1,0 +1,66 @@
+"""The mount's own RAM file, opened by its daemon so that an unmount succeeds all the same.
+
+An ordinary descriptor makes `umount` fail with EBUSY. This one lies on a private copy of the mount (open_tree(2), Linux
+5.2, CAP_SYS_ADMIN), which no mount table shows. The copy keeps the file system alive, and with it the unflushed rest of
+an unmount: so whoever has it open looks often whether the mount is still there, and closes it when not. Blocking, and
+answered by the daemon itself: never on its event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+
+from lazymem.fs import mountinfo
+from lazymem.fs.syscalls import descriptor_call
+from lazymem.fs.tree import RAM_INODE, RAM_NAME
+
+_SYS_OPEN_TREE = 428
+"""The same on every architecture; libc has a name for it only since glibc 2.36."""
+
+_AT_FDCWD = -100
+_OPEN_TREE_CLONE = 1
+
+
+class OwnFile:
+    """pc.ram of the mount `mounted`, read-only."""
+
+    def __init__(self, mounted: mountinfo.Mount) -> None:
+        """Raises OSError: not permitted, too old a kernel, or the mount is gone."""
+        self._mounted = mounted
+        self._mounts = open("/proc/self/mountinfo", "rb")  # noqa: SIM115  # open until `close`
+        self._changes = select.poll()
+        self._changes.register(self._mounts, select.POLLPRI)
+        self._tree = self._file = -1
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        path = os.fsencode(self._mounted.path)
+        self._tree = descriptor_call(_SYS_OPEN_TREE, _AT_FDCWD, path, _OPEN_TREE_CLONE | os.O_CLOEXEC)
+        self._file = os.open(RAM_NAME, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._tree)
+        found = os.fstat(self._file)
+        if f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}" != self._mounted.device or found.st_ino != RAM_INODE:
+            raise FileNotFoundError(f"{self._mounted.path} is another mount by now")
+
+    def fileno(self) -> int:
+        return self._file
+
+    def is_mounted(self) -> bool:
+        """Whether the mount is still there. A system call, unless some mount came or went. Does not block."""
+        if not self._changes.poll(0):
+            return True
+        return any(mount.mount_id == self._mounted.mount_id for mount in mountinfo.current())
+
+    def close(self) -> None:
+        """After an unmount this is what ends the file system, and waits for its last requests."""
+        for descriptor in (self._file, self._tree):
+            if descriptor >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        self._file = self._tree = -1
+        self._mounts.close()
