@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 from lazymem.errors import UsageError
@@ -27,7 +28,8 @@ def set_up(program: str, *, in_front: bool, verbose: bool, file: Path | None) ->
         handler.setFormatter(logging.Formatter(f"%(asctime)s {program}[{os.getpid()}]: %(levelname)s: %(message)s"))
     elif in_front:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"{program}: %(message)s"))
+        begin = "\r\x1b[2K" if sys.stderr.isatty() else ""  # over a line of progress
+        handler.setFormatter(logging.Formatter(f"{begin}{program}: %(message)s"))
     elif os.path.exists(SYSLOG_SOCKET):
         from logging.handlers import SysLogHandler  # brings pickle along
 

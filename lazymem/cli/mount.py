@@ -9,6 +9,7 @@ with quick_imports(trio=False):
     import os
     import sys
     from pathlib import Path
+    from typing import TYPE_CHECKING
 
     from lazymem.cli import logs
     from lazymem.cli.background import Announcer, run_in_background
@@ -24,6 +25,9 @@ with quick_imports(trio=False):
         parse_endpoint,
         parse_server,
     )
+
+if TYPE_CHECKING:
+    from lazymem.cli.mountdaemon import Progress
 
 PROGRAM = "lazymem-mount"
 
@@ -143,12 +147,20 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         announcer.ready(notices)
 
     try:
-        trio.run(mountdaemon.run, settings, options, ready)
+        trio.run(mountdaemon.run, settings, options, ready, _maybe_progress(found))
     except BaseExceptionGroup as group:
         raise cause_of(group) from group
     finally:
         lock.release()
     return 0
+
+
+def _maybe_progress(found: argparse.Namespace) -> Progress | None:
+    if not found.foreground or not sys.stderr.isatty():
+        return None
+    from lazymem.cli import frontprogress
+
+    return frontprogress.show
 
 
 def run() -> None:

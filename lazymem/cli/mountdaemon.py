@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
@@ -50,9 +50,12 @@ STATE_WAIT_SECONDS = 30.0
 Ready = Callable[[tuple[str, ...]], None]
 """Called once, when the mount answers, with lines that the user should read."""
 
+Progress = Callable[[Callable[[], bytes]], Awaitable[None]]
+"""A task that gets what makes a status record (JSON), until it is cancelled."""
 
-async def run(settings: MountSettings, options: MountOptions, ready: Ready) -> None:
-    """Serve the mount from start to end; `ready` is called once it answers.
+
+async def run(settings: MountSettings, options: MountOptions, ready: Ready, progress: Progress | None = None) -> None:
+    """Serve the mount from start to end; `ready` is called once it answers. `progress` runs beside it.
 
     Raises:
         LazymemError: it could not be started; nothing is left mounted.
@@ -60,7 +63,7 @@ async def run(settings: MountSettings, options: MountOptions, ready: Ready) -> N
     # The store is around the nursery: closed once no task is left that could use it.
     async with AsyncExitStack() as opened, trio.open_nursery() as nursery:
         client = await connect(nursery, settings.server, settings.link)
-        await _serve(client, settings, options, ready, nursery, opened)
+        await _serve(client, settings, options, ready, progress, nursery, opened)
         nursery.cancel_scope.cancel()
 
 
@@ -69,6 +72,7 @@ async def _serve(
     settings: MountSettings,
     options: MountOptions,
     ready: Ready,
+    progress: Progress | None,
     nursery: trio.Nursery,
     opened: AsyncExitStack,
 ) -> None:
@@ -105,6 +109,8 @@ async def _serve(
             lambda: coarse_map(origin.pages, pristine.held_at, pristine.given_at, state.written.states_at),
             page_cache,
         )
+        if progress is not None:
+            nursery.start_soon(progress, status.to_json)
         await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready, page_cache)
     finally:
         with trio.CancelScope(shield=True):

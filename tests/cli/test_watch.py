@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import trio
 
+from lazymem.cli import frontprogress
 from lazymem.cli.watch import Rates, dominant, headlines, map_text, time_to_go, waits
 
 RECORD: dict[str, Any] = {
@@ -82,3 +85,25 @@ def test_headlines() -> None:
     text = "\n".join(headlines(RECORD, _later(wire_received_bytes=4 << 20, demand_faults=80)))
     for part in ("/mnt/ram", "held  25.0% of 3.9 MiB", "wire 2.0 MiB/s", "faults 20/s", "guessed 200"):
         assert part in text
+
+
+def test_the_line_of_a_mount_in_front_fits_a_terminal() -> None:
+    text = frontprogress.line(RECORD | {"pages_held": 300}, _later(pages_held=300, demand_faults=80))
+    assert text == "held  30.0%  0.1 MB/s  20 faults/s  to go: 0:00:28"
+
+
+async def test_a_mount_in_front_renews_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frontprogress, "INTERVAL_SECONDS", 0.0)
+    written: list[str] = []
+    held = iter((250, 500, 750, 1000))
+
+    def write(text: str) -> None:
+        written.append(text)
+        if len(written) == 4:
+            trio.from_thread.run_sync(scope.cancel)
+
+    with trio.CancelScope() as scope:
+        await frontprogress.show(lambda: json.dumps(RECORD | {"pages_held": next(held)}).encode(), write)
+    assert [text.startswith(frontprogress.RENEW) for text in written] == [True] * 4
+    assert "to go: not known" in written[0]
+    assert "all is here" in written[3]

@@ -21,14 +21,12 @@ from tests.support.snapshots import BuiltSnapshot
 
 
 class Watching:
-    """The live view in a terminal of 100 by 40; `text` is all that it ever wrote."""
+    """A command in a terminal of 100 by 40; `text` is all that it ever wrote."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, words: list[str]) -> None:
         self._master, slave = pty.openpty()
         environ = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-        self.process = subprocess.Popen(
-            command("lazymem.cli.status", path, "--watch"), stdin=slave, stdout=slave, stderr=slave, env=environ
-        )
+        self.process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=environ)
         os.close(slave)
         self._chunks: list[bytes] = []
         self._reader = threading.Thread(target=self._read)
@@ -65,7 +63,7 @@ def mount(mounts: Stage, snapshot: BuiltSnapshot) -> Mounted:
 
 @pytest.fixture
 def watching(mount: Mounted) -> Iterator[Watching]:
-    view = Watching(mount.path)
+    view = Watching(command("lazymem.cli.status", mount.path, "--watch"))
     yield view
     view.close()
 
@@ -123,3 +121,18 @@ def test_without_a_mount_there_is_no_view(tmp_path: Path) -> None:
     assert done.returncode == 13
     assert "is not a lazymem mount" in done.stderr
     assert done.stdout == ""
+
+
+def test_a_mount_in_front_shows_its_progress(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    address, point = mounts.serve(snapshot.folder).address, tmp_path / "front"
+    point.mkdir()
+    front = Watching(command("lazymem.cli.mount", address, point, "--cache", tmp_path / "cache", "-f"))
+    try:
+        front.wait_for("is ready")
+        front.wait_for("all is here")
+        front.process.send_signal(signal.SIGINT)
+        assert front.wait_ended() == 0
+    finally:
+        subprocess.run(["umount", "-l", point], capture_output=True, check=False)
+        front.close()
+    assert "Traceback" not in front.text
