@@ -26,6 +26,7 @@ from lazymem.wire.messages import (
     FetchDigests,
     FetchFlag,
     FileData,
+    FileStored,
     Goodbye,
     Hello,
     Level,
@@ -36,6 +37,7 @@ from lazymem.wire.messages import (
     Pong,
     PublishedFile,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 from lazymem.wire.rules import problem
@@ -61,6 +63,8 @@ FRAME_TYPES: dict[type, FrameType] = {
     Ping: FrameType.PING,
     Pong: FrameType.PONG,
     Goodbye: FrameType.GOODBYE,
+    StoreFile: FrameType.STORE_FILE,
+    FileStored: FrameType.FILE_STORED,
 }
 
 _HEADER_AND_PAGES = struct.Struct(frame.HEADER.format + frame.PAGES.format[1:])
@@ -68,7 +72,7 @@ _HEADER_AND_RANGE = struct.Struct(frame.HEADER.format + frame.RANGE.format[1:])
 _ENCODINGS = {int(encoding): encoding for encoding in Encoding}
 _RAW, _ZERO = int(Encoding.RAW), int(Encoding.ZERO)
 _FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(4)}
-_KNOWN_CAPABILITIES = int(Capability.ZSTD)
+_KNOWN_CAPABILITIES = int(Capability.ZSTD | Capability.LEARN)
 
 
 # ---- out -------------------------------------------------------------------------------------------------------
@@ -218,6 +222,10 @@ def _encode_fetch(message: Fetch) -> bytes:
     return b"".join([pack(pages.start, pages.count) for pages in message.ranges])
 
 
+def _encode_store_file(message: StoreFile) -> bytes:
+    return frame.STORE_FILE.pack(message.file, message.offset, message.total_bytes, 0) + message.data
+
+
 def _encode_text(text: str) -> bytes:
     """Cut at a character's border rather than refused: an error must not fail because it has much to say."""
     return text.encode(errors="replace")[: limits.MAX_TEXT_BYTES].decode(errors="ignore").encode()
@@ -241,6 +249,8 @@ _ENCODERS: dict[type, Callable[[Any], bytes]] = {
     Ping: _nothing,
     Pong: _nothing,
     Goodbye: lambda message: _encode_text(message.reason),
+    StoreFile: _encode_store_file,
+    FileStored: _nothing,
 }
 
 
@@ -350,6 +360,14 @@ def _decode_read_file(flags: int, request_id: int, buffer: Buffer, start: int, e
     return ReadFile(request_id, PublishedFile(number), offset, length)
 
 
+def _decode_store_file(flags: int, request_id: int, buffer: Buffer, start: int, end: int) -> StoreFile:
+    number, offset, total, reserved = frame.STORE_FILE.unpack_from(buffer, start)
+    if reserved:
+        raise ValueError("reserved field is not 0")
+    data = bytes(buffer[start + frame.STORE_FILE.size : end])
+    return StoreFile(request_id, PublishedFile(number), offset, total, data)
+
+
 def _decode_error(flags: int, request_id: int, buffer: Buffer, start: int, end: int) -> Error:
     code, reserved = frame.ERROR.unpack_from(buffer, start)
     if reserved:
@@ -377,4 +395,6 @@ _DECODERS: dict[int, Callable[[int, int, Buffer, int, int], Message]] = {
     FrameType.PING: lambda flags, request_id, *_: Ping(request_id),
     FrameType.PONG: lambda flags, request_id, *_: Pong(request_id),
     FrameType.GOODBYE: lambda flags, request_id, buffer, start, end: Goodbye(_printable(buffer[start:end])),
+    FrameType.STORE_FILE: _decode_store_file,
+    FrameType.FILE_STORED: lambda flags, request_id, *_: FileStored(request_id),
 }

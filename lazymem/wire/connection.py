@@ -33,6 +33,7 @@ from lazymem.wire.messages import (
     Fetch,
     FetchDigests,
     FileData,
+    FileStored,
     Goodbye,
     Hello,
     Message,
@@ -40,6 +41,7 @@ from lazymem.wire.messages import (
     Ping,
     Pong,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 from lazymem.wire.receivebuffer import ReceiveBuffer
@@ -60,8 +62,8 @@ CONNECTION_CLOSED: Final = Signal.CONNECTION_CLOSED
 
 Event = Message | Literal[Signal.NEED_DATA, Signal.CONNECTION_CLOSED]
 
-_ANSWERS = (Pages, Digests, FileData, Cancelled, Error)
-_REQUESTS = (Fetch, FetchDigests, ReadFile)
+_ANSWERS = (Pages, Digests, FileData, FileStored, Cancelled, Error)
+_REQUESTS = (Fetch, FetchDigests, ReadFile, StoreFile)
 
 
 def negotiate(hello: Hello) -> int | None:
@@ -269,9 +271,9 @@ class ServerConnection(Connection):
     def __init__(self) -> None:
         super().__init__(Role.SERVER)
 
-    def capabilities(self, offered: Capability) -> Capability:
-        """Those of a HELLO's capabilities that this side has too."""
-        return offered & Capability.ZSTD
+    def capabilities(self, offered: Capability, *, learns: bool = False) -> Capability:
+        """Those of a HELLO's capabilities that this side has too. `learns`: it takes a working set of the snapshot."""
+        return offered & (Capability.ZSTD | Capability.LEARN if learns else Capability.ZSTD)
 
     def lone_fetch(self, data: bytes) -> tuple[int, int, int, int] | None:
         """Id, flags, first page and count, if `data` is a FETCH of one range, all that was received, and legal now.

@@ -51,6 +51,8 @@ class FrameType(enum.IntEnum):
     PING = 12
     PONG = 13
     GOODBYE = 14
+    STORE_FILE = 15
+    FILE_STORED = 16
 
 
 FINAL = 1
@@ -80,6 +82,9 @@ DIGESTS = struct.Struct("<IIQ")
 
 READ_FILE = struct.Struct("<IIQ")
 """File, length, offset."""
+
+STORE_FILE = struct.Struct("<IIII")
+"""File, offset, bytes in all, reserved (0); data follows."""
 
 ERROR = struct.Struct("<HH")
 """Code, reserved (0); the text follows."""
@@ -125,6 +130,8 @@ RULES: dict[FrameType, Rule] = {
     FrameType.PING: Rule(_BOTH, 0, 0, 0, True),
     FrameType.PONG: Rule(_BOTH, 0, 0, 0, True),
     FrameType.GOODBYE: Rule(_BOTH, 0, limits.MAX_TEXT_BYTES, 0, False),
+    FrameType.STORE_FILE: Rule(_CLIENT, STORE_FILE.size + 1, STORE_FILE.size + limits.MAX_STORE_PIECE_BYTES, 0, True),
+    FrameType.FILE_STORED: Rule(_SERVER, 0, 0, 0, True),
 }
 
 MAX_PAYLOAD_BYTES = max(rule.max_bytes for rule in RULES.values())

@@ -13,6 +13,12 @@ MAX_PAGE_DATA_BYTES = MAX_FRAME_PAGES * PAGE_SIZE
 MAX_FILE_DATA_BYTES = 1 << 20
 """One FILE_DATA frame: as large as the largest PAGES frame, so that the receive buffer has one bound."""
 
+MAX_STORED_BYTES = 1 << 20
+"""A file that a client may have the server keep: what `snapshot.workingset` makes (a test holds the two equal)."""
+
+MAX_STORE_PIECE_BYTES = 12 * 1024 - 16
+"""Of one STORE_FILE, which so is no longer than the longest FETCH: a server's buffers grow for nobody."""
+
 MAX_LEAF_BYTES = LEAF_PAGES * DIGEST_BYTES
 """Page digests of one leaf (1 MiB of RAM): 4 KiB."""
 

@@ -22,6 +22,8 @@ class Capability(enum.IntFlag):
 
     NONE = 0
     ZSTD = 1
+    LEARN = 2
+    """The client can send a working set; from the server: it takes one for this snapshot, which has none."""
 
 
 class FetchFlag(enum.IntFlag):
@@ -64,6 +66,8 @@ class ErrorCode(enum.IntEnum):
     UNSUPPORTED_VERSION = 102
     TOO_MANY_REQUESTS = 103
     NO_SUCH_FILE = 104
+    NOT_WANTED = 105
+    """A file that the server does not take, or not any more."""
     IO_ERROR = 200
     PAGE_CHANGED = 201
     """The published file is not what it was: the page's bytes are refused."""
@@ -78,7 +82,7 @@ class Hello(Struct, frozen=True):
     name: str
     version_min: int = WIRE_VERSION
     version_max: int = WIRE_VERSION
-    capabilities: Capability = Capability.ZSTD
+    capabilities: Capability = Capability.ZSTD | Capability.LEARN
 
 
 class Limits(Struct, frozen=True):
@@ -158,6 +162,23 @@ class FileData(Struct, frozen=True):
     data: bytes
 
 
+class StoreFile(Struct, frozen=True):
+    """A piece of a file that the server is to keep: `data` stands at `offset` of `total_bytes`. Pieces come in order
+    from 0 on; the one that ends the file is answered when the file was found good. Only with `Capability.LEARN`."""
+
+    id: int
+    file: PublishedFile
+    offset: int
+    total_bytes: int
+    data: bytes
+
+
+class FileStored(Struct, frozen=True):
+    """Answers `StoreFile`."""
+
+    id: int
+
+
 class Cancel(Struct, frozen=True):
     """The client no longer waits for request `id`. Frames already on their way still come; the server's last word on
     that id is `Cancelled`, or the ordinary final frame if that was sent first."""
@@ -202,6 +223,8 @@ Message = (
     | Digests
     | ReadFile
     | FileData
+    | StoreFile
+    | FileStored
     | Cancel
     | Cancelled
     | Error

@@ -11,20 +11,23 @@ from lazymem.wire import limits
 from lazymem.wire.messages import (
     Cancel,
     Cancelled,
+    Capability,
     Digests,
     Error,
     Fetch,
     FetchDigests,
     FetchFlag,
     FileData,
+    FileStored,
     Level,
     Pages,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 
-Request = Fetch | FetchDigests | ReadFile
-Answer = Pages | Digests | FileData | Cancelled | Error
+Request = Fetch | FetchDigests | ReadFile | StoreFile
+Answer = Pages | Digests | FileData | FileStored | Cancelled | Error
 
 
 class _OpenFetch:
@@ -119,14 +122,26 @@ class _OpenRead:
         return None
 
 
+class _OpenStore:
+    __slots__ = ("cancelled", "request")
+
+    def __init__(self, request: StoreFile) -> None:
+        self.request = request
+        self.cancelled = False
+
+    def problem(self, answer: Answer) -> str | None:
+        return None if type(answer) is FileStored else f"{type(answer).__name__} for a STORE_FILE"
+
+
 class OpenRequests:
     """Every function returns what is wrong and has noted nothing, or None and has noted the message."""
 
     def __init__(self, welcome: Welcome) -> None:
         self._limits = welcome.limits
         self._hashed = welcome.hashed
+        self._learns = bool(welcome.capabilities & Capability.LEARN)
         self._total_pages = welcome.ram_bytes >> 12
-        self._open: dict[int, _OpenFetch | _OpenDigests | _OpenRead] = {}
+        self._open: dict[int, _OpenFetch | _OpenDigests | _OpenRead | _OpenStore] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -171,6 +186,10 @@ class OpenRequests:
             if not self._hashed or request.first + request.count > leaves:
                 return f"a request for digests that the snapshot does not have ({leaves} leaves)"
             self._open[request.id] = _OpenDigests(request)
+        elif type(request) is StoreFile:
+            if not self._learns:
+                return "a file to be stored, where none is taken"
+            self._open[request.id] = _OpenStore(request)
         else:
             assert isinstance(request, ReadFile)
             self._open[request.id] = _OpenRead(request)
@@ -201,7 +220,7 @@ class OpenRequests:
             wrong = entry.problem(answer)
             if wrong is not None:
                 return wrong
-        if kind is Error or kind is FileData or answer.final:  # type: ignore[union-attr]  # the rest have it
+        if kind is Error or kind is FileData or kind is FileStored or answer.final:  # type: ignore[union-attr]  # the rest have it
             del self._open[answer.id]
         return None
 

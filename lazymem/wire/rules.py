@@ -21,7 +21,9 @@ from lazymem.wire.messages import (
     Level,
     Message,
     Pages,
+    PublishedFile,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 
@@ -127,6 +129,15 @@ def _file_data(message: FileData) -> str | None:
     return None if len(message.data) <= limits.MAX_FILE_DATA_BYTES else f"{len(message.data)} bytes of a file"
 
 
+def _store_file(message: StoreFile) -> str | None:
+    count, total = len(message.data), message.total_bytes
+    if message.file is not PublishedFile.WORKING_SET:
+        return f"a {message.file.name} to be stored"
+    if not 1 <= count <= limits.MAX_STORE_PIECE_BYTES or not message.offset + count <= total <= limits.MAX_STORED_BYTES:
+        return f"a piece of {count} bytes at {message.offset} of {total} to be stored"
+    return None
+
+
 _RULES: dict[type, Callable[[Any], str | None]] = {
     Hello: _hello,
     Welcome: _welcome,
@@ -136,4 +147,5 @@ _RULES: dict[type, Callable[[Any], str | None]] = {
     Digests: _digests,
     ReadFile: _read_file,
     FileData: _file_data,
+    StoreFile: _store_file,
 }

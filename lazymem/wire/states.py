@@ -35,8 +35,15 @@ class Move(enum.Enum):
 
 MoveKey = FrameType | Move
 
-_REQUESTS = {FrameType.FETCH, FrameType.FETCH_DIGESTS, FrameType.READ_FILE}
-_ANSWERS = {FrameType.PAGES, FrameType.DIGESTS, FrameType.FILE_DATA, FrameType.CANCELLED, FrameType.ERROR}
+_REQUESTS = {FrameType.FETCH, FrameType.FETCH_DIGESTS, FrameType.READ_FILE, FrameType.STORE_FILE}
+_ANSWERS = {
+    FrameType.PAGES,
+    FrameType.DIGESTS,
+    FrameType.FILE_DATA,
+    FrameType.FILE_STORED,
+    FrameType.CANCELLED,
+    FrameType.ERROR,
+}
 _ANYTIME = {FrameType.PING, FrameType.PONG}
 
 

@@ -20,6 +20,7 @@ from lazymem.wire.messages import (
     FetchDigests,
     FetchFlag,
     FileData,
+    FileStored,
     Goodbye,
     Hello,
     Level,
@@ -30,6 +31,7 @@ from lazymem.wire.messages import (
     Pong,
     PublishedFile,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 
@@ -62,6 +64,9 @@ SAMPLES: list[tuple[Role, Message]] = [
     (Role.CLIENT, ReadFile(4, PublishedFile.VMSTATE, 100, 200)),
     (Role.SERVER, FileData(4, b"state")),
     (Role.SERVER, FileData(4, b"")),
+    (Role.CLIENT, StoreFile(5, PublishedFile.WORKING_SET, 0, 5, b"first")),
+    (Role.CLIENT, StoreFile(6, PublishedFile.WORKING_SET, 7, 1 << 20, b"x" * limits.MAX_STORE_PIECE_BYTES)),
+    (Role.SERVER, FileStored(5)),
     (Role.CLIENT, Cancel(1)),
     (Role.SERVER, Cancelled(1)),
     (Role.SERVER, Error(1, ErrorCode.PAGE_CHANGED, "page 7 is not what it was")),
@@ -79,7 +84,7 @@ _printable = st.text(st.characters(categories=["L", "N", "P", "S", "Zs"], includ
 )
 _names = st.text(st.characters(categories=["L", "N", "P"], exclude_characters="/"), max_size=60).filter(str.isprintable)
 _texts = _printable.filter(lambda text: len(text.encode()) <= limits.MAX_TEXT_BYTES)
-_capabilities = st.sampled_from([Capability.NONE, Capability.ZSTD])
+_capabilities = st.integers(0, 3).map(Capability)
 _counts = st.integers(1, 2**32 - 1)
 
 
@@ -132,6 +137,14 @@ def _pages(draw: st.DrawFn) -> Pages:
     return Pages(draw(_ids), pages, encoding, data, digests, draw(st.booleans()))
 
 
+@st.composite
+def _store_files(draw: st.DrawFn) -> StoreFile:
+    data = draw(st.binary(min_size=1, max_size=300))
+    offset = draw(st.integers(0, limits.MAX_STORED_BYTES - len(data)))
+    total = draw(st.integers(offset + len(data), limits.MAX_STORED_BYTES))
+    return StoreFile(draw(_ids), PublishedFile.WORKING_SET, offset, total, data)
+
+
 CLIENT_MESSAGES: st.SearchStrategy[Message] = st.one_of(
     _hellos(),
     _fetches(),
@@ -149,6 +162,7 @@ CLIENT_MESSAGES: st.SearchStrategy[Message] = st.one_of(
         st.integers(0, limits.MAX_FILE_OFFSET),
         st.integers(1, limits.MAX_FILE_DATA_BYTES),
     ),
+    _store_files(),
     st.builds(Cancel, _ids),
     st.builds(Ping, _ids),
     st.builds(Pong, _ids),
@@ -167,6 +181,7 @@ SERVER_MESSAGES: st.SearchStrategy[Message] = st.one_of(
         st.booleans(),
     ),
     st.builds(FileData, _ids, st.binary(max_size=300)),
+    st.builds(FileStored, _ids),
     st.builds(Cancelled, _ids),
     st.builds(Error, st.integers(0, 2**64 - 1), st.sampled_from(ErrorCode), _texts),
     st.builds(Ping, _ids),

@@ -32,6 +32,7 @@ from lazymem.wire.messages import (
     Ping,
     PublishedFile,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 from lazymem.wire.receivebuffer import ReceiveBuffer
@@ -164,7 +165,7 @@ def test_what_a_server_has_to_hold_of_a_client_is_small() -> None:
     assert max(rule.max_bytes for rule in RULES.values() if Role.CLIENT in rule.senders) <= 16 * 1024
 
 
-@pytest.mark.parametrize("number", [0, 15, 200, 255])
+@pytest.mark.parametrize("number", [0, 17, 200, 255])
 def test_unknown_frame_types_are_refused(number: int) -> None:
     with pytest.raises(RemoteProtocolError, match=f"unknown frame type {number}"):
         decoded(Role.CLIENT, HEADER.pack(0, number, 0, 0, 0))
@@ -193,6 +194,7 @@ def resized(message: Message, more: bytes = b"", fewer: int = 0) -> bytes:
 
 FETCH = Fetch(1, (PageRange(5, 2), PageRange(9, 3)))
 RAW = Pages(1, PageRange(5, 1), Encoding.RAW, b"x" * PAGE_SIZE)
+STORE = StoreFile(1, PublishedFile.WORKING_SET, 10, 20, b"0123456789")
 DIGESTED = Pages(1, PageRange(5, 2), Encoding.ZSTD, b"compressed", b"d" * 32)
 
 NEAR_MISSES = {
@@ -242,6 +244,13 @@ NEAR_MISSES = {
         Role.CLIENT,
         payload_changed(ReadFile(1, PublishedFile.VMSTATE, 0, 1), 4, struct.pack("<I", (1 << 20) + 1)),
     ),
+    "store the vmstate": (Role.CLIENT, payload_changed(STORE, 0, b"\x01")),
+    "store an unknown file": (Role.CLIENT, payload_changed(STORE, 0, b"\x03")),
+    "store beyond the file's end": (Role.CLIENT, payload_changed(STORE, 4, struct.pack("<I", 11))),
+    "store with an offset that wraps": (Role.CLIENT, payload_changed(STORE, 4, struct.pack("<I", 2**32 - 5))),
+    "store too large a file": (Role.CLIENT, payload_changed(STORE, 8, struct.pack("<I", (1 << 20) + 1))),
+    "store reserved": (Role.CLIENT, payload_changed(STORE, 12, b"\x01")),
+    "store nothing": (Role.CLIENT, resized(STORE, fewer=10)),
     "error unknown code": (Role.SERVER, payload_changed(Error(1, ErrorCode.BUSY, ""), 0, b"\x01\x00")),
     "error reserved": (Role.SERVER, payload_changed(Error(1, ErrorCode.BUSY, ""), 2, b"\x01")),
 }
@@ -284,6 +293,12 @@ REFUSED_TO_SEND: list[Message] = [
     ReadFile(1, PublishedFile.VMSTATE, -1, 1),
     ReadFile(1, PublishedFile.VMSTATE, 0, limits.MAX_FILE_DATA_BYTES + 1),
     FileData(1, bytes(limits.MAX_FILE_DATA_BYTES + 1)),
+    StoreFile(1, PublishedFile.VMSTATE, 0, 1, b"x"),
+    StoreFile(1, PublishedFile.WORKING_SET, 0, 1, b""),
+    StoreFile(1, PublishedFile.WORKING_SET, 1, 1, b"x"),
+    StoreFile(1, PublishedFile.WORKING_SET, -1, 1, b"x"),
+    StoreFile(1, PublishedFile.WORKING_SET, 0, limits.MAX_STORED_BYTES + 1, b"x"),
+    StoreFile(1, PublishedFile.WORKING_SET, 0, 1 << 20, bytes(limits.MAX_STORE_PIECE_BYTES + 1)),
     Cancel(0),
 ]
 

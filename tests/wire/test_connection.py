@@ -33,6 +33,7 @@ from lazymem.wire.messages import (
     FetchDigests,
     FetchFlag,
     FileData,
+    FileStored,
     Goodbye,
     Hello,
     Level,
@@ -42,6 +43,7 @@ from lazymem.wire.messages import (
     Pong,
     PublishedFile,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 from lazymem.wire.states import State
@@ -237,6 +239,35 @@ def test_the_servers_limits_hold_for_both_ends(message: Message, match: str) -> 
     client, server = opened()
     not_sent(client, message, match)
     refused(server, message, match)
+
+
+STORE = StoreFile(7, PublishedFile.WORKING_SET, 0, 3, b"set")
+
+
+def test_a_working_set_goes_to_a_server_that_takes_one() -> None:
+    client, server = opened(replace(WELCOME, capabilities=Capability.ZSTD | Capability.LEARN))
+    carry(client, STORE, server)
+    not_sent(server, FileData(7, b"x"), "FileData for a STORE_FILE")
+    carry(server, FileStored(7), client)
+    assert not client.open_requests
+    assert not server.open_requests
+    carry(client, STORE, server)
+    carry(server, Error(7, ErrorCode.NOT_WANTED, "somebody was first"), client)
+    not_sent(server, FileStored(7), "not open")
+
+
+def test_no_working_set_for_a_server_that_takes_none() -> None:
+    client, server = opened()
+    not_sent(client, STORE, "none is taken")
+    refused(server, STORE, "none is taken")
+
+
+def test_a_server_learns_only_from_clients_that_know_of_it() -> None:
+    server = ServerConnection()
+    known = Capability.ZSTD | Capability.LEARN
+    assert server.capabilities(known) == Capability.ZSTD
+    assert server.capabilities(known, learns=True) == known
+    assert server.capabilities(Capability.ZSTD, learns=True) == Capability.ZSTD
 
 
 def test_too_many_open_requests() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lazymem.snapshot import manifest
+from lazymem.snapshot import manifest, workingset
 from lazymem.wire import frame, limits
 from lazymem.wire.frame import RULES, FrameType, Role
-from lazymem.wire.messages import Encoding, ErrorCode, FetchFlag, Level, PublishedFile
+from lazymem.wire.messages import Capability, Encoding, ErrorCode, FetchFlag, Level, PublishedFile
 from lazymem.wire.states import MOVES, Move, State
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "wire.md").read_text(encoding="utf-8")
@@ -77,6 +77,7 @@ def test_the_payload_structures() -> None:
         FrameType.DIGESTS: frame.DIGESTS,
         FrameType.READ_FILE: frame.READ_FILE,
         FrameType.ERROR: frame.ERROR,
+        FrameType.STORE_FILE: frame.STORE_FILE,
     }
     assert written == {
         frame_type.name: [structures[frame_type].format] if frame_type in structures else [] for frame_type in FrameType
@@ -90,6 +91,13 @@ def test_the_payload_structures() -> None:
 def test_the_enumerations(column: str, enumeration: type[IntEnum]) -> None:
     assert {row[1]: int(row[0]) for row in table(column, "name")} == {
         member.name: member.value for member in enumeration
+    }
+
+
+def test_the_capabilities() -> None:
+    known = [capability for capability in Capability if capability]
+    assert {row[1]: 1 << int(row[0]) for row in table("bit", "name")} == {
+        capability.name: capability.value for capability in known
     }
 
 
@@ -129,3 +137,4 @@ def test_the_limits() -> None:
 def test_limits_that_two_rooms_share() -> None:
     assert limits.MAX_MANIFEST_BYTES == manifest.MAX_MANIFEST_BYTES
     assert limits.MAX_PAGES * 4096 == manifest.MAX_RAM_BYTES
+    assert limits.MAX_STORED_BYTES == workingset.MAX_BYTES
