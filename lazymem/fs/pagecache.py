@@ -65,6 +65,9 @@ MAX_DROPPED_READS = 64
 
 CLOSE_SECONDS = 1.0
 
+FILLED = "the kernel has it all"
+"""The state in which there is nothing left to do."""
+
 
 class HeldPages(Protocol):
     """What is known of the RAM's pages."""
@@ -119,8 +122,9 @@ class PageCache:
         self._arrived = trio.Event()
         self._held_pages = 0  # at the last round's begin
         self._reads = self._guest_reads = self._dropped_reads = 0
+        self._guest_reads_before = 0  # at the last step
         self._maybe_file: OwnFile | None = None
-        self._is_done = False  # the last round found nothing to fill
+        self._is_done = False  # the last round found nothing to fill, nor anything that could become it
         self._over = False
         self._state = "nothing to do yet"
 
@@ -153,11 +157,13 @@ class PageCache:
         the RAM is held and given."""
         pause = MIN_ROUND_SECONDS
         try:
-            while not self._over:
+            while True:
                 held, self._held_pages = self._held_pages, self._held.held_pages
                 await self._round(mounted, wish_to_end)
                 await self._close()
-                if self._everything and self._held_pages == self._held.total_pages and self._is_done:
+                if self._everything and self._is_done and not self._over:
+                    self._stop(FILLED)
+                if self._over:
                     return
                 pause = MIN_ROUND_SECONDS if held != self._held_pages else min(2 * pause, MAX_ROUND_SECONDS)
                 await trio.sleep(pause)
@@ -168,21 +174,19 @@ class PageCache:
 
     async def _round(self, mounted: mountinfo.Mount, wish_to_end: trio.Event) -> None:
         """All that is ready, in order."""
-        self._is_done = False
-        asked_before = self._asked_pages
+        self._is_done = True
         for count, chunk in enumerate(self._chunks(), 1):
-            if fillplan.READY in self._states(chunk):
-                if wish_to_end.is_set():
-                    self._stop("the mount is to end")
-                elif self._maybe_file is None:
+            states = self._states(chunk)
+            self._is_done = self._is_done and not any(states)
+            if fillplan.READY in states:
+                if self._maybe_file is None:
                     await self._open(mounted)
                 await self._fill(chunk, wish_to_end)
             elif count % CHUNKS_A_TURN == 0:
                 await trio.lowlevel.checkpoint()
             if self._over:
                 return
-        self._is_done = self._asked_pages == asked_before
-        self._state = "the kernel has all that is held"
+        self._state = "waits until more is held"
 
     def _chunks(self) -> Iterator[PageRange]:
         self._preferred = [pages for pages in self._preferred if any(self._states(pages))]
@@ -197,9 +201,9 @@ class PageCache:
     async def _fill(self, chunk: PageRange, wish_to_end: trio.Event) -> None:
         blocks = fillplan.blocks(chunk)
         while await self._may_go_on(wish_to_end):
-            guest_reads = self._guest_reads
             await self._wait_for_demands()
-            most = 1 if self._guest_reads != guest_reads or self._demands_wait() else MAX_OPEN
+            most = 1 if self._guest_reads != self._guest_reads_before or self._demands_wait() else MAX_OPEN
+            self._guest_reads_before = self._guest_reads
             steps: list[PageRange] = []
             for block in blocks:
                 steps += fillplan.ready_runs(block.start, self._states(block))

@@ -200,8 +200,8 @@ class PristinePages:
         return self._given[pages.start : pages.stop : pages.step]
 
     def fill_states(self, pages: PageRange) -> bytes:
-        """One byte a page, for who fills the guest's kernel ahead of it: 1 held, with data; 2 missing; 0 nothing to fill,
-        since it is zero, the guest wrote it, or its kernel has had it."""
+        """One byte a page, for who fills the guest's kernel ahead of it: 1 held, with data; 2 missing; 0 nothing to
+        fill, since it is zero, the guest wrote it, or its kernel has had it."""
         states = self._cache.held.states(pages).translate(_FILL_STATES)
         if not states.strip(b"\0"):
             return states

@@ -1,0 +1,178 @@
+"""Held pages go into the kernel's cache before the guest asks: on a real mount, under a guest that reads and writes."""
+
+import mmap
+import os
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lazymem.fs.pagecache import FILLED
+from lazymem.pages import PAGE_SIZE
+from tests.support.mounts import Mounted, Stage, drop_kernel_cache, wait_until
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(
+        os.geteuid() != 0, reason="a copy of a mount needs root (open_tree(2)): nothing is filled without"
+    ),
+]
+
+
+def _filled(mount: Mounted) -> bool:
+    return bool(mount.status()["fill"]["state"] == FILLED)
+
+
+def _nonzero(snapshot: BuiltSnapshot) -> list[int]:
+    return [number for number in range(snapshot.pages) if any(snapshot.page(number))]
+
+
+def _resident_pages(path: Path) -> int:
+    done = subprocess.run(["fincore", "-b", "-n", "-o", "PAGES", path], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+def test_touching_what_was_filled_asks_nobody(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    server = mounts.serve(snapshot.folder)
+    mount = mounts.mount(server.address)
+    wait_until(lambda: _filled(mount), "all is held, and the kernel has it")
+    before = mount.status()
+    numbers = _nonzero(snapshot)
+    assert before["fill"]["asked_pages"] == len(numbers) == _resident_pages(mount.ram_path), "no zero page among them"
+    assert before["store"]["reads"] == 0, "the READs so far were ours"
+    server.kill()
+    mapped = mount.open_map()
+    for number in random.Random(3).sample(numbers, len(numbers)):
+        assert mapped[number * PAGE_SIZE : (number + 1) * PAGE_SIZE] == snapshot.page(number)
+    after = mount.status()
+    assert (after["store"], after["fill"]) == (before["store"], before["fill"])
+    # Zero pages are the guest's own to ask for, and the counter is one that moves.
+    zero = next(number for number in range(snapshot.pages) if number not in set(numbers))
+    assert mapped[zero * PAGE_SIZE] == 0
+    assert mount.requests() == before["store"]["reads"] + 1
+    mapped.close()
+
+
+def test_without_guessing_nothing_is_filled(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    server = mounts.serve(snapshot.folder)
+    first = mounts.mount(server.address)
+    wait_until(lambda: _filled(first), "all is held")
+    second = mounts.mount(server.address, "--prefetch", "none", name="second")
+    status = second.status()
+    assert status["pages_held"] == status["pages_total"], "the cache has it all"
+    assert status["fill"] is None
+    assert _resident_pages(second.ram_path) == 0
+
+
+def test_a_second_mount_fills_from_the_cache_without_a_server(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    server = mounts.serve(snapshot.folder)
+    first = mounts.mount(server.address)
+    wait_until(lambda: _filled(first), "all is held")
+    first.unmount()
+    second = mounts.mount(server.address)
+    server.kill()
+    wait_until(lambda: _filled(second), "the kernel has it again")
+    assert second.ram_path.read_bytes() == snapshot.ram
+    assert second.status()["pages_demanded"] == 0
+
+
+def test_rule_12_holds_for_what_was_filled(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """Once the guest's kernel has the pages, the cache's file is in no page cache besides."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address)
+    wait_until(lambda: _filled(mount), "all is held")
+    cached = next(mounts.cache.glob("*/pages"))
+    if (
+        subprocess.run(["stat", "-f", "-c", "%T", cached], capture_output=True, text=True, check=True).stdout
+        == "tmpfs\n"
+    ):
+        pytest.skip("a file in memory has no second copy to let go of")
+    wait_until(lambda: _resident_pages(cached) == 0, "the second copy goes")
+    assert cached.read_bytes() == snapshot.ram
+
+
+def test_an_unmount_works_while_it_is_filling(mounts: Stage, tmp_path: Path) -> None:
+    """Held pages are read, and the READs not answered: the daemon is stopped in the middle of it."""
+    big = make_snapshot(tmp_path / "big", pages=16384, seed=5)
+    server = mounts.serve(big.folder)
+    first = mounts.mount(server.address)
+    wait_until(lambda: first.status()["pages_held"] == big.pages, "all is held")
+    first.unmount()
+    unfinished = 0
+    for round_ in range(5):
+        mount = mounts.mount(server.address, name=f"again{round_}")
+        wait_until(lambda mount=mount: mount.status()["fill"]["asked_pages"] > 0, "it fills")  # type: ignore[misc]
+        unfinished += mount.status()["fill"]["state"] == "filling"
+        mount.unmount()  # umount(8), once: EBUSY would fail
+        assert "Traceback" not in mount.log.read_text()
+    assert unfinished, "at least one was in the middle of it"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_while_it_is_filling(mounts: Stage, tmp_path: Path, number: int) -> None:
+    big = make_snapshot(tmp_path / "big", pages=16384, seed=5)
+    mount = mounts.mount(mounts.serve(big.folder).address)
+    wait_until(lambda: mount.status()["fill"]["asked_pages"] > 0, "it fills")
+    os.kill(mount.pid, number)
+    mount.wait_ended()
+    assert "is unmounted" in mount.log.read_text()
+
+
+def test_a_guest_that_maps_the_file_keeps_it_whatever_is_filled(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """Rule 13: our own descriptor is no reason to wait, a guest's map is."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address)
+    mapped = mount.open_map()
+    os.kill(mount.pid, signal.SIGTERM)
+    wait_until(lambda: "still in use" in mount.log.read_text(), "it says who holds it")
+    assert f"(pid {mount.pid})" not in mount.log.read_text().partition("still in use")[2], "not itself"
+    assert mapped[:] == snapshot.ram
+    mapped.close()
+    mount.wait_ended()
+
+
+def test_pages_that_the_guest_wrote_are_never_overwritten(mounts: Stage, tmp_path: Path) -> None:
+    """Rule 1, with a guest that writes, has it written back and dropped, while pages come and are filled around it."""
+    big = make_snapshot(tmp_path / "big", pages=4096, seed=11)
+    mount = mounts.mount(mounts.serve(big.folder).address, "--state", tmp_path / "state")
+    expected = bytearray(big.ram)
+    rng = random.Random(1)
+    mapped = mount.open_map()
+    descriptor = os.open(mount.ram_path, os.O_RDWR)
+    stamp = 0
+    while not _filled(mount) or stamp < 400:
+        stamp += 1
+        at = rng.randrange(big.pages) * PAGE_SIZE + rng.randrange(0, PAGE_SIZE, 8)
+        data = stamp.to_bytes(8, "big")
+        expected[at : at + 8] = data
+        if stamp % 2:
+            mapped[at : at + 8] = data
+        else:
+            os.pwrite(descriptor, data, at)
+        if stamp % 50 == 0:
+            mapped.flush(0, rng.randrange(1, big.pages) * PAGE_SIZE)
+            drop_kernel_cache(mount.ram_path)
+    os.close(descriptor)
+    assert mapped[:] == expected
+    mapped.flush()
+    drop_kernel_cache(mount.ram_path)
+    assert mapped[:] == expected
+    mapped.close()
+    assert mount.ram_path.read_bytes() == expected
+
+
+def test_a_kernel_that_drops_what_it_gets_is_left_alone(mounts: Stage, tmp_path: Path) -> None:
+    """As where the guest's RAM is larger than the host's memory: each page is filled at most once, not in a circle."""
+    big = make_snapshot(tmp_path / "big", pages=8192, seed=12)
+    mount = mounts.mount(mounts.serve(big.folder).address)
+    mapped = mmap.mmap(os.open(mount.ram_path, os.O_RDONLY), len(big.ram), prot=mmap.PROT_READ)
+    wait_until(lambda: _filled(mount), "all is held")
+    numbers = _nonzero(big)
+    for _ in range(3):
+        drop_kernel_cache(mount.ram_path)
+        assert all(mapped[number * PAGE_SIZE] == big.page(number)[0] for number in numbers)
+    fill = mount.status()["fill"]
+    assert fill["dropped_reads"] > 0, "it notices"
+    assert fill["asked_pages"] == len(numbers)
+    mapped.close()
