@@ -7,7 +7,8 @@ For tests and other programs, inside a trio nursery::
     serving.stop("reason")      # goodbye to all clients; `serve` returns when they are answered
 
 `snapshots` are folders or ``NAME=FOLDER`` texts, or an open `Catalog`; `listeners` are ``HOST:PORT`` or ``unix:PATH``
-texts, or an open `Listeners`. Cancelling `serve` cuts all connections at once, as a crash would.
+texts, or an open `Listeners`. `learn` is the folder of `--learn`. Cancelling `serve` cuts all connections at once, as
+a crash would.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lazymem.errors import LazymemError
 from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.catalog import Catalog
+from lazymem_server.learning import Learning
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
 from lazymem_server.pace import Pace
@@ -49,10 +51,13 @@ SWITCH_SECONDS = 0.0005
 class Serving:
     """A server that runs. What `serve` hands to the one that started it."""
 
-    def __init__(self, catalog: Catalog, listeners: Listeners, limits: ServerLimits) -> None:
+    def __init__(
+        self, catalog: Catalog, listeners: Listeners, limits: ServerLimits, maybe_learning: Learning | None = None
+    ) -> None:
         self._ended = Counters()
         self._catalog = catalog
         self._limits = limits
+        self._maybe_learning = maybe_learning
         self._sockets = listeners.sockets
         self.addresses = tuple(spoken_address(listener) for listener in listeners.sockets)
         self._threads = trio.CapacityLimiter(limits.max_clients)
@@ -110,7 +115,16 @@ class Serving:
 
     async def _serve(self, stream: trio.SocketStream, host: str, peer: str) -> None:
         fd = stream.socket.fileno()
-        session = Session(fd, self._catalog, self._limits, self._disks, peer, self._pace(host), self._bulk_turns)
+        session = Session(
+            fd,
+            self._catalog,
+            self._limits,
+            self._disks,
+            peer,
+            self._pace(host),
+            self._bulk_turns,
+            maybe_learning=self._maybe_learning,
+        )
         self._sessions[session] = host
         try:
             if self._stop_reason is not None:
@@ -184,6 +198,7 @@ async def serve(
     listeners: Iterable[str] | Listeners = (DEFAULT_LISTEN,),
     *,
     limits: ServerLimits | None = None,
+    learn: Path | None = None,
     task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until `Serving.stop` or cancellation; see the top of this module. Closes what it opened.
@@ -191,6 +206,7 @@ async def serve(
     Raises:
         LazymemError: a snapshot or a listener cannot be opened; nothing was published.
     """
+    maybe_learning = Learning(learn) if learn is not None else None
     with contextlib.ExitStack() as stack:
         if not isinstance(snapshots, Catalog):
             snapshots = stack.enter_context(Catalog(snapshots))
@@ -198,7 +214,8 @@ async def serve(
             addresses = [parse_listen(text) for text in listeners]
             listeners = stack.enter_context(Listeners())
             listeners.open(addresses)
-        await Serving(snapshots, listeners, limits or ServerLimits()).run(task_status=task_status)
+        serving = Serving(snapshots, listeners, limits or ServerLimits(), maybe_learning)
+        await serving.run(task_status=task_status)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -215,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.listen or not adopted:
                 listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
             sys.setswitchinterval(SWITCH_SECONDS)
-            return trio.run(_serve_until_signal, catalog, listeners, options.json)
+            return trio.run(_serve_until_signal, catalog, listeners, options.json, options.learn)
     except LazymemError as error:
         print(f"lazymem-serve: {error}", file=sys.stderr)
         return error.exit_code
@@ -223,10 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-async def _serve_until_signal(catalog: Catalog, listeners: Listeners, as_json: bool) -> int:
+async def _serve_until_signal(catalog: Catalog, listeners: Listeners, as_json: bool, learn: Path | None) -> int:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            serving: Serving = await nursery.start(partial(serve, catalog, listeners))
+            serving: Serving = await nursery.start(partial(serve, catalog, listeners, learn=learn))
             _announce(serving, as_json)
             number = await anext(signals)
             _notify("STOPPING=1")
@@ -248,11 +265,19 @@ def _notify(state: str) -> None:
     sdnotify.SystemdNotifier().notify(state)
 
 
+_EPILOG = """examples:
+  lazymem-serve --listen 0.0.0.0:7411 /var/lib/lazymem/web db=/srv/snapshots/db-3
+  lazymem-serve --learn /var/lib/lazymem/learned /var/lib/lazymem/web
+                                      what the first resume touches is fetched first by the next ones
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lazymem-serve",
         description="Publish the RAM of snapshots, read-only, for lazymem-mount to resume guests from.",
-        epilog="example: lazymem-serve --listen 0.0.0.0:7411 /var/lib/lazymem/web db=/srv/snapshots/db-3",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "snapshot",
@@ -266,6 +291,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help=f"HOST:PORT (port 0: any free one) or unix:PATH (mode 0600); may be repeated; default {DEFAULT_LISTEN}, "
         "or the sockets that systemd hands over",
+    )
+    parser.add_argument(
+        "--learn",
+        metavar="DIR",
+        type=Path,
+        help="take a recording from the first client of a snapshot that has no working-set, keep it in DIR, and give "
+        "it to later ones: whoever may connect may so decide what is fetched first",
     )
     parser.add_argument("--json", action="store_true", help="print the line that says it is ready as JSON")
     parser.add_argument("--quiet", action="store_true", help="log only what went wrong")

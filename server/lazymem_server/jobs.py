@@ -221,21 +221,23 @@ def make_job(
     capabilities: Capability,
     limits: ServerLimits,
     pace: Pace,
+    working_set: SmallFile | bytes,
     *,
     suspect: bool = False,
 ) -> Job | Error:
-    """The job of a request that the protocol allows; an `Error` if there is nothing to answer it with."""
+    """The job of a request that the protocol allows; an `Error` if there is nothing to answer it with.
+
+    `working_set`: the snapshot's own, or a learned one's bytes.
+    """
     if isinstance(request, Fetch):
         return FetchJob(request, reader, capabilities, limits, pace, suspect=suspect)
     if isinstance(request, FetchDigests):
         return DigestsJob(request, reader)
     if request.file == PublishedFile.MANIFEST:
         file: SmallFile | bytes = reader.manifest_bytes
-        there = bool(reader.manifest_bytes)
     else:
-        file = reader.vmstate if request.file == PublishedFile.VMSTATE else reader.working_set
-        there = file.size_bytes > 0
-    if not there:
+        file = reader.vmstate if request.file == PublishedFile.VMSTATE else working_set
+    if not (len(file) if isinstance(file, bytes) else file.size_bytes):
         return Error(request.id, ErrorCode.NO_SUCH_FILE, f"the snapshot has no {request.file.name.lower()}")
     return ReadFileJob(request, file)
 

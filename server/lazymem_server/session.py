@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from lazymem.digests import LEAF_PAGES
 from lazymem.errors import RemoteProtocolError, VerificationError
 from lazymem.pages import PAGE_SIZE
-from lazymem.snapshot.reader import SnapshotReader
+from lazymem.snapshot.reader import SmallFile, SnapshotReader
 from lazymem.wire.codec import encode, raw_head, zero_frame
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ServerConnection, negotiate
 from lazymem.wire.messages import (
@@ -38,6 +38,7 @@ from lazymem.wire.messages import (
     Fetch,
     FetchDigests,
     FetchFlag,
+    FileStored,
     Goodbye,
     Hello,
     Level,
@@ -46,17 +47,19 @@ from lazymem.wire.messages import (
     Ping,
     Pong,
     ReadFile,
+    StoreFile,
     Welcome,
 )
 from lazymem_server.catalog import Catalog
 from lazymem_server.jobs import Answer, Job, JobQueue, failure, make_job
+from lazymem_server.learning import Learning, Upload
 from lazymem_server.limits import ServerLimits
 from lazymem_server.output import Lane, Output, Piece
 from lazymem_server.pace import Pace
 
 log = logging.getLogger("lazymem.server")
 
-_REQUESTS = (Fetch, FetchDigests, ReadFile)
+_REQUESTS = (Fetch, FetchDigests, ReadFile, StoreFile)
 _WANT_DIGESTS = int(FetchFlag.WANT_DIGESTS)
 _BACKGROUND = int(FetchFlag.BACKGROUND)
 
@@ -110,12 +113,14 @@ class Session:
         pace: Pace,
         bulk_turns: AbstractContextManager[object],
         writev: Callable[[int, Sequence[Piece]], int] = os.writev,
+        maybe_learning: Learning | None = None,
     ) -> None:
         """Args:
         fd: a connected stream socket, not blocking; whoever made it closes it.
         disks: takes the steps that wait for a disk.
         bulk_turns: held while a step of guessed pages is made and sent: all sessions share it.
         writev: as `os.writev`; for tests.
+        maybe_learning: where working sets that clients send go.
         """
         self.counters = Counters()
         self._fd = fd
@@ -126,6 +131,9 @@ class Session:
         self._peer = peer
         self._pace = pace
         self._bulk_turns = bulk_turns
+        self._maybe_learning = maybe_learning
+        self._maybe_upload: Upload | None = None
+        self._working_set: SmallFile | bytes = b""
         self._connection = ServerConnection()
         self._output = Output()
         self._queue = JobQueue()
@@ -408,10 +416,12 @@ class Session:
             raise SessionEnd(text, Error(0, ErrorCode.NO_SUCH_SNAPSHOT, text))
         name, reader = found
         limits = self._limits
+        learns = self._look_at_working_set(reader)
+        working_set = self._working_set
         log.info("%s: takes %s", self._peer, name)
         return Welcome(
             version=version,
-            capabilities=self._connection.capabilities(hello.capabilities),
+            capabilities=self._connection.capabilities(hello.capabilities, learns=learns),
             limits=Limits(limits.max_request_pages, limits.max_request_ranges, limits.max_requests),
             name=name,
             identity=reader.identity,
@@ -419,19 +429,34 @@ class Session:
             hashed=reader.hashed,
             manifest=reader.manifest_bytes,
             vmstate_bytes=reader.vmstate.size_bytes,
-            working_set_bytes=reader.working_set.size_bytes,
+            working_set_bytes=len(working_set) if isinstance(working_set, bytes) else working_set.size_bytes,
         )
 
-    def _take_request(self, request: Fetch | FetchDigests | ReadFile) -> None:
+    def _look_at_working_set(self, reader: SnapshotReader) -> bool:
+        """The snapshot's own, or else what was learned, stays this client's. Whether one is wanted of it."""
+        self._working_set = reader.working_set
+        if self._maybe_learning is None or reader.working_set.size_bytes:
+            return False
+        self._working_set = self._maybe_learning.learned(reader)
+        self._maybe_upload = Upload(self._maybe_learning, reader)
+        return not self._working_set
+
+    def _take_request(self, request: Fetch | FetchDigests | ReadFile | StoreFile) -> None:
         self.counters.requests += 1
         if self._leaving:
             self._say([Error(request.id, ErrorCode.SHUTTING_DOWN, "the server is ending")], Lane.DEMAND)
+            return
+        if isinstance(request, StoreFile):
+            assert self._maybe_upload is not None, "the connection lets none through that nobody wants"
+            self._say([self._maybe_upload.take(request)], Lane.DEMAND)
             return
         reader, welcome = self._reader, self._connection.welcome
         assert reader is not None
         assert welcome is not None
         suspect = self._is_repeated(request)
-        job = make_job(request, reader, welcome.capabilities, self._limits, self._pace, suspect=suspect)
+        job = make_job(
+            request, reader, welcome.capabilities, self._limits, self._pace, self._working_set, suspect=suspect
+        )
         if isinstance(job, Error):
             self._say([job], Lane.DEMAND)
         else:
@@ -516,7 +541,7 @@ class Session:
 
     # ---- out
 
-    def _say(self, answers: Sequence[Answer | Cancelled], lane: Lane) -> None:
+    def _say(self, answers: Sequence[Answer | Cancelled | FileStored], lane: Lane) -> None:
         for answer in answers:
             self._put(self._connection.send_parts(answer), lane)
             if isinstance(answer, Error):

@@ -16,6 +16,7 @@ from lazymem.wire.messages import (
     Fetch,
     FetchFlag,
     FileData,
+    FileStored,
     Hello,
     Message,
     Pages,
@@ -76,7 +77,7 @@ class WireClient:
         while True:
             message = await self.receive()
             found.append(message)
-            if isinstance(message, Error | Cancelled | FileData) and message.id == request_id:
+            if isinstance(message, Error | Cancelled | FileData | FileStored) and message.id == request_id:
                 return found
             if isinstance(message, Pages | Digests) and message.final and message.id == request_id:
                 return found
