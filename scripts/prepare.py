@@ -79,7 +79,7 @@ NEEDS = (
     Need("an assembler for the guests", program("as", "ld"), ("binutils",)),
     Need("QEMU", program("qemu-system-x86_64"), ("qemu-system-x86",)),
     Need("memtest86+, a guest", lambda: any(Path("/boot").glob("memtest86+*")), ("memtest86+",)),
-    Need("a check of the systemd units", program("systemd-analyze"), ("systemd",)),
+    Need("systemd, to check and start its units", program("systemd-analyze"), ("systemd",)),
 )
 
 

@@ -1,0 +1,173 @@
+"""The units on a machine that systemd runs: installed as deploy/README.md says, started, stopped, broken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lazymem.cli.main import main as lazymem
+from lazymem.vm.guests import build_guest
+from tests.support.systemdmachine import CHECKOUT, SystemdMachine, install_programs, started
+from tests.support.vmprocess import starting
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+
+RAM_MIB = 16
+VM, MOUNT, SERVER = "lazymem-vm@web.service", "lazymem-mount@web.service", "lazymem-serve@7411.service"
+
+READ_SERIAL = """
+import re, socket
+line = socket.socket(socket.AF_UNIX)
+line.settimeout(60)
+line.connect("/run/lazymem-vm/web/serial")
+text = b""
+while not (found := re.search(rb"tick ([0-9]+)\\r?\\n", text)):
+    data = line.recv(4096)
+    assert data, text
+    text += data
+print(found[1].decode())
+"""
+
+
+def commands(name: str) -> str:
+    """The block of deploy/README.md that is marked with `name`."""
+    found: list[str] = re.findall(
+        rf"^```sh {name}\n(.*?)^```$", (CHECKOUT / "deploy/README.md").read_text(), re.M | re.S
+    )
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_readmes_two_commands_are_among_them() -> None:
+    told = re.findall(r"^ {4}(systemctl .*?) *#", (CHECKOUT / "README.md").read_text(), re.M)
+    assert told == [commands("serve").splitlines()[-1], commands("start").strip()]
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """A saved guest, and the tick after which it was saved, or a little later."""
+    folder = tmp_path_factory.mktemp("units")
+    (folder / "ram").touch()
+    with (folder / "ram").open("r+b") as ram:
+        ram.truncate(RAM_MIB << 20)
+    with starting(folder, RAM_MIB) as start:
+        guest = start("--pcram-file", folder / "ram", "-kernel", build_guest("heartbeat", folder))
+        guest.wait_ticks(20)
+        assert lazymem(["snapshot", str(guest.monitor), str(folder / "snap")]) == 0
+        guest.end()
+    return folder / "snap", guest.ticks()[-1]
+
+
+@pytest.fixture(scope="module")
+def installed(snapshot: tuple[Path, int]) -> Iterator[SystemdMachine]:
+    with started() as machine:
+        install_programs(machine)
+        machine.run("mkdir", "/tmp/checkout")
+        machine.copy(CHECKOUT / "deploy", "/tmp/checkout/deploy")
+        machine.copy(snapshot[0], "/tmp/checkout/snap")
+        for name in ("vm", "mount", "serve"):
+            machine.keep_log(f"lazymem-{name}@.service")
+        pip, *lines = commands("install").splitlines()
+        assert "pip install" in pip
+        machine.shell("\n".join(["cd /tmp/checkout", *lines, commands("serve")]))
+        machine.shell("sed -i s/ram.example.net/127.0.0.1/ /etc/lazymem/mount-web.conf")
+        yield machine
+
+
+@pytest.fixture
+def machine(installed: SystemdMachine) -> Iterator[SystemdMachine]:
+    """Everything stopped, and the guest's memory as the snapshot has it."""
+    configure(installed, RAM_MIB)
+    yield installed
+    installed.run("systemctl", "stop", VM, MOUNT)
+    installed.run("systemctl", "reset-failed", check=False)
+
+
+def configure(machine: SystemdMachine, ram_mib: int) -> None:
+    machine.shell(f"sed -i s/^LAZYMEM_VM_MEMORY=.*/LAZYMEM_VM_MEMORY={ram_mib}M/ /etc/lazymem/vm-web.conf")
+
+
+def tick(machine: SystemdMachine) -> int:
+    """What the guest counts next."""
+    return int(machine.run("/opt/lazymem/bin/python3", "-c", READ_SERIAL).stdout)
+
+
+def mounted(machine: SystemdMachine) -> bool:
+    return " /run/lazymem/web fuse.lazymem " in machine.shell("cat /proc/1/mounts")
+
+
+def test_a_guest_goes_on_starts_over_and_ends(machine: SystemdMachine, snapshot: tuple[Path, int]) -> None:
+    machine.shell(commands("start"))
+    assert [machine.show(unit, "ActiveState") for unit in (VM, MOUNT, SERVER)] == ["active"] * 3
+    assert mounted(machine)
+    first = tick(machine)
+    assert first >= snapshot[1], "it goes on, and does not begin again"
+    while tick(machine) < first + 20:
+        pass
+    before = machine.show(MOUNT, "MainPID")
+    machine.run("systemctl", "restart", VM)
+    assert machine.show(MOUNT, "MainPID") != before, "from the snapshot again, on a mount that nobody has written to"
+    assert tick(machine) >= snapshot[1]
+    machine.run("systemctl", "stop", VM)
+    machine.wait_shown(MOUNT, "ActiveState", "inactive")
+    assert [machine.show(unit, "Result") for unit in (VM, MOUNT)] == ["success"] * 2
+    assert not mounted(machine)
+    machine.shell(commands("start"))
+    machine.run("systemctl", "stop", MOUNT)
+    assert [machine.show(unit, "ActiveState") for unit in (VM, MOUNT)] == ["inactive"] * 2
+    assert machine.show(VM, "Result") == "success"
+    assert not mounted(machine)
+
+
+def test_guest_and_server_are_shut_in_and_the_mount_is_not(machine: SystemdMachine) -> None:
+    machine.shell(commands("start"))
+    ours = machine.shell("readlink /proc/1/ns/mnt")
+    groups = {}
+    for unit, user in ((VM, "lazymem-vm"), (SERVER, "lazymem-serve"), (MOUNT, "root")):
+        pid = machine.show(unit, "MainPID")
+        assert machine.shell(f"stat --format=%U /proc/{pid}").strip() == user
+        groups[unit] = machine.shell(f"cat /proc/{pid}/cgroup")
+        status = machine.shell(f"cat /proc/{pid}/status")
+        hardened = unit != MOUNT
+        assert (machine.shell(f"readlink /proc/{pid}/ns/mnt") != ours) is hardened
+        assert bool(re.search(r"^NoNewPrivs:\s+1$", status, re.M)) is hardened
+        assert bool(re.search(r"^CapBnd:\s+0+$", status, re.M)) is hardened
+        assert bool(re.search(r"^Seccomp:\s+2$", status, re.M)) is hardened
+    assert "lazymem-guests.slice" in groups[VM]
+    assert "lazymem-guests.slice" not in groups[MOUNT]
+
+
+def test_a_guest_that_cannot_go_on_is_a_start_that_fails(machine: SystemdMachine) -> None:
+    configure(machine, 2 * RAM_MIB)
+    assert machine.run("systemctl", "start", VM, check=False).returncode == 1
+    assert machine.show(VM, "ActiveState") == "failed"
+    assert machine.show(VM, "ExecMainStatus") == "4", "its RAM file has another size"
+
+
+def test_ram_that_was_written_to_is_no_start_either(machine: SystemdMachine) -> None:
+    machine.run("systemctl", "start", MOUNT)
+    machine.shell("printf x | dd of=/run/lazymem/web/pc.ram conv=notrunc status=none")
+    assert machine.run("systemctl", "start", VM, check=False).returncode == 1
+    machine.run("systemctl", "restart", VM)
+    assert tick(machine)
+
+
+def test_a_killed_mount_ends_the_guest_and_both_start_anew(machine: SystemdMachine) -> None:
+    machine.shell(commands("start"))
+    machine.run("systemctl", "kill", "--signal=KILL", MOUNT)
+    for unit in (VM, MOUNT):
+        machine.wait_shown(unit, "ActiveState", "failed")
+    assert not mounted(machine)
+    machine.shell(commands("start"))
+    assert tick(machine)
+
+
+def test_a_server_that_is_restarted_is_only_waited_for(machine: SystemdMachine) -> None:
+    machine.shell(commands("start"))
+    before = tick(machine)
+    machine.run("systemctl", "restart", SERVER)
+    machine.shell("cksum /run/lazymem/web/pc.ram")
+    assert tick(machine) > before
