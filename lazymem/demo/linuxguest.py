@@ -13,8 +13,9 @@ from pathlib import Path
 from lazymem.demo import cpio
 from lazymem.errors import EnvironmentRefusedError
 
-PARTS_FOLDER = Path(".cache/linux-guest")
-"""Where `make` unpacks a kernel and busybox on machines that have no usable ones; below the folder it runs in."""
+PARTS_FOLDER = Path(__file__).resolve().parents[2] / ".cache" / "linux-guest"
+"""Where `make setup` unpacks a kernel and busybox on machines that have no usable ones: in the checkout, wherever the
+command runs. (Of an install without a checkout there is no such folder.)"""
 
 KERNEL_OPTIONS = "console=ttyS0 quiet panic=-1 mitigations=off"
 """`panic=-1`: with QEMU's -no-reboot a guest that fails ends at once instead of hanging a test."""
@@ -86,7 +87,7 @@ def find_kernel(boot: Path = Path("/boot")) -> Path:
     Raises:
         EnvironmentRefusedError: none.
     """
-    everything = [*PARTS_FOLDER.absolute().glob("vmlinuz-*"), *boot.glob("vmlinuz-*")]
+    everything = [*PARTS_FOLDER.glob("vmlinuz-*"), *boot.glob("vmlinuz-*")]
     readable = [path for path in everything if os.access(path, os.R_OK)]
     if not readable:
         raise EnvironmentRefusedError(
@@ -101,7 +102,7 @@ def find_busybox() -> Path:
     Raises:
         EnvironmentRefusedError: none.
     """
-    candidates = (PARTS_FOLDER.absolute() / "busybox", Path("/bin/busybox"), Path("/usr/bin/busybox"))
+    candidates = (PARTS_FOLDER / "busybox", Path("/bin/busybox"), Path("/usr/bin/busybox"))
     for path in candidates:
         if _is_static(path):
             return path

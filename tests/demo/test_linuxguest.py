@@ -59,3 +59,10 @@ def test_qemu_gets_paths_with_commas_whole() -> None:
     assert "unix:/q,,1,server=on,wait=off" in command
     assert command[-1] == "-S"
     assert "-incoming" not in command
+
+
+def test_parts_are_looked_for_where_the_set_up_unpacks_them() -> None:
+    """Whatever folder the command runs in. The set-up is no module that can be imported."""
+    checkout = Path(__file__).resolve().parents[2]
+    assert 'GUEST_PARTS = ROOT / ".cache" / "linux-guest"' in (checkout / "scripts" / "prepare.py").read_text()
+    assert checkout / ".cache" / "linux-guest" == linuxguest.PARTS_FOLDER
