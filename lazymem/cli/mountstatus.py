@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 
-from msgspec import structs
+from msgspec import structs, to_builtins
 
 from lazymem.fetch.client import Client
 from lazymem.fetch.scheduler import Scheduler
@@ -71,16 +70,16 @@ class MountStatus:
                 "connection": link.connection,
                 "connected": link.connected,
                 "reconnects": link.reconnects,
-                "fill": structs.asdict(maybe_fill) if maybe_fill is not None else None,
-                "store": structs.asdict(store),
-                "fetch": asdict(fetch),
-                "link": asdict(link),
+                "fill": to_builtins(maybe_fill) if maybe_fill is not None else None,
+                "store": to_builtins(store),
+                "fetch": to_builtins(fetch),
+                "link": to_builtins(link),
             }
         ).encode()
 
     def map_to_json(self) -> bytes:
         """The RAM in cells (`CoarseMap`)."""
-        return json.dumps(structs.asdict(self._look())).encode()
+        return json.dumps(to_builtins(self._look())).encode()
 
     def run_to_json(self) -> bytes:
         """What an emulator must know before it believes a vmstate (rule 6)."""

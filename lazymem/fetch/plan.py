@@ -8,8 +8,9 @@ and then travel together, only while all slots are taken.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+
+from msgspec import Struct
 
 from lazymem.pages import PageRange
 
@@ -26,8 +27,7 @@ class Wanted(Protocol):
 W = TypeVar("W", bound=Wanted)
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(Struct, frozen=True):
     """What may be out at a time."""
 
     max_request_pages: int = 256
@@ -39,8 +39,7 @@ class Budget:
     """64 MiB wait in memory for a slow cache disk; then nothing more is asked for (rule 8)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(Struct, frozen=True):
     """What is out now."""
 
     demand_requests: int
@@ -48,8 +47,7 @@ class Load:
     unkept_pages: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send(Generic[W]):
+class Send(Struct, Generic[W], frozen=True):
     """One request: these wants, ascending by page."""
 
     wants: tuple[W, ...]

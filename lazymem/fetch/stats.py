@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _BUCKETS_PER_OCTAVE = 4
 """Each bucket is 19 % wide: enough to tell two medians apart, and 140 counters cover 1 us to 8 hours."""
@@ -50,8 +51,7 @@ class WaitHistogram:
         return found
 
 
-@dataclass(slots=True)
-class LinkCounters:
+class LinkCounters(Struct):
     """What one client counts while it runs; its two lanes share it."""
 
     wire_received_bytes: int = 0
@@ -59,8 +59,7 @@ class LinkCounters:
     reconnects: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LinkStatistics:
+class LinkStatistics(Struct, frozen=True):
     """A client's connection. `connection` is a text for people: "connected", or since when and why not."""
 
     connection: str
@@ -73,8 +72,7 @@ class LinkStatistics:
     """Shortest seen: of handshake and pings."""
 
 
-@dataclass(frozen=True, slots=True)
-class FetchStatistics:
+class FetchStatistics(Struct, frozen=True):
     """A scheduler's work since its start. Pages count when they were verified; bytes are theirs, uncompressed."""
 
     demand_faults: int
