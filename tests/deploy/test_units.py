@@ -231,6 +231,18 @@ def test_configuration_examples_set_what_the_units_use() -> None:
         assert {line.partition("=")[0] for line in text.splitlines() if line.startswith("LAZYMEM")} == used
 
 
+def test_taking_over_without_a_saved_state_is_one_clear_line(tmp_path: Path) -> None:
+    """A mount shows none once its RAM was written to."""
+    script = DEPLOY / "examples" / "qemu-take-over"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "qmp", tmp_path / "vmstate"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, f"{tmp_path}/vmstate: No such file or directory\n")
+
+
 def test_users_of_the_units_are_made() -> None:
-    users = re.findall(r"^u (\S+)", (DEPLOY / "lazymem.sysusers").read_text(), re.MULTILINE)
+    """systemd-sysusers complains of a colon in a description, makes no user, and ends with 0."""
+    lines = re.findall(r'^u (\S+) +- +"(.+)"', (DEPLOY / "lazymem.sysusers").read_text(), re.MULTILINE)
+    assert not [text for _, text in lines if ":" in text]
+    users = [name for name, _ in lines]
     assert sorted(users) == sorted({value("lazymem-serve@.service", "User"), value("lazymem-vm@.service", "User")})
