@@ -154,9 +154,7 @@ async def test_full_disk_harms_no_reader_and_stops_the_guesses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sink.maybe_error = StoreError("no space left")
-    scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
-    )
+    scheduler = Scheduler(await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES))
     await settle()
     for page in (1, 1, 2):
         assert joined(await scheduler.demand(PageRange(page, 1))) == peer.bytes_of(PageRange(page, 1))
@@ -337,9 +335,7 @@ async def test_wrong_guess_reaches_nobody_and_the_sweep_ends(
     autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
 ) -> None:
     network.peer = flipping = FlippingPeer(peer, page=100, flips=1_000_000)
-    scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
-    )
+    scheduler = Scheduler(await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES))
     await trio.sleep(60)
     assert not scheduler.statistics().prefetching
     assert 100 not in sink.held
@@ -354,9 +350,7 @@ async def test_wrong_guess_reaches_nobody_and_the_sweep_ends(
 async def test_prefetch_all_brings_everything_once_and_stops(
     autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
 ) -> None:
-    scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
-    )
+    scheduler = Scheduler(await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES))
     await trio.sleep(60)
     assert sorted(asked_pages(peer)) == list(range(RAM_PAGES))
     assert all(is_background(fetch) for fetch in peer.fetches)
@@ -388,9 +382,7 @@ async def test_demand_waits_for_no_guess_when_the_background_lane_is_saturated(
         return None if is_background(request) else peer.honest(request)
 
     peer.answers = demand_only
-    scheduler = Scheduler(
-        await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES)
-    )
+    scheduler = Scheduler(await network.connect(), sink, nursery, prefetcher=prepager(sink.next_missing, RAM_PAGES))
     await settle()
     guessed = set(asked_pages(peer))
     assert guessed
