@@ -27,6 +27,9 @@ DEFAULT_PORT = 7411
 MAX_NAME_BYTES = 255
 """A snapshot's name is the name of a folder, and no file system takes a longer one."""
 
+DEFAULT_RECORD_SECONDS = 60.0
+"""From the first touch on: a guest that was resumed is at its work by then."""
+
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path holds 108 bytes with its zero."""
 
@@ -68,8 +71,10 @@ class Prefetch(enum.Enum):
     """What is brought before the guest asks for it."""
 
     NONE = "none"
+    WORKING_SET = "working-set"
+    """What an earlier resume touched, as far as the server knows, then what surrounds the guest's own faults."""
     ALL = "all"
-    """What surrounds the guest's own faults first, then the rest, until nothing is missing."""
+    """The same, then the rest, until nothing is missing."""
 
 
 def parse_endpoint(text: str) -> Endpoint:
@@ -151,11 +156,14 @@ class MountSettings(Struct, frozen=True):
     state_dir: Path | None = None
     deadline_seconds: float | None = None
     prefetch: Prefetch = Prefetch.NONE
+    record_file: Path | None = None
+    record_seconds: float = DEFAULT_RECORD_SECONDS
     link: LinkSettings = field(default_factory=LinkSettings)
 
     def __post_init__(self) -> None:
         if self.deadline_seconds is not None:
             check_seconds("--deadline", self.deadline_seconds)
+        check_seconds("--record-seconds", self.record_seconds)
         if self.state_dir is not None:
             _check_apart(self.cache_dir.absolute(), self.state_dir.absolute())
 

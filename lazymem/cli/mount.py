@@ -14,9 +14,10 @@ with quick_imports(trio=False):
     from lazymem.cli import logs
     from lazymem.cli.background import Announcer, run_in_background
     from lazymem.cli.groups import cause_of
-    from lazymem.errors import LazymemError
+    from lazymem.errors import LazymemError, UsageError
     from lazymem.fs import checks, mountinfo
     from lazymem.settings import (
+        DEFAULT_RECORD_SECONDS,
         MountSettings,
         Prefetch,
         ServerAddress,
@@ -36,6 +37,7 @@ _EPILOG = """examples:
   lazymem-mount ram.example:7411/web /mnt/ram --state /srv/run1
                                                               one of several; this run's writes are kept
   lazymem-mount unix:/run/lazymem.sock:/web /mnt/ram -o allow_other
+  lazymem-mount ram.example:7411 /mnt/ram --record set        then: mv set SNAPSHOT/working-set, where it is served
   umount /mnt/ram                                             ends it; so does SIGTERM, once no guest maps the file
 
 The command returns when the mount answers. `lazymem status /mnt/ram` shows what it does.
@@ -85,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prefetch", choices=[way.value for way in Prefetch], default=Prefetch.ALL.value, help="default: %(default)s"
     )
+    parser.add_argument(
+        "--record", metavar="FILE", type=Path, help="write the pages that this resume touches, as a working-set"
+    )
+    parser.add_argument(
+        "--record-seconds",
+        metavar="SECONDS",
+        type=float,
+        default=DEFAULT_RECORD_SECONDS,
+        help="record for so long from the first touch (default: %(default)g)",
+    )
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in front")
     parser.add_argument("--log", metavar="FILE", type=Path, help="log file (default: stderr with -f, else syslog)")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
@@ -106,7 +118,17 @@ def _settings(found: argparse.Namespace) -> MountSettings:
         state_dir=found.state.absolute() if found.state else None,
         deadline_seconds=found.deadline,
         prefetch=Prefetch(found.prefetch),
+        record_file=_record_file(found.record) if found.record else None,
+        record_seconds=found.record_seconds,
     )
+
+
+def _record_file(path: Path) -> Path:
+    """Where the daemon, which works in another folder, can write it when it ends."""
+    path = path.absolute()
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--record {path}: cannot write a file there")
+    return path
 
 
 def _from_anywhere(server: ServerAddress) -> ServerAddress:

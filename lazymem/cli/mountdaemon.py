@@ -16,7 +16,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
+from lazymem.cli.mountrecording import ServersSet, maybe_recording
 from lazymem.cli.mountstatus import MAP_XATTR, MountStatus
+from lazymem.cli.mountwatch import Watch
 from lazymem.errors import VerificationError
 from lazymem.fetch.client import Client, connect
 from lazymem.fetch.prefetch import prepager
@@ -36,6 +38,7 @@ from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pristine import PristinePages
 from lazymem.store.statefolder import StateFolder, open_private_state, open_state
+from lazymem.store.touches import Touches
 from lazymem.wire.messages import PublishedFile, Welcome
 
 log = logging.getLogger(__name__)
@@ -80,14 +83,24 @@ async def _serve(
     origin = RamOrigin(
         client.identity, client.welcome.ram_bytes, bytes.fromhex(manifest.ram_root) if manifest else None
     )
+    servers_set = ServersSet()
+    nursery.start_soon(servers_set.load, client, settings)
     pristine, state = await _open_store(client, settings, origin)
+    maybe_set = await servers_set.maybe_set()
+    recorded = maybe_set.runs if maybe_set is not None else ()
     scheduler = Scheduler(
         client,
         pristine,
         nursery,
         deadline_seconds=settings.deadline_seconds,
-        prefetcher=prepager(pristine.next_missing, origin.pages, maybe_leaf_missing=pristine.missing_leaves)
-        if settings.prefetch is Prefetch.ALL
+        prefetcher=prepager(
+            pristine.next_missing,
+            origin.pages,
+            recorded=recorded,
+            sweep=settings.prefetch is Prefetch.ALL,
+            maybe_leaf_missing=pristine.missing_leaves,
+        )
+        if settings.prefetch is not Prefetch.NONE
         else None,
     )
     ram = GuestRam(pristine, state, scheduler)
@@ -100,6 +113,11 @@ async def _serve(
             demands_wait=lambda: scheduler.demands_wait,
             fetching=lambda: scheduler.fetching,
         )
+        if settings.prefetch is Prefetch.WORKING_SET:  # else all is filled, and what is held first is the set
+            page_cache.prefer(sorted(recorded))
+    touches = Touches(origin.pages, pristine.states, recorded)
+    recording = maybe_recording(settings, client, touches, ram.written_pages)
+    watch = Watch(page_cache, touches if recorded or recording is not None else None, recording)
     try:
         status = MountStatus(
             settings,
@@ -108,10 +126,11 @@ async def _serve(
             ram,
             lambda: coarse_map(origin.pages, pristine.held_at, pristine.given_at, state.written.states_at),
             page_cache,
+            touches if recorded else None,
         )
         if progress is not None:
             nursery.start_soon(progress, status.to_json)
-        await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready, page_cache)
+        await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready, watch)
     finally:
         with trio.CancelScope(shield=True):
             await scheduler.wait_kept()
@@ -181,7 +200,7 @@ async def _mount_and_serve(
     options: MountOptions,
     status: MountStatus,
     ready: Ready,
-    maybe_page_cache: PageCache | None,
+    watch: Watch,
 ) -> None:
     path = str(settings.mountpoint)
     tree = Tree(
@@ -200,9 +219,7 @@ async def _mount_and_serve(
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
         async with _mounted(path, str(settings.server), options) as (descriptor, mounted):
-            channel = Channel(
-                descriptor, tree, ram, scheduler, maybe_page_cache.takes if maybe_page_cache is not None else None
-            )
+            channel = Channel(descriptor, tree, ram, scheduler, watch.maybe_on_read, watch.maybe_on_write)
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)
             operations = Operations(
                 tree, ram, files.read, xattrs, mounted_ns=time.time_ns(), on_release=lifetime.released
@@ -210,11 +227,11 @@ async def _mount_and_serve(
             session.attach(operations, channel.take_library_end())
             notices = manifest.resume_notices if manifest else ()
             nursery.start_soon(_announce, path, mounted, ready, notices)
-            if maybe_page_cache is not None:
-                nursery.start_soon(maybe_page_cache.run, mounted, wish)
+            nursery.start_soon(watch.run, mounted, wish)
             await lifetime.serve()
             session.detach()
             channel.close()
+        await watch.finish()
         nursery.cancel_scope.cancel()
     log.info("%s is unmounted", path)
 

@@ -14,6 +14,7 @@ from lazymem.fs.pagecache import PageCache
 from lazymem.settings import MountSettings
 from lazymem.store.coarsemap import CoarseMap
 from lazymem.store.guestram import GuestRam
+from lazymem.store.touches import Touches
 
 MAP_XATTR = b"user.lazymem.map"
 """Apart from the rest: it costs a millisecond or two of the loop that serves the guest's faults."""
@@ -30,12 +31,15 @@ class MountStatus:
         ram: GuestRam,
         look: Callable[[], CoarseMap],
         maybe_page_cache: PageCache | None = None,
+        maybe_touches: Touches | None = None,
     ) -> None:
+        """`maybe_touches`: where a working set was there to be used."""
         self._settings = settings
         self._client = client
         self._scheduler = scheduler
         self._ram = ram
         self._maybe_page_cache = maybe_page_cache
+        self._maybe_touches = maybe_touches
         self._look = look
 
     def to_json(self) -> bytes:
@@ -71,6 +75,7 @@ class MountStatus:
                 "connected": link.connected,
                 "reconnects": link.reconnects,
                 "fill": to_builtins(maybe_fill) if maybe_fill is not None else None,
+                "working_set": to_builtins(self._maybe_touches.statistics()) if self._maybe_touches else None,
                 "store": to_builtins(store),
                 "fetch": to_builtins(fetch),
                 "link": to_builtins(link),

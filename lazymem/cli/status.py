@@ -90,12 +90,18 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("written", _pages(status["pages_written"], total)),
         ("in flight", _pages(status["pages_in_flight"], total)),
         ("demand faults", f"{status['demand_faults']}, waited {_waits(status)}"),
+        *([("working set", _working_set(status["working_set"]))] if status.get("working_set") else []),
         ("wire", f"{_mib(status['wire_received_bytes'])} in, {_mib(status['wire_sent_bytes'])} out"),
     ]
 
 
 def _pages(count: int, total: int) -> str:
     return f"{count} of {total} pages, {_mib(count * PAGE_SIZE)}"
+
+
+def _working_set(found: dict[str, int]) -> str:
+    touched, pages = found["set_touched"], found["set_pages"]
+    return f"{touched} of {pages} pages asked for so far, {found['set_ready']} of these were here before that"
 
 
 def _waits(status: dict[str, Any]) -> str:

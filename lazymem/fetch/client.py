@@ -24,7 +24,7 @@ from lazymem.errors import (
 )
 from lazymem.fetch.backoff import Backoff
 from lazymem.fetch.lane import Lane
-from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest
+from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest, StoreRequest
 from lazymem.fetch.session import Session, open_session
 from lazymem.fetch.starter import OnFetched, OnHere
 from lazymem.fetch.stats import LinkCounters, LinkStatistics
@@ -38,7 +38,7 @@ Dial = Callable[[], Awaitable[Transport]]
 INLINE_DECODE_PAGES = 32
 """zstd gives back 128 KiB in about 80 us; the way to a thread and back costs as much. Larger answers go there."""
 
-R = TypeVar("R", DigestRequest, FileRequest)
+R = TypeVar("R", DigestRequest, FileRequest, StoreRequest)
 
 FILE_PIECE_BYTES = 1 << 20
 """One READ_FILE: the wire's largest answer."""
@@ -230,6 +230,15 @@ class Client:
                 f"the server's {file.name.lower()} ends {length - len(request.data)} bytes before its size"
             )
         return request.data
+
+    async def store_file(self, file: PublishedFile, data: bytes) -> None:
+        """Have the server keep a file that it said it wants (`Capability.LEARN` in its welcome), of 1 MiB at most.
+
+        Raises:
+            ServerRefusedError: it does not want it any more.
+            LocalProtocolError: it never did, or finds that the file makes no sense.
+        """
+        await self._complete(lambda on_done: StoreRequest(file, data, on_done))
 
     async def _complete(self, make: Callable[[Callable[[LazymemError | None], None]], R]) -> R:
         done = trio.Event()

@@ -20,6 +20,7 @@ from lazymem.errors import (
 )
 from lazymem.fetch.plan import split
 from lazymem.pages import Fetched, PageRange, PageRun
+from lazymem.wire.limits import MAX_STORE_PIECE_BYTES
 from lazymem.wire.messages import (
     Digests,
     Encoding,
@@ -35,6 +36,7 @@ from lazymem.wire.messages import (
     Pages,
     PublishedFile,
     ReadFile,
+    StoreFile,
 )
 from lazymem.wire.pagedata import decode_pages
 
@@ -206,6 +208,32 @@ class FileRequest:
     def take(self, answer: Message) -> bool:
         assert type(answer) is FileData
         self.data = answer.data
+        return True
+
+    def end(self, maybe_error: LazymemError | None) -> None:
+        self._on_done(maybe_error)
+
+
+class StoreRequest:
+    """A whole file that the server is to keep; after a lost connection it is sent from its beginning."""
+
+    background = False
+
+    def __init__(self, file: PublishedFile, data: bytes, on_done: Callable[[LazymemError | None], None]) -> None:
+        self.open_parts = 0
+        self._file = file
+        self._data = data
+        self._on_done = on_done
+
+    def parts(self, limits: Limits) -> list[Part]:
+        return [(piece,) for piece in PageRange(0, len(self._data)).pieces(MAX_STORE_PIECE_BYTES)]
+
+    def message(self, request_id: int, part: Part) -> Message:
+        piece = part[0]
+        data = self._data[piece.start : piece.end]
+        return StoreFile(request_id, self._file, piece.start, len(self._data), data)
+
+    def take(self, answer: Message) -> bool:
         return True
 
     def end(self, maybe_error: LazymemError | None) -> None:

@@ -57,6 +57,9 @@ Answer = Callable[[bytes | LazymemError | None], None]
 Taken = Callable[[int, int, int], bool]
 """Told of each READ's thread, offset and size; True: the kernel sent it for us, no guest touched anything."""
 
+Written = Callable[[int, int], None]
+"""Told of each WRITE: offset and size in bytes."""
+
 
 class RamFile(Protocol):
     """What the channel needs of the guest's RAM. Offsets and lengths in bytes."""
@@ -94,11 +97,20 @@ class Channel:
     `close` lets go of our end of the socket pair.
     """
 
-    def __init__(self, descriptor: int, tree: Tree, ram: RamFile, link: Link, maybe_taken: Taken | None = None) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        tree: Tree,
+        ram: RamFile,
+        link: Link,
+        maybe_taken: Taken | None = None,
+        maybe_written: Written | None = None,
+    ) -> None:
         os.set_blocking(descriptor, False)  # a request may be taken back between poll and read
         self._fd = descriptor
         self._ram = ram
         self._maybe_taken = maybe_taken
+        self._maybe_written = maybe_written
         self._ram_bytes = tree.ram.size
         self._writable = bool(tree.ram.mode & 0o222)
         self._link = link
@@ -263,7 +275,10 @@ class Channel:
         if not self._writable or room <= 0:  # RAM does not grow
             self._send((fuseabi.error_answer(unique, errno.ENOSPC if self._writable else errno.EROFS),))
             return
-        end = fuseabi.WRITE_DATA_AT + min(size, room)
+        size = min(size, room)
+        if self._maybe_written is not None:
+            self._maybe_written(offset, size)
+        end = fuseabi.WRITE_DATA_AT + size
         if self._nursery is not None:
             self._nursery.start_soon(self._write, unique, offset, bytes(self._view[fuseabi.WRITE_DATA_AT : end]))
 
