@@ -225,9 +225,11 @@ def unpack(package: str, pattern: str) -> None:
     require_apt([package])
     GUEST_PARTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        if subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=False).returncode != 0:
+        # Its own user could not write into our folder: apt would warn of that, and do without.
+        command = ["apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package]
+        if subprocess.run(command, cwd=folder, check=False).returncode != 0:
             apt_update()
-            if subprocess.run(["apt-get", "download", "-q", package], cwd=folder, check=False).returncode != 0:
+            if subprocess.run(command, cwd=folder, check=False).returncode != 0:
                 fail(f"apt-get could not download {package} (its reason is above)")
         (archive,) = Path(folder).glob("*.deb")
         subprocess.run(["dpkg-deb", "-x", str(archive), f"{folder}/tree"], check=True)
