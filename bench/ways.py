@@ -82,10 +82,24 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_
 # --- lazymem
 
 
+RECORDED_FOLDER = "recorded"
+"""Of a run's folder: what a server has learned before."""
+
+
+def serve_lazymem(image: Image, folder: Path) -> AbstractContextManager[Server]:
+    return _serve_lazymem(image, folder)
+
+
+def serve_recorded(image: Image, folder: Path) -> AbstractContextManager[Server]:
+    """With a working set in `folder`, which the measure put there."""
+    return _serve_lazymem(image, folder, "--learn", str(folder / RECORDED_FOLDER))
+
+
 @contextmanager
-def serve_lazymem(image: Image, folder: Path) -> Iterator[Server]:
+def _serve_lazymem(image: Image, folder: Path, *options: str) -> Iterator[Server]:
     log = folder / "lazymem-serve.log"
-    command = [sys.executable, "-m", "lazymem_server.app", "--json", "--listen", "127.0.0.1:0", str(image.folder)]
+    command = [sys.executable, "-m", "lazymem_server.app", "--json", "--listen", "127.0.0.1:0", *options]
+    command.append(str(image.folder))
     with child(command, log) as process:
         wait_until(lambda: process.poll() is not None or '{"' in log.read_text(), "lazymem-serve")
         lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
@@ -267,6 +281,7 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 LAZYMEM = Way("lazymem", "lazymem", serve_lazymem, mount_lazymem("--prefetch", "all"))
 LAZYMEM_NONE = Way("lazymem-none", "lazymem, guessing off", serve_lazymem, mount_lazymem("--prefetch", "none"))
+LAZYMEM_RECORDED = Way("lazymem-recorded", "lazymem, recorded", serve_recorded, mount_lazymem("--prefetch", "all"))
 NBDFUSE = Way("nbdfuse", "nbdfuse", serve_nbdkit, mount_nbdfuse)
 QSD = Way("qsd", "qemu-storage-daemon", serve_nbdkit, mount_qsd)
 COPY = Way("copy", "copy, then start", serve_nbdkit, mount_copied)
@@ -274,4 +289,4 @@ LOCAL = Way("local", "local", serve_nothing, mount_local)
 
 POSTCOPY = Way("postcopy", "QEMU post-copy", serve_nothing, mount_nothing)
 
-WAYS = {way.name: way for way in (LAZYMEM, LAZYMEM_NONE, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)}
+WAYS = {way.name: way for way in (LAZYMEM, LAZYMEM_NONE, LAZYMEM_RECORDED, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)}
