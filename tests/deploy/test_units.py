@@ -140,9 +140,10 @@ def test_only_a_mount_that_answers_nobody_is_cleared_away(tmp_path: Path, answer
     fake = tmp_path / "umount"
     fake.write_text(f"#!/bin/sh\necho called >{tmp_path}/called\n")
     fake.chmod(0o755)
+    mountpoint = tmp_path / "mount"
     if answers:
-        (tmp_path / "pc.ram").touch()
-    line = value("lazymem-mount@.service", "ExecStopPost").removeprefix("-").replace("/run/lazymem/%i", str(tmp_path))
+        mountpoint.mkdir()
+    line = value("lazymem-mount@.service", "ExecStopPost").removeprefix("-").replace("/run/lazymem/%i", str(mountpoint))
     path = f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(shlex.split(line), check=True, env={"PATH": path})
     assert (tmp_path / "called").exists() is not answers

@@ -127,8 +127,9 @@ class Cgroup:
         hierarchy.mkdir()
         call("mount", "-t", "cgroup2", "cgroup", hierarchy)
         (ours,) = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
-        self._parent = hierarchy / ours.lstrip("/")
-        self.path = self._parent / f"lazymem-machine-{os.getpid()}"
+        if ours.startswith("/.."):  # outside of what this namespace shows: whoever started us only came to visit
+            ours = ""
+        self.path = hierarchy / ours.lstrip("/") / f"lazymem-machine-{os.getpid()}"
         try:
             self.path.mkdir()
         except OSError as error:
