@@ -29,6 +29,7 @@ from lazymem.fs.lifetime import Lifetime
 from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
 from lazymem.fs.pagecache import PageCache
 from lazymem.fs.session import MountOptions
+from lazymem.fs.readahead import ReadAheads
 from lazymem.fs.tree import MANIFEST_INODE, Tree
 from lazymem.settings import MountSettings, Prefetch
 from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
@@ -103,6 +104,7 @@ async def _serve(
         if settings.prefetch is not Prefetch.NONE
         else None,
     )
+    pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
     ram = GuestRam(pristine, state, scheduler)
     opened.push_async_callback(_close, ram)
     page_cache = None
@@ -117,7 +119,10 @@ async def _serve(
             page_cache.prefer(sorted(recorded))
     touches = Touches(origin.pages, pristine.states, recorded)
     recording = maybe_recording(settings, client, touches, ram.written_pages)
-    watch = Watch(page_cache, touches if recorded or recording is not None else None, recording)
+    read_aheads = None
+    if settings.prefetch is not Prefetch.NONE or recording is not None:  # something else guesses better
+        read_aheads = ReadAheads(origin.pages, ram.is_at_hand)
+    watch = Watch(page_cache, read_aheads, touches if recorded or recording is not None else None, recording)
     try:
         status = MountStatus(
             settings,

@@ -393,6 +393,11 @@ class Scheduler:
         """Whether guesses are on their way."""
         return self._table.background_in_flight_pages > 0
 
+    @property
+    def background_bytes_per_second(self) -> float:
+        """What guesses lately brought over the wire; 0 before any."""
+        return self._window.rate_bytes_per_second
+
     # ---- for people
 
     async def wait_kept(self) -> None:

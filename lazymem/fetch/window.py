@@ -82,6 +82,11 @@ class BackgroundWindow:
         return self._pages
 
     @property
+    def rate_bytes_per_second(self) -> float:
+        """Of the wire, as seen lately; 0 before anything was."""
+        return max(self._best_before, self._best_now)
+
+    @property
     def piece_pages(self) -> int:
         """Size of one request: three in a window, or more where a round trip has time for their processors' share."""
         return min(MAX_PIECE_PAGES, self._pages // (3 if self._round_trip < SLOW_SECONDS else 8))
@@ -108,7 +113,7 @@ class BackgroundWindow:
             full = full and share >= MIN_SHARE
             self._share += SHARE_WEIGHT * (min(MAX_SHARE, max(MIN_SHARE, share)) - self._share)
         self._note_rate(delivered_bytes / elapsed_seconds, full, best_round_trip_seconds, now_seconds)
-        rate = max(self._best_before, self._best_now)
+        rate = self.rate_bytes_per_second
         pages_a_second = rate / (PAGE_SIZE * self._share)
         gain = DEMANDED_GAIN if demanded else GAIN
         least = DEMANDED_MIN_QUEUE_SECONDS if demanded else MIN_QUEUE_SECONDS

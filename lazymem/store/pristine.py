@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import gt
 
 import trio
@@ -36,6 +36,10 @@ MARK_PAGES = 1 << 20
 
 RUNS_A_TURN = 32
 """Kept between two looks at what else there is to do: a third of a millisecond, which a fault may have to wait."""
+
+COPIES_PAY_BELOW_BYTES_PER_SECOND = 150e6
+"""A copy (look, read, verify, write) costs 25 us, which is a page's time on a wire this fast; and a wire leaves the
+processor alone meanwhile."""
 
 COPIES_A_TURN = 32
 """Equal pages that are read and verified before others get a turn: a third of a millisecond."""
@@ -75,6 +79,8 @@ class PristinePages:
             if cache.digests.maybe_upper(origin.root) is None:
                 cache.digests.store_upper(upper)
             self._mark_zeros(self._verifier.zero_leaves())
+        self.wire_bytes_per_second: Callable[[], float] = lambda: 0.0
+        """What pages come by: where it is slow, equal ones are copied from each other. For the owner to set."""
         self._dropped_pages = 0
         # One byte a page; memory only where one is set, which a bytearray would not do.
         self._given = mmap.mmap(-1, origin.pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -147,7 +153,7 @@ class PristinePages:
         for at in range(0, len(marks), RUNS_A_TURN):
             self._hold(marks[at : at + RUNS_A_TURN])
             await trio.lowlevel.checkpoint()
-        if self._maybe_equal is not None:
+        if self._maybe_equal is not None and self.wire_bytes_per_second() < COPIES_PAY_BELOW_BYTES_PER_SECOND:
             for first, digests in leaves:
                 await self._copy_equal(self._maybe_equal, first, digests)
         if self._given_early:

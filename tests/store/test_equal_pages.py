@@ -16,6 +16,7 @@ from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, page_dig
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.cachefolder import PAGES_NAME
 from lazymem.store.equalpages import EqualPages
+from lazymem.store.pristine import COPIES_PAY_BELOW_BYTES_PER_SECOND
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.stores import OpenStore, opened_store
 
@@ -53,6 +54,14 @@ async def test_a_leaf_of_held_pages_is_copied(tmp_path: Path) -> None:
     async with opened_store(snapshot, tmp_path / "cache") as store:  # the copies are in the file
         assert await store.ram.read(0, len(snapshot.ram)) == snapshot.ram
         assert store.source.fetches == 0
+
+
+async def test_where_the_wire_is_fast_nothing_is_copied(tmp_path: Path) -> None:
+    snapshot = twins(tmp_path / "snapshot")
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        store.pristine.wire_bytes_per_second = lambda: COPIES_PAY_BELOW_BYTES_PER_SECOND
+        assert await store.ram.read(0, len(snapshot.ram)) == snapshot.ram
+        assert store.source.pages == TWO_LEAVES
 
 
 async def test_of_an_unhashed_snapshot_nothing_is_copied(tmp_path: Path) -> None:
