@@ -22,6 +22,7 @@ COMMANDS = {
     "snapshot": Command("lazymem.cli.snapshot", "save a running guest into a folder"),
     "status": Command("lazymem.cli.status", "show what a mount holds, fetches, and waits for"),
     "umount": Command("lazymem.cli.umount", "end a mount, or say who holds it"),
+    "doctor": Command("lazymem.cli.doctor", "say what this host lacks for a mount, and how to mend it"),
     "guest": Command("lazymem.cli.guest", "build a small guest to try things with"),
     "demo": Command("lazymem.cli.demo", "save, serve, mount and resume guests on this machine, with figures"),
 }

@@ -18,6 +18,7 @@ COMMANDS = {
     "lazymem-umount": "lazymem.cli.umount",
     "lazymem-guest": "lazymem.cli.guest",
     "lazymem-demo": "lazymem.cli.demo",
+    "lazymem-doctor": "lazymem.cli.doctor",
 }
 
 
