@@ -143,7 +143,9 @@ def test_only_a_mount_that_answers_nobody_is_cleared_away(tmp_path: Path, answer
     mountpoint = tmp_path / "mount"
     if answers:
         mountpoint.mkdir()
-    line = value("lazymem-mount@.service", "ExecStopPost").removeprefix("-").replace("/run/lazymem/%i", str(mountpoint))
+    cleans = value("lazymem-mount@.service", "ExecStopPost")
+    assert ("ExecStartPre", cleans) in options(MOUNT_UNIT)
+    line = cleans.removeprefix("-").replace("/run/lazymem/%i", str(mountpoint))
     path = f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(shlex.split(line), check=True, env={"PATH": path})
     assert (tmp_path / "called").exists() is not answers
