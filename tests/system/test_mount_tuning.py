@@ -1,0 +1,75 @@
+"""The kernel's knobs on real mounts: set for this one, other mounts' untouched, gone when it goes."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lazymem.fs import mountinfo, tuning
+from lazymem.fs.session import MAX_READ_BYTES
+from tests.support.mounts import Mounted, Stage, wait_until
+from tests.support.snapshots import BuiltSnapshot
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may turn the kernel's knobs"),
+]
+
+QUIET = ("--prefetch", "none")
+
+
+def _minor(mount: Mounted) -> int:
+    mounted = mountinfo.maybe_mount_at(str(mount.path))
+    assert mounted is not None
+    return mounted.minor
+
+
+def _values(minor: int) -> dict[Path, str]:
+    return {knob.path: knob.path.read_text().strip() for knob in tuning.knobs(0, minor)}
+
+
+def _wanted(minor: int) -> dict[Path, str]:
+    return {knob.path: knob.value for knob in tuning.knobs(0, minor)}
+
+
+def _max_read(mount: Mounted) -> str:
+    line = next(line for line in mountinfo.read("self").splitlines() if f" {mount.path} " in line)
+    return next(option for option in line.split(",") if option.startswith("max_read=")).partition("=")[2]
+
+
+def test_each_mount_has_its_own(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    server = mounts.serve(snapshot.folder)
+    first = mounts.mount(server.address, *QUIET, name="first")
+    assert _values(_minor(first)) == _wanted(_minor(first))
+    assert _max_read(first) == str(MAX_READ_BYTES)
+    # Somebody turned the first one's otherwise: what another mount does must not undo that.
+    odd = {"strict_limit": "1", "max_ratio": "7", "read_ahead_kb": "64", "max_background": "9"}
+    for path in _values(_minor(first)):
+        if path.name in odd:
+            path.write_text(odd[path.name])
+    before = _values(_minor(first))
+    assert before != _wanted(_minor(first))
+    second = mounts.mount(server.address, *QUIET, "-o", "max_read=65536", name="second")
+    assert _minor(second) != _minor(first)
+    assert _values(_minor(second)) == _wanted(_minor(second))
+    assert _max_read(second) == "65536"
+    assert _values(_minor(first)) == before
+    gone = _wanted(_minor(second))
+    second.unmount()
+    wait_until(lambda: not any(path.exists() for path in gone), "they are gone with their mount")
+    assert _values(_minor(first)) == before
+
+
+def test_a_new_mount_starts_with_the_kernels_own_knobs_whatever_was_before(
+    mounts: Stage, snapshot: BuiltSnapshot
+) -> None:
+    """A device number is used again; its knobs are not."""
+    server = mounts.serve(snapshot.folder)
+    for _ in range(2):
+        mount = mounts.mount(server.address, *QUIET)
+        minor = _minor(mount)
+        assert _values(minor) == _wanted(minor)
+        for path in _values(minor):
+            if path.name == "max_ratio":
+                path.write_text("3")
+        mount.unmount()
