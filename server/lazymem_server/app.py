@@ -32,11 +32,12 @@ from lazymem.errors import LazymemError
 from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.catalog import Catalog
+from lazymem_server.counters import Counters
 from lazymem_server.learning import Learning
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
 from lazymem_server.pace import Pace
-from lazymem_server.session import RECEIVE_BYTES, Counters, Session
+from lazymem_server.session import RECEIVE_BYTES, Session
 
 log = logging.getLogger("lazymem.server")
 

@@ -20,16 +20,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 from lazymem.digests import LEAF_PAGES
 from lazymem.errors import RemoteProtocolError, VerificationError
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot.reader import SmallFile, SnapshotReader
 from lazymem.wire.codec import encode, raw_head, zero_frame
-from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ServerConnection, negotiate
+from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ServerConnection
 from lazymem.wire.messages import (
-    WIRE_VERSION,
     Cancel,
     Cancelled,
     Digests,
@@ -42,19 +40,21 @@ from lazymem.wire.messages import (
     Goodbye,
     Hello,
     Level,
-    Limits,
     Message,
     Ping,
     Pong,
     ReadFile,
     StoreFile,
-    Welcome,
 )
 from lazymem_server.catalog import Catalog
+from lazymem_server.counters import Counters
+from lazymem_server.ending import SessionEnd
+from lazymem_server.greeting import find_published, welcome_to
 from lazymem_server.jobs import Answer, Job, JobQueue, failure, make_job
 from lazymem_server.learning import Learning, Upload
 from lazymem_server.limits import ServerLimits
-from lazymem_server.output import Lane, Output, Piece
+from lazymem_server.outlet import Outlet
+from lazymem_server.output import Lane, Piece
 from lazymem_server.pace import Pace
 
 log = logging.getLogger("lazymem.server")
@@ -74,30 +74,6 @@ LONE_PATIENCE_MS = 1000
 
 REMEMBERED_DEMANDS = 1024
 """Whoever demands again what it had so few demands ago did not like what it got."""
-
-
-class SessionEnd(Exception):  # noqa: N818  # it is how a session ends, not always an error
-    """Ends the session; the text says why. `farewell`: the last frame, if the client should hear one."""
-
-    def __init__(self, reason: str, farewell: Error | None = None) -> None:
-        super().__init__(reason)
-        self.farewell = farewell
-
-
-@dataclass(slots=True)
-class Counters:
-    """Of one session, or of all together."""
-
-    requests: int = 0
-    answered: int = 0
-    bytes_sent: int = 0
-    refused_pages: int = 0
-
-    def add(self, other: Counters) -> None:
-        self.requests += other.requests
-        self.answered += other.answered
-        self.bytes_sent += other.bytes_sent
-        self.refused_pages += other.refused_pages
 
 
 class Session:
@@ -124,7 +100,6 @@ class Session:
         """
         self.counters = Counters()
         self._fd = fd
-        self._writev = writev
         self._catalog = catalog
         self._limits = limits
         self._disks = disks
@@ -135,7 +110,7 @@ class Session:
         self._maybe_upload: Upload | None = None
         self._working_set: SmallFile | bytes = b""
         self._connection = ServerConnection()
-        self._output = Output()
+        self._outlet = Outlet(fd, limits, self.counters, writev)
         self._queue = JobQueue()
         self._cold: dict[int, Job] = {}
         self._at_disk: dict[int, Future[None]] = {}
@@ -149,8 +124,6 @@ class Session:
         now = time.monotonic()
         self._ask_at = now + limits.handshake_seconds
         self._asked = False
-        self._stuck_at: float | None = None  # since when the socket took less than `send_bytes`
-        self._sent_since = 0
         self._leaving = False
         # What other threads say; they wake the loop through the descriptor.
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -207,9 +180,9 @@ class Session:
 
     def _is_quiet(self) -> bool:
         """Nothing is open, unsent or said by other threads."""
-        if self._woken or self._unhandled or self._leaving or self._cold or self._stuck_at is not None:
+        if self._woken or self._unhandled or self._leaving or self._cold or self._outlet.stuck_at is not None:
             return False
-        return not self._queue and not self._output.unsent_bytes and self._interest == select.POLLIN
+        return not self._queue and not self._outlet.unsent_bytes and self._interest == select.POLLIN
 
     def _answer_faults(self) -> None:
         """A guest's faults come one after the other: as long as there is nothing else, wait, read, answer, no more.
@@ -228,7 +201,7 @@ class Session:
                 self._connection.receive_data(data)
                 self._handle_all()
                 break
-            if self._output.unsent_bytes:
+            if self._outlet.unsent_bytes:
                 break
         if self._heard:
             self._heard = self._asked = False
@@ -236,7 +209,7 @@ class Session:
 
     def _turn(self) -> None:
         """Wait for something to do, and do a bounded part of it."""
-        output = self._output
+        output = self._outlet
         readable = output.unsent_bytes < self._limits.max_unsent_bytes
         interest = (select.POLLIN if readable else 0) | (select.POLLOUT if output.unsent_bytes else 0)
         if interest != self._interest:
@@ -262,9 +235,9 @@ class Session:
             self._step()
         if output.unsent_bytes >= BULK_BYTES:
             with self._bulk_turns:
-                self._flush()
+                output.flush()
         elif output.unsent_bytes:
-            self._flush()
+            output.flush()
         if self._leaving and not output.unsent_bytes and not self._connection.open_requests:
             raise SessionEnd("goodbye")
         if not found or self._reader is None:
@@ -292,19 +265,19 @@ class Session:
         """How long the socket may be silent before the clock has to be looked at."""
         now = time.monotonic()
         until = self._ask_at
-        if self._stuck_at is not None:
-            until = min(until, self._stuck_at + self._limits.send_seconds)
+        stuck_at = self._outlet.stuck_at
+        if stuck_at is not None:
+            until = min(until, stuck_at + self._limits.send_seconds)
         return max(0, int((until - now) * 1000) + 1)
 
     def _look_at_clock(self) -> None:
         now, limits = time.monotonic(), self._limits
-        if self._stuck_at is not None and now >= self._stuck_at + limits.send_seconds:
-            raise SessionEnd("dropped: it takes its answers too slowly")
+        self._outlet.check_pace(now)
         if now < self._ask_at:
             return
         if self._reader is None:
             raise SessionEnd("no whole HELLO in time")
-        if self._output.unsent_bytes >= limits.max_unsent_bytes:
+        if self._outlet.unsent_bytes >= limits.max_unsent_bytes:
             self._ask_at = now + limits.idle_seconds  # we do not read from it: the send timeout's business
         elif self._asked:
             raise SessionEnd("dropped: silent, and no answer to a PING")
@@ -331,7 +304,7 @@ class Session:
     def _answer_lone(self, data: bytes) -> bool:
         """Answer a demand of a few pages that the host has in memory and nothing is before; whether it was one."""
         lone = self._connection.lone_fetch(data)
-        if lone is None or self._output.unsent_bytes or self._leaving or self._queue:
+        if lone is None or self._outlet.unsent_bytes or self._leaving or self._queue:
             return False
         request_id, flags, start, count = lone
         if count > self._lone_pages or start % LEAF_PAGES + count > LEAF_PAGES:
@@ -352,8 +325,7 @@ class Session:
         counters = self.counters
         counters.requests += 1
         counters.answered += 1
-        sent = self._write(frame)
-        counters.bytes_sent += sent
+        sent = self._outlet.write(frame)
         if sent < sum(map(len, frame)):
             rest = b"".join(frame)[sent:]  # a copy: the buffer is the next answer's
             self._put((rest,), Lane.CONTROL if sent else Lane.DEMAND)
@@ -367,7 +339,7 @@ class Session:
 
     def _handle_all(self) -> None:
         """Act on what was received, while the answers that this makes at once are few enough."""
-        output, most = self._output, self._limits.max_unsent_bytes
+        output, most = self._outlet, self._limits.max_unsent_bytes
         self._unhandled = True
         while output.unsent_bytes < most:
             message = self._event()
@@ -398,39 +370,16 @@ class Session:
             self._leaving = True
 
     def _greet(self, hello: Hello) -> None:
-        welcome = self._welcome(hello)
-        self._put(self._connection.send_parts(welcome), Lane.CONTROL)
-        self._reader = self._catalog[welcome.name]
-        self._ask_at = time.monotonic() + self._limits.idle_seconds
-
-    def _welcome(self, hello: Hello) -> Welcome:
-        version = negotiate(hello)
-        if version is None:
-            spoken = f"this server speaks wire version {WIRE_VERSION}, the client {hello.version_min}"
-            raise SessionEnd(
-                "wrong version", Error(0, ErrorCode.UNSUPPORTED_VERSION, f"{spoken}: update the older one")
-            )
-        found = self._catalog.find(hello.name)
-        if found is None:
-            text = f"there is no snapshot {hello.name!r} here" if hello.name else "several snapshots here: name one"
-            raise SessionEnd(text, Error(0, ErrorCode.NO_SUCH_SNAPSHOT, text))
-        name, reader = found
-        limits = self._limits
+        name, reader = find_published(hello, self._catalog)
         learns = self._look_at_working_set(reader)
         working_set = self._working_set
+        size = len(working_set) if isinstance(working_set, bytes) else working_set.size_bytes
+        capabilities = self._connection.capabilities(hello.capabilities, learns=learns)
         log.info("%s: takes %s", self._peer, name)
-        return Welcome(
-            version=version,
-            capabilities=self._connection.capabilities(hello.capabilities, learns=learns),
-            limits=Limits(limits.max_request_pages, limits.max_request_ranges, limits.max_requests),
-            name=name,
-            identity=reader.identity,
-            ram_bytes=reader.ram_bytes,
-            hashed=reader.hashed,
-            manifest=reader.manifest_bytes,
-            vmstate_bytes=reader.vmstate.size_bytes,
-            working_set_bytes=len(working_set) if isinstance(working_set, bytes) else working_set.size_bytes,
-        )
+        welcome = welcome_to(name, reader, self._limits, capabilities, size)
+        self._put(self._connection.send_parts(welcome), Lane.CONTROL)
+        self._reader = reader
+        self._ask_at = time.monotonic() + self._limits.idle_seconds
 
     def _look_at_working_set(self, reader: SnapshotReader) -> bool:
         """The snapshot's own, or else what was learned, stays this client's. Whether one is wanted of it."""
@@ -484,7 +433,7 @@ class Session:
 
     def _may_step(self) -> tuple[bool, bool]:
         """Whether there is a step of a demand, or of a guess, that the bounds allow now."""
-        unsent, cold, limits = self._output.unsent_bytes, self._cold, self._limits
+        unsent, cold, limits = self._outlet.unsent_bytes, self._cold, self._limits
         if unsent >= limits.max_unsent_bytes or len(cold) >= limits.max_cold_reads:
             return False, False
         background = unsent < limits.max_background_unsent_bytes and not any(job.background for job in cold.values())
@@ -554,29 +503,7 @@ class Session:
         log.log(level, "%s: %s", self._peer, error.text)
 
     def _put(self, frame: Sequence[Piece], lane: Lane) -> None:
-        self._output.put(frame, lane)
-
-    def _flush(self) -> None:
-        """Hand the socket what it takes of the most urgent frames."""
-        output = self._output
-        if not output.unsent_bytes:
-            return
-        pieces = output.pieces(self._limits.send_bytes)
-        sent = self._write(pieces)
-        self.counters.bytes_sent += sent
-        self._sent_since += sent
-        if output.sent(sent):
-            self._stuck_at = None
-        elif self._stuck_at is None or self._sent_since >= self._limits.send_bytes:
-            self._stuck_at, self._sent_since = time.monotonic(), 0
-        elif time.monotonic() >= self._stuck_at + self._limits.send_seconds:
-            raise SessionEnd("dropped: it takes its answers too slowly")
-
-    def _write(self, pieces: Sequence[Piece]) -> int:
-        try:
-            return self._writev(self._fd, pieces)
-        except BlockingIOError:
-            return 0
+        self._outlet.put(frame, lane)
 
 
 def _guarded(job: Job, step: Callable[[], list[Answer] | None]) -> list[Answer] | None:
