@@ -31,6 +31,7 @@ from lazymem.fs.pagecache import PageCache
 from lazymem.fs.session import MountOptions
 from lazymem.fs.readahead import ReadAheads
 from lazymem.fs.tree import MANIFEST_INODE, Tree
+from lazymem.fs.writeback import WritebackPace
 from lazymem.settings import MountSettings, Prefetch
 from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
 from lazymem.store.cachefolder import open_cache
@@ -231,9 +232,11 @@ async def _mount_and_serve(
             )
             session.attach(operations, channel.take_library_end())
             notices = manifest.resume_notices if manifest else ()
-            nursery.start_soon(_announce, path, mounted, ready, notices)
+            pace = WritebackPace(mounted)
+            nursery.start_soon(_announce, path, mounted, ready, notices, pace)
             nursery.start_soon(watch.run, mounted, wish)
             await lifetime.serve()
+            pace.stop()
             session.detach()
             channel.close()
         await watch.finish()
@@ -256,7 +259,9 @@ async def _mounted(path: str, source: str, options: MountOptions) -> AsyncIterat
         os.close(descriptor)
 
 
-async def _announce(path: str, mounted: mountinfo.Mount, ready: Ready, notices: tuple[str, ...]) -> None:
+async def _announce(
+    path: str, mounted: mountinfo.Mount, ready: Ready, notices: tuple[str, ...], pace: WritebackPace
+) -> None:
     """Turn the kernel's knobs, see the mount answer, say so."""
 
     def tune_and_look() -> None:
@@ -267,6 +272,7 @@ async def _announce(path: str, mounted: mountinfo.Mount, ready: Ready, notices: 
     await trio.to_thread.run_sync(tune_and_look, abandon_on_cancel=True)
     gc.freeze()  # or the collector looks at all that start-up made, 20 ms at a time, while a fault waits
     ready(notices)
+    pace.start()
     log.info("%s is ready (pid %d)", path, os.getpid())
     for notice in notices:
         log.warning("%s: %s", path, notice)

@@ -56,6 +56,16 @@ class OwnFile:
             return True
         return any(mount.mount_id == self._mounted.mount_id for mount in mountinfo.current())
 
+    def wait_mounted(self, seconds: float, stop_fd: int) -> bool:
+        """`is_mounted` after so long, or as soon as mounts change; False as soon as `stop_fd` is readable. Blocks."""
+        waiting = select.poll()
+        waiting.register(self._mounts, select.POLLPRI)
+        waiting.register(stop_fd, select.POLLIN)
+        found = [descriptor for descriptor, _ in waiting.poll(seconds * 1000)]
+        if stop_fd in found:
+            return False
+        return not found or any(mount.mount_id == self._mounted.mount_id for mount in mountinfo.current())
+
     def close(self) -> None:
         """After an unmount this is what ends the file system, and waits for its last requests."""
         for descriptor in (self._file, self._tree):

@@ -1,4 +1,4 @@
-"""System calls that Python's library lacks: mount(2), umount2(2), prctl(2), open_tree(2)."""
+"""System calls that Python's library lacks: mount(2), umount2(2), prctl(2), sync_file_range(2), open_tree(2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def system_call(name: str, *arguments: bytes | int | ctypes.c_ulong) -> None:
+def system_call(name: str, *arguments: bytes | int | ctypes.c_ulong | ctypes.c_int64) -> None:
     """Call libc's `name`, which returns 0 or sets errno.
 
     Raises:

@@ -28,6 +28,10 @@ _PR_SET_IO_FLUSHER = 57
 MAX_BACKGROUND = 64
 """Read-ahead and write-back requests at a time (kernel's default: 12), so that a sweep leaves slots for the guest."""
 
+CONGESTION_THRESHOLD = 8
+"""Requests that wait, above which the kernel begins no more write-back: a guest that writes to a page on its way here
+waits for all that is before it. (Its own read-ahead is not sent either then; guessing is ours.)"""
+
 
 class Knob(Struct, frozen=True):
     path: Path
@@ -44,7 +48,7 @@ def knobs(major: int, minor: int, *, sysfs: Path = Path("/sys")) -> list[Knob]:
         Knob(bdi / "max_ratio", "100", "the dirty limit stays at 1 %: the guest's writes will be slow"),
         Knob(bdi / "read_ahead_kb", str(READ_AHEAD_KB), "read-ahead stays as it is"),
         Knob(connection / "max_background", str(MAX_BACKGROUND), "background slots stay as they are"),
-        Knob(connection / "congestion_threshold", str(MAX_BACKGROUND * 3 // 4), "congestion threshold stays"),
+        Knob(connection / "congestion_threshold", str(CONGESTION_THRESHOLD), "congestion threshold stays"),
     ]
 
 
