@@ -28,8 +28,8 @@ from lazymem.fs.channel import Channel
 from lazymem.fs.lifetime import Lifetime
 from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
 from lazymem.fs.pagecache import PageCache
-from lazymem.fs.session import MountOptions
 from lazymem.fs.readahead import ReadAheads
+from lazymem.fs.session import MountOptions
 from lazymem.fs.tree import MANIFEST_INODE, Tree
 from lazymem.fs.writeback import WritebackPace
 from lazymem.settings import MountSettings, Prefetch
@@ -90,20 +90,17 @@ async def _serve(
     pristine, state = await _open_store(client, settings, origin)
     maybe_set = await servers_set.maybe_set()
     recorded = maybe_set.runs if maybe_set is not None else ()
-    scheduler = Scheduler(
-        client,
-        pristine,
-        nursery,
-        deadline_seconds=settings.deadline_seconds,
-        prefetcher=prepager(
+    maybe_prepager = None
+    if settings.prefetch is not Prefetch.NONE:
+        maybe_prepager = prepager(
             pristine.next_missing,
             origin.pages,
             recorded=recorded,
             sweep=settings.prefetch is Prefetch.ALL,
             maybe_leaf_missing=pristine.missing_leaves,
         )
-        if settings.prefetch is not Prefetch.NONE
-        else None,
+    scheduler = Scheduler(
+        client, pristine, nursery, deadline_seconds=settings.deadline_seconds, prefetcher=maybe_prepager
     )
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
     ram = GuestRam(pristine, state, scheduler)
@@ -120,10 +117,12 @@ async def _serve(
             page_cache.prefer(sorted(recorded))
     touches = Touches(origin.pages, pristine.states, recorded)
     recording = maybe_recording(settings, client, touches, ram.written_pages)
-    read_aheads = None
-    if settings.prefetch is not Prefetch.NONE or recording is not None:  # something else guesses better
-        read_aheads = ReadAheads(origin.pages, ram.is_at_hand)
-    watch = Watch(page_cache, read_aheads, touches if recorded or recording is not None else None, recording)
+    watch = Watch(page_cache, None, None, None)
+    if recorded or recording is not None:
+        read_aheads = ReadAheads(
+            origin.pages, ram.is_at_hand, lambda: maybe_prepager is not None and maybe_prepager.set_is_coming
+        )
+        watch = Watch(page_cache, read_aheads, touches, recording)
     try:
         status = MountStatus(
             settings,

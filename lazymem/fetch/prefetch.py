@@ -52,9 +52,12 @@ class Prepager:
         self._neighbourhoods = neighbourhoods
         self._sweep = maybe_sweep
 
+    @property
+    def set_is_coming(self) -> bool:
+        """Whether recorded pages are still to be asked for."""
+        return self._recorded is not None
+
     def faulted(self, pages: PageRange) -> None:
-        if self._recorded is not None:
-            self._recorded.faulted(pages)
         self._neighbourhoods.faulted(pages)
 
     def brought(self, pages: PageRange) -> None:

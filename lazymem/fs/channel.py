@@ -55,7 +55,7 @@ SEEN_AGAIN_SECONDS = 1.0
 Answer = Callable[[bytes | LazymemError | None], None]
 
 Taken = Callable[[int, int, int], bool]
-"""Told of each READ's thread, offset and size; True: the kernel sent it for us, no guest touched anything."""
+"""Told of each READ's thread, offset and size; True: it is read-ahead to be refused (`readahead`)."""
 
 Written = Callable[[int, int], None]
 """Told of each WRITE: offset and size in bytes."""
@@ -228,8 +228,9 @@ class Channel:
         if size <= 0:
             self._answer_read(unique, b"")
             return
-        if self._maybe_taken is not None:
-            self._maybe_taken(thread, offset, size)
+        if self._maybe_taken is not None and self._maybe_taken(thread, offset, size):
+            self._send((fuseabi.error_answer(unique, errno.EAGAIN),))
+            return
         try:
             self._open[unique] = thread
 

@@ -268,6 +268,8 @@ class PageCache:
         self._thread = threading.get_native_id()
         for step in steps:
             with contextlib.suppress(OSError):  # it is only advice
+                # Read-ahead that was refused has left empty pages behind, and what is there is not read again.
+                os.posix_fadvise(descriptor, step.offset_bytes, step.length_bytes, os.POSIX_FADV_DONTNEED)
                 os.posix_fadvise(descriptor, step.offset_bytes, step.length_bytes, os.POSIX_FADV_WILLNEED)
 
     async def _open(self, mounted: mountinfo.Mount) -> None:

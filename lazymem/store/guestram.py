@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from operator import or_
 
 import trio
 
 from lazymem.errors import LazymemError, StoreError, TemplateWriteError, VerificationError
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, PageRange, PageRun, covering, runs
 from lazymem.store.fulldisk import is_full
-from lazymem.store.pagemap import SET
+from lazymem.store.pagemap import SET, UNSET
 from lazymem.store.pristine import PristinePages
 from lazymem.store.rangelocks import RangeLocks
 from lazymem.store.readplan import Place, plan
@@ -145,6 +146,14 @@ class GuestRam:
             return data
         start = offset - pages.offset_bytes
         return data[start : start + length]
+
+    def is_at_hand(self, offset: int, length: int) -> bool:
+        """Whether no page of these bytes, which lie inside the RAM, has to be fetched."""
+        pages = covering(offset, length)
+        states = self._pristine.states(pages)
+        if UNSET not in states:
+            return True
+        return self._state is not None and all(map(or_, states, self._state.written.states(pages)))
 
     def _maybe_at_hand(self, pages: PageRange) -> bytes | None:
         planned = self._plan(pages)

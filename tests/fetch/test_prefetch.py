@@ -256,21 +256,14 @@ def test_recorded_pages_that_are_here_are_not_asked_for() -> None:
     assert found == [PageRange(10, 1), PageRange(12, 1), PageRange(4, 1)]
 
 
-def test_a_fault_in_a_later_phase_moves_the_set_on_and_back() -> None:
+def test_whether_the_set_is_still_coming() -> None:
     pages = Pages(set(range(TOTAL)))
-    recorded = RecordedSet(pages.next_missing, [PageRange(page, 1) for page in (5, 900, 300, 40, 600)])
-    assert recorded.next_range(8) == PageRange(5, 1)
-    recorded.faulted(PageRange(40, 1))
-    recorded.faulted(PageRange(41, 1))  # of no run
-    recorded.faulted(PageRange(0, 1))
-    recorded.faulted(PageRange(5, 1))  # we are beyond it
-    assert [recorded.next_range(8) for _ in range(5)] == [
-        PageRange(40, 1),
-        PageRange(600, 1),
-        PageRange(900, 1),
-        PageRange(300, 1),
-        None,
-    ]
+    strategy = prepager(pages.next_missing, TOTAL, recorded=(PageRange(5, 1),))
+    assert strategy.set_is_coming
+    strategy.next_range(8)
+    strategy.next_range(8)
+    assert not strategy.set_is_coming
+    assert not prepager(pages.next_missing, TOTAL).set_is_coming
 
 
 @st.composite
