@@ -1,9 +1,9 @@
 """What the guest touched first, and in which order, as far as the kernel tells: recordings, and what a set was worth.
 
-The kernel tells of a touch by the READ that it makes, once, of the page and of what it reads ahead around it (128 KiB;
-with MADV_HUGEPAGE, as QEMU has it, 4 MiB in such READs), and does not say which page it was. All of these count: a next
-resume's kernel will ask for the same. READs that we made the kernel send, to fill its cache, are kept out by whoever
-tells of READs here; a page that came into that cache so is touched without our knowledge.
+The kernel tells of a touch by the READ that it makes, once, of the page and of what it reads ahead around it, and does
+not say which page it was; all of them count, unless read-ahead was refused (`fs.readahead`). READs that we made the
+kernel send, to fill its cache, are kept out by whoever tells of READs here; a page that came into that cache so is
+touched without our knowledge.
 
 Plain functions, called on trio's thread for each READ: a quarter of a microsecond for one that holds no first touch.
 """

@@ -125,6 +125,28 @@ def test_what_the_sweep_and_the_page_cache_bring_is_no_touch(staged: Stage, snap
     assert pages_of(read_set(target, snapshot)) == list(TOUCHED)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's daemon fills the kernel's page cache (open_tree)")
+def test_refused_read_ahead_gets_into_the_page_cache_later(staged: Stage, snapshot: BuiltSnapshot) -> None:
+    """The empty pages that it leaves behind in the kernel are no reason to pass by them."""
+    server = staged.serve(snapshot.folder)
+    target = staged.folder / "recorded"
+    mounted = staged.mount(server.address, "--prefetch", "all", "--record", target, "--record-seconds", "0.2")
+    descriptor = os.open(mounted.ram_path, os.O_RDONLY)
+    with mmap.mmap(descriptor, PAGES * PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+        os.close(descriptor)
+        mapped.madvise(14)  # MADV_HUGEPAGE
+        for page in TOUCHED:
+            assert page_of(mapped, page) == snapshot.page(page)
+        wait_until(target.exists, "the recording")
+        assert sorted(pages_of(read_set(target, snapshot))) == sorted(TOUCHED)
+        wait_until(lambda: mounted.status()["pages_held"] == PAGES, "everything")
+        wait_until(lambda: mounted.status()["fill"]["state"] == "the kernel has it all", "the filler")
+        before = mounted.requests()
+        for page in range(PAGES):
+            assert page_of(mapped, page) == snapshot.page(page)
+        assert mounted.requests() - before < PAGES // 100
+
+
 def test_pages_that_were_overwritten_whole_are_not_wanted(staged: Stage, snapshot: BuiltSnapshot) -> None:
     server = staged.serve(snapshot.folder)
     target = staged.folder / "recorded"
