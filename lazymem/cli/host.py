@@ -12,6 +12,8 @@ from pathlib import Path
 
 from msgspec import Struct, field
 
+from lazymem.fs import checks
+
 
 class State(enum.Enum):
     OK = "ok"
@@ -47,8 +49,7 @@ class Host(Struct, frozen=True):
 
     @property
     def version(self) -> tuple[int, int]:
-        found = re.match(r"(\d+)\.(\d+)", self.release)
-        return (int(found[1]), int(found[2])) if found else (0, 0)
+        return checks.kernel_version(self.release)
 
     def can(self, capability: int) -> bool:
         return bool(self.capabilities >> capability & 1)

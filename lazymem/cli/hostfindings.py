@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lazymem.cli.host import Finding, Host, State
 from lazymem.errors import LazymemError
-from lazymem.fs import checks
+from lazymem.fs import checks, ownfile
 from lazymem.settings import default_cache_dir
 
 _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
@@ -142,11 +142,12 @@ def _is_writable(path: Path) -> bool:
 
 
 def ahead_of_the_guest(host: Host) -> Iterator[Finding]:
-    if host.version < (5, 2) or not host.can(_CAP_SYS_ADMIN):
+    if host.version < ownfile.MIN_KERNEL or not host.can(_CAP_SYS_ADMIN):
         yield Finding(
             "filling ahead",
             State.LACKING,
-            "held pages go to the kernel when they are touched only (open_tree(2): Linux 5.2, CAP_SYS_ADMIN)",
+            "held pages go to the kernel only when touched, write-back comes in large pieces"
+            " (open_tree(2): CAP_SYS_ADMIN; Linux 5.16)",
             "mount as root",
         )
     else:

@@ -218,6 +218,9 @@ class Channel:
             self._take_read(unique, thread, offset, size)
         elif inode == RAM_INODE and opcode == fuseabi.WRITE:
             self._take_write(unique)
+        elif inode == RAM_INODE and opcode == fuseabi.OPEN and readers.is_our_own(thread):
+            # Were we killed, its close would wait for our answers, and the mount for the close (see `ownfile`).
+            self._send((fuseabi.open_answer(unique, RAM_INODE),))
         elif opcode != fuseabi.INTERRUPT or not self._take_interrupt():
             self._hand_over(opcode, bytes(self._view[:length]))
 

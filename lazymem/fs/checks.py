@@ -14,12 +14,16 @@ MIN_KERNEL = (5, 4)
 """Shared writable maps of FUSE files came much earlier; below this no long-term kernel is alive to test on."""
 
 
+def kernel_version(release: str) -> tuple[int, int]:
+    """The first two numbers of uname's release; (0, 0) where it has none."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def check_kernel(release: str | None = None) -> None:
     """Raises EnvironmentRefusedError below `MIN_KERNEL`."""
     release = release if release is not None else os.uname().release
-    found = re.match(r"(\d+)\.(\d+)", release)
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
-    if version < MIN_KERNEL:
+    if kernel_version(release) < MIN_KERNEL:
         raise EnvironmentRefusedError(
             f"kernel {release} is too old: lazymem needs {MIN_KERNEL[0]}.{MIN_KERNEL[1]} or newer for its FUSE mounts"
         )

@@ -26,6 +26,10 @@ INTERRUPT_IN = struct.Struct("=Q")
 OUT_HEADER = struct.Struct("=IiQ")
 """len, error (0 or a negative errno), unique."""
 
+OPEN_OUT = struct.Struct("=IiQQII")
+"""An answer's header, then fh, open_flags, padding."""
+
+OPEN = 14
 READ = 15
 WRITE = 16
 INIT = 26
@@ -41,6 +45,9 @@ MAX_WRITE_BYTES = 1 << 20
 
 REQUEST_BYTES = MAX_WRITE_BYTES + 4096
 """A buffer for any request; the kernel gives none to a reader with less room than for the largest WRITE."""
+
+_KEEP_CACHE, _NO_FLUSH = 1 << 1, 1 << 5
+"""FOPEN_KEEP_CACHE; FOPEN_NOFLUSH (Linux 5.16): closing it stores nothing, and waits for nobody."""
 
 _INIT_FLAGS_AT = IN_BYTES + 12
 _SPLICE_FLAGS = 0b111 << 7
@@ -61,6 +68,11 @@ def answer_head(unique: int, length: int) -> bytes:
 def error_answer(unique: int, number: int) -> bytes:
     """The whole answer of a request that failed with errno `number`."""
     return OUT_HEADER.pack(OUT_BYTES, -number, unique)
+
+
+def open_answer(unique: int, handle: int) -> bytes:
+    """The whole answer of an OPEN whose file only reads, and whose close must not wait for us."""
+    return OPEN_OUT.pack(OPEN_OUT.size, 0, unique, handle, _KEEP_CACHE | _NO_FLUSH, 0)
 
 
 def write_answer(unique: int, size: int) -> bytes:

@@ -9,10 +9,11 @@ answered by the daemon itself: never on its event loop.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 
-from lazymem.fs import mountinfo
+from lazymem.fs import checks, mountinfo
 from lazymem.fs.syscalls import descriptor_call
 from lazymem.fs.tree import RAM_INODE, RAM_NAME
 
@@ -23,11 +24,18 @@ _AT_FDCWD = -100
 _OPEN_TREE_CLONE = 1
 
 
+MIN_KERNEL = (5, 16)
+"""The first that can close a file without storing what its guest wrote, and so without waiting for us (FOPEN_NOFLUSH,
+which `channel` answers our own threads with). Before that a daemon that is killed would wait for itself, for ever."""
+
+
 class OwnFile:
     """pc.ram of the mount `mounted`, read-only."""
 
     def __init__(self, mounted: mountinfo.Mount) -> None:
         """Raises OSError: not permitted, too old a kernel, or the mount is gone."""
+        if checks.kernel_version(os.uname().release) < MIN_KERNEL:
+            raise OSError(errno.ENOSYS, "the kernel is older than 5.16")
         self._mounted = mounted
         self._mounts = open("/proc/self/mountinfo", "rb")  # noqa: SIM115  # open until `close`
         self._changes = select.poll()
