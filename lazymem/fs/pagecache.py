@@ -9,7 +9,7 @@ What the guest does goes first. The kernel hands requests over in order, so few 
 the guest reads too, and none, for a while, where a demand waits. A READ carries the id of the thread that made the
 kernel send it, so ours are told from the guest's exactly.
 
-All state belongs to trio's thread; threads get descriptors and ranges, and set one number. See record 0006.
+All state belongs to trio's thread; threads get descriptors and ranges, and set one number. See record 0009.
 """
 
 from __future__ import annotations
