@@ -16,6 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status."""
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        if options.engine == "qemu":
+            with quick_imports(trio=False):
+                from lazymem.cli import vm_qemu
+            return vm_qemu.run(options)
         with quick_imports():
             import trio
 

@@ -37,6 +37,10 @@ examples:
   Many guests from one image, none of which changes it:
     lazymem-vm -m 64 --pcram-file snapshot/pc.ram,share=off -incoming file:snapshot/vmstate -serial stdio
 
+  The same with a stock QEMU, machine and CPU as the snapshot says; its own options follow the --:
+    lazymem-vm --engine qemu -m 4G --pcram-file /mnt/pc.ram -incoming file:/mnt/vmstate -qmp unix:qmp -- \\
+        -netdev user,id=n0 -device virtio-net-pci,netdev=n0
+
 exit status: 0 after quit; a guest's own on its debug-exit port; 130 and 143 after SIGINT and SIGTERM; 2 for a wrong
 command line; 4 a file that cannot back RAM; 6 a state that is not this RAM's; 7 a broken save stream; 14 a RAM file in
 use; 16 a guest that crashed. The man page lists all.
@@ -44,7 +48,18 @@ use; 16 a guest that crashed. The man page lists all.
 
 _SHORT = {"-m", "-S", "-h"}
 
-VALUED = {"-m", "--append", "--incoming", "--kernel", "--mem-file", "--pcram-file", "--qmp", "--serial"}
+VALUED = {
+    "-m",
+    "--append",
+    "--engine",
+    "--incoming",
+    "--kernel",
+    "--mem-file",
+    "--pcram-file",
+    "--qemu",
+    "--qmp",
+    "--serial",
+}
 """Options that take a value."""
 
 _UNITS = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -57,7 +72,10 @@ class Incoming(Struct, frozen=True):
 
 
 class VmOptions(Struct, frozen=True):
-    """The whole command line. `qmp`: the monitor's socket; `start_paused`: -S."""
+    """The whole command line. `qmp`: the monitor's socket; `start_paused`: -S.
+
+    `engine`: unicorn, our own machine, or qemu; the fields behind it are qemu's. `more`: what followed the ``--``.
+    """
 
     ram_bytes: int
     mem_files: tuple[MemFile, ...]
@@ -68,6 +86,10 @@ class VmOptions(Struct, frozen=True):
     incoming: Incoming | None
     start_paused: bool
     icount: bool
+    engine: str = "unicorn"
+    qemu: str | None = None
+    print_command: bool = False
+    more: tuple[str, ...] = ()
 
 
 def parse_command_line(arguments: Sequence[str]) -> VmOptions:
@@ -77,9 +99,11 @@ def parse_command_line(arguments: Sequence[str]) -> VmOptions:
         UsageError: it makes no sense.
         RamFileError: a --pcram-file or --mem-file does not.
     """
-    found = make_parser().parse_args(_with_two_dashes(arguments))
+    ours, more = _split(list(arguments))
+    found = make_parser().parse_args(_with_two_dashes(ours))
+    _check_engine(found, more)
     files = [pc_ram_file(text) for text in found.pcram_file] + [parse_mem_file(text) for text in found.mem_file]
-    if found.kernel is None and found.incoming is None:
+    if found.kernel is None and found.incoming is None and not more:
         raise UsageError("nothing to run: name a kernel (-kernel) or an incoming state (-incoming)")
     incoming = None
     if found.incoming is not None:
@@ -96,7 +120,24 @@ def parse_command_line(arguments: Sequence[str]) -> VmOptions:
         incoming=incoming,
         start_paused=found.S,
         icount=found.icount,
+        engine=found.engine,
+        qemu=found.qemu,
+        print_command=found.print,
+        more=tuple(more or ()),
     )
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """Ours, and those after the first ``--``; None where there is no such."""
+    if "--" not in arguments:
+        return arguments, None
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _check_engine(found: argparse.Namespace, more: list[str] | None) -> None:
+    if found.engine != "qemu" and (found.print or found.qemu is not None or more is not None):
+        raise UsageError("--print, --qemu and options after -- are QEMU's: say --engine qemu")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -112,7 +153,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="lazymem-vm [-m SIZE] [--pcram-file FILE] {-kernel FILE | -incoming URI} [options]",
+        usage="lazymem-vm [-m SIZE] [--pcram-file FILE] {-kernel FILE | -incoming URI} [options] [-- QEMU OPTIONS]",
     )
     add = parser.add_argument
     add("-m", metavar="SIZE", default="128", help="RAM: a number in MiB, or with K, M, G or T (default 128)")
@@ -142,6 +183,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("-S", action="store_true", help="do not start the guest; the monitor's cont does")
     add("--icount", action="store_true", help="take time from executed instructions: every run is the same")
+    add(
+        "--engine",
+        choices=("unicorn", "qemu"),
+        default="unicorn",
+        help="what runs the guest: the small PC of this command (unicorn, the default), or a stock QEMU, to which all "
+        "after -- goes as it is",
+    )
+    add("--qemu", metavar="PROGRAM", help="that QEMU (default: the qemu-system-x86_64 on the PATH)")
+    add("--print", action="store_true", help="print QEMU's command line, checked but not run")
     add("--version", action="version", version=f"lazymem-vm {lazymem.__version__}")
     return parser
 

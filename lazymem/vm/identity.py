@@ -111,16 +111,12 @@ def check_may_share(ram: Path, block: str) -> None:
     )
 
 
-def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[str], None]) -> None:
-    """Whether the device state `stream` belongs to `ram` as it is now. May read all of `ram`: not on trio's thread.
-
-    `notice` gets lines that a person should read on each resume.
+def check_unwritten(ram: Path) -> MountRun | None:
+    """Whether a run has written to RAM on a lazymem mount, so that no saved state belongs to it. May wait for a disk.
 
     Raises:
-        IdentityError: another snapshot's RAM, or RAM that was written since.
-        SnapshotError: the manifest beside it is broken.
+        IdentityError: it has.
     """
-    ram = ram.resolve()
     run = maybe_mount_run(ram)
     if run is not None:
         # What another mapper (a raw QEMU) has dirtied is in the kernel's cache only, and the mount knows nothing of it.
@@ -131,6 +127,20 @@ def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[
             f"a guest has written {run.written_pages} pages of {ram} in this run, so the saved state is of other RAM: "
             "mount the snapshot anew"
         )
+    return run
+
+
+def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[str], None]) -> None:
+    """Whether the device state `stream` belongs to `ram` as it is now. May read all of `ram`: not on trio's thread.
+
+    `notice` gets lines that a person should read on each resume.
+
+    Raises:
+        IdentityError: another snapshot's RAM, or RAM that was written since.
+        SnapshotError: the manifest beside it is broken.
+    """
+    ram = ram.resolve()
+    run = check_unwritten(ram)
     manifest = maybe_manifest(ram, block)
     if manifest is None:
         return

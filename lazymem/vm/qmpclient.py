@@ -50,16 +50,18 @@ class QmpClient:
         MonitorError: nobody listens there, or it is no monitor, or it is busy with another client.
     """
 
-    def __init__(self, path: Path, timeout_seconds: float = 30) -> None:
+    def __init__(self, path: Path, timeout_seconds: float = 30, *, connection: socket.socket | None = None) -> None:
+        """`connection`: one that is there already, which this client then owns; `path` only names it."""
         self._path = path
         self._timeout_seconds = timeout_seconds
         self._events: list[Event] = []
         self._last_id = 0
         self._pending = bytearray()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = connection or socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_seconds)
         try:
-            self._socket.connect(str(path))
+            if connection is None:
+                self._socket.connect(str(path))
             self._greet()
         except OSError as error:
             self._socket.close()

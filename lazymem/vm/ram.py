@@ -88,7 +88,7 @@ class RamBlock:
         if mem_file is None:
             self._map = _map_memory(name, size)
         else:
-            self._fd = _open(mem_file, size)
+            self._fd = open_file(mem_file, size)
             try:
                 self._map = _map_file(self._fd, mem_file, size)
             except BaseException:
@@ -214,7 +214,7 @@ class RamBlocks(Mapping[str, RamBlock]):
             RamFileError: a block named twice or unknown, or a file that cannot back its block.
             BusyError: somebody else's guest has the file.
         """
-        files = _by_block(mem_files, [name for name, _ in sizes])
+        files = files_by_block(mem_files, [name for name, _ in sizes])
         self._blocks: dict[str, RamBlock] = {}
         try:
             for name, size in sizes:
@@ -250,7 +250,11 @@ class RamBlocks(Mapping[str, RamBlock]):
             block.close()
 
 
-def _by_block(mem_files: Sequence[MemFile], known: Sequence[str]) -> dict[str, MemFile]:
+def files_by_block(mem_files: Sequence[MemFile], known: Sequence[str]) -> dict[str, MemFile]:
+    """
+    Raises:
+        RamFileError: a block named twice or not among the `known`.
+    """
     found: dict[str, MemFile] = {}
     for mem_file in mem_files:
         if mem_file.block in found:
@@ -261,10 +265,14 @@ def _by_block(mem_files: Sequence[MemFile], known: Sequence[str]) -> dict[str, M
     return found
 
 
-def _open(mem_file: MemFile, size: int) -> int:
-    """The file's descriptor, checked and locked.
+def open_file(mem_file: MemFile, size: int) -> int:
+    """The file's descriptor, checked and locked for as long as a copy of it is open.
 
     Private maps are opened for reading only, so that a template that nobody may write serves.
+
+    Raises:
+        RamFileError: it cannot back the block: not to be opened, not a file, not of this size.
+        BusyError: somebody else's guest has it.
     """
     where = f"{mem_file.path} for RAM block {mem_file.block}"
     try:

@@ -1,0 +1,291 @@
+"""A run of lazymem-vm with a stock QEMU: checks as for our own machine, then QEMU as a child that ends with us.
+
+No event loop: until QEMU runs this does one thing after the other, and afterwards it only waits for QEMU's end. QEMU
+has the terminal, the serial line and the user's monitor; what it says on stderr is the user's to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from lazymem.cli.servicemanager import tell_ready
+from lazymem.cli.vm_options import VmOptions
+from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, UsageError
+from lazymem.snapshot.manifest import RAM_BLOCK, Manifest
+from lazymem.vm import qemukvm, qemurecorded
+from lazymem.vm.identity import check_may_share, check_state_belongs, check_unwritten, maybe_manifest, maybe_mount_run
+from lazymem.vm.qemuchild import preparation
+from lazymem.vm.qemucommand import Wanted, check_more, command, named_machine, pinning, with_control
+from lazymem.vm.qemucontrol import Control, Feed, check_magic
+from lazymem.vm.qemufind import UNWRITABLE_PRIVATE, Qemu, Search, refuse_newer_machine, text, versioned_machine
+from lazymem.vm.ram import MemFile, check_host, files_by_block, open_file, this_host
+from lazymem.vm.uri import FileUri, Uri
+
+_MAX_STATE_BYTES = 1 << 30
+"""Devices, firmware and framebuffers: up to some hundred MiB. More is a state that holds all of RAM, too."""
+
+_END_SECONDS = 10.0
+"""For QEMU to end when its guest was refused."""
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends QEMU in an orderly way."""
+
+
+def say(line: str) -> None:
+    print(f"lazymem-vm: {line}", file=sys.stderr, flush=True)
+
+
+def run(options: VmOptions) -> int:
+    """Returns QEMU's exit status, 128 + signal when one ended it.
+
+    Raises:
+        LazymemError: refused; no guest ran.
+    """
+    check_more(options.more)
+    ram = _ram(options)
+    with contextlib.ExitStack() as undo:
+        search = Search(options.qemu)
+        undo.callback(search.close)
+        locked = open_file(ram, options.ram_bytes)
+        undo.callback(os.close, locked)
+        manifest = maybe_manifest(ram.path.resolve(), RAM_BLOCK) if options.incoming is not None else None
+        qemu = search.result()
+        wanted = _wanted(options, ram, manifest, qemu)
+        if options.print_command:
+            print(shlex.join(command(wanted)))
+            return 0
+        for word in pinning(options.more):
+            say(f"{word} makes QEMU touch or pin all of RAM: all of it is fetched before the guest runs")
+        return _run(options, wanted, _maybe_state(options, ram), locked)
+
+
+def _ram(options: VmOptions) -> MemFile:
+    files = files_by_block(options.mem_files, [RAM_BLOCK])
+    if not files:
+        raise UsageError("--engine qemu is for a guest whose RAM is a file: name it with --pcram-file")
+    check_host(this_host())
+    ram = files[RAM_BLOCK]
+    if ram.share:
+        check_may_share(ram.path, RAM_BLOCK)
+    return ram
+
+
+def _wanted(options: VmOptions, ram: MemFile, manifest: Manifest | None, qemu: Qemu) -> Wanted:
+    recorded = None if manifest is None else qemurecorded.read(manifest.emulator)
+    accelerator, why = _accelerator(options, recorded)
+    machine = _machine(options, recorded, qemu)
+    if recorded is not None and (missing := qemurecorded.missing(recorded, options.more)):
+        say(f"the snapshot's guest was started with {shlex.join(missing)}, too: a state loads only when that is there")
+    words = recorded.words if recorded is not None else ("-nodefaults",)
+    cpu = recorded.cpu if recorded is not None and not qemurecorded.has(options.more, "-cpu") else None
+    if not options.print_command:
+        say(f"{qemu} ({qemu.program}), machine {machine}, {accelerator or 'accelerator'} {why}")
+    return Wanted(
+        program=qemu.program,
+        ram=ram,
+        ram_bytes=options.ram_bytes,
+        machine=machine,
+        switches=recorded.switches if recorded is not None else (),
+        cpu=cpu,
+        accelerator=accelerator,
+        words=tuple(qemurecorded.without(words, options.more)),
+        kernel=options.kernel if options.incoming is None else None,
+        append=options.append if options.incoming is None else "",
+        serial=options.serial,
+        qmp=options.qmp,
+        incoming=options.incoming is not None,
+        start_paused=options.start_paused,
+        icount=options.icount,
+        unwritable=_only_read(qemu, ram),
+        more=options.more,
+    )
+
+
+def _machine(options: VmOptions, recorded: qemurecorded.Recorded | None, qemu: Qemu) -> str:
+    """A versioned type: the snapshot's, else what the user's (or pc) stands for in this QEMU."""
+    named = named_machine(options.more)
+    name = None if named is None else qemurecorded.machine_type(named)
+    resolved = versioned_machine(qemu, name or "pc") if name is not None or recorded is None else None
+    if recorded is None:
+        assert resolved is not None
+        return resolved
+    qemurecorded.check_agrees(recorded, resolved, options.more)
+    refuse_newer_machine(qemu, recorded.machine)
+    return recorded.machine
+
+
+def _accelerator(options: VmOptions, recorded: qemurecorded.Recorded | None) -> tuple[str | None, str]:
+    """What runs the guest, and why, for the line that says so."""
+    named = named_machine(options.more) or ""
+    if qemurecorded.has(options.more, "-accel", "-enable-kvm") or "accel=" in named:
+        return None, "as said after the --"
+    if options.icount:
+        return "tcg", "for --icount"
+    if recorded is not None and recorded.accelerator == "tcg":
+        return "tcg", "as the snapshot was made"
+    reason = qemukvm.why_not()
+    if reason is None:
+        return "kvm", "(a probe guest ran)"
+    if recorded is not None and recorded.accelerator == "kvm":
+        reason += "; the snapshot was made with kvm, whose state may not load"
+    return "tcg", f"({reason})"
+
+
+def _only_read(qemu: Qemu, ram: MemFile) -> bool:
+    """Whether a private map's file is opened for reading only, as it should be.
+
+    Raises:
+        RamFileError: it has to be, and this QEMU cannot.
+    """
+    if ram.share:
+        return False
+    if qemu.version >= UNWRITABLE_PRIVATE:
+        return True
+    if not os.access(ram.path, os.W_OK):
+        raise RamFileError(
+            f"{qemu} opens a RAM file for writing even with share=off, and {ram.path} may not be written: "
+            f"{text(UNWRITABLE_PRIVATE)} and newer only read it"
+        )
+    return False
+
+
+def _maybe_state(options: VmOptions, ram: MemFile) -> bytes | None:
+    """The state to take over, bound to its RAM (rule 6); None where none comes, or over the user's monitor."""
+    if options.incoming is None:
+        return None
+    uri = options.incoming.uri
+    if uri is None:
+        check_unwritten(ram.path.resolve())
+        return None
+    state = _read(uri)
+    check_magic(state, uri)
+    check_state_belongs(ram.path, RAM_BLOCK, state, say)
+    return state
+
+
+def _read(uri: Uri) -> bytes:
+    if not isinstance(uri, FileUri):
+        # An event loop costs a tenth of a second; who waits for a peer does not mind.
+        import trio
+
+        from lazymem.vm.transport import receive
+
+        return trio.run(receive, uri, _MAX_STATE_BYTES, lambda _: None)
+    try:
+        with uri.path.open("rb") as file:
+            state = file.read(_MAX_STATE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise MonitorError(f"cannot read the save stream from {uri}: {getattr(error, 'strerror', error)}") from error
+    if len(state) > _MAX_STATE_BYTES:
+        raise MonitorError(f"{uri} has more than {_MAX_STATE_BYTES} bytes: not a state whose RAM was left out")
+    return state
+
+
+def _run(options: VmOptions, wanted: Wanted, state: bytes | None, locked: int) -> int:
+    with contextlib.ExitStack() as undo:
+        ours, its = socket.socketpair()
+        undo.callback(ours.close)
+        undo.callback(its.close)
+        feed = None if state is None else undo.enter_context(contextlib.closing(Feed(state)))
+        # The lock on the RAM file is the child's, too: it lasts as long as anybody maps the file.
+        inherited = [its.fileno(), locked] + ([] if feed is None else [feed.far_end.fileno()])
+        huge_pages_off = wanted.ram_bytes if maybe_mount_run(wanted.ram.path) is not None else None
+        child = undo.enter_context(
+            _Child().started(with_control(command(wanted), its.fileno()), inherited, huge_pages_off)
+        )
+        its.close()
+        if feed is not None:
+            feed.hand_over()
+        try:
+            _bring_up(options, ours, feed)
+        except MonitorError as error:
+            return child.ended_early(error)
+        return child.wait()
+
+
+def _bring_up(options: VmOptions, connection: socket.socket, feed: Feed | None) -> None:
+    """Until the guest runs, or stands as it should, or waits for what only the user's monitor brings."""
+    with Control(connection) as control:
+        status = None if feed is None else control.load(feed)
+    tell_ready()
+    if status == "paused" and options.qmp is None:
+        say("the guest stands, as it was saved or as -S says, and there is no monitor (-qmp) to let it go on")
+
+
+class _Child:
+    """A QEMU, the signals that go on to it, and its end."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._signals: list[int] = []
+
+    @contextlib.contextmanager
+    def started(self, words: Sequence[str], inherited: Sequence[int], huge_pages_off: int | None) -> Iterator[_Child]:
+        """Ended on the way out, if it has not by itself."""
+        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays ignored
+        before = {number: signal.signal(number, self._forward) for number in heard}
+        try:
+            self._process = self._start(words, inherited, huge_pages_off)
+            for number in self._signals:
+                self._process.send_signal(number)
+            yield self
+        finally:
+            self._end()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _start(
+        self, words: Sequence[str], inherited: Sequence[int], huge_pages_off: int | None
+    ) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(words, pass_fds=inherited, preexec_fn=preparation(huge_pages_off))
+        except OSError as error:
+            raise EnvironmentRefusedError(f"cannot run {words[0]}: {error.strerror}") from error
+
+    def _forward(self, number: int, _frame: FrameType | None) -> None:
+        """The second one ends a QEMU that waits for a page of its RAM, and so cannot end itself."""
+        self._signals.append(number)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL if len(self._signals) > 1 else number)
+
+    def wait(self) -> int:
+        """Its exit status, as ours."""
+        assert self._process is not None
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def ended_early(self, error: MonitorError) -> int:
+        """Its monitor is gone, or has refused something: its exit status, once it has said itself what was wrong.
+
+        Raises:
+            MonitorError: the one given, where QEMU knows of nothing wrong.
+        """
+        assert self._process is not None
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise error from None
+        code = self.wait()
+        if code == 0 and not self._signals:
+            raise error
+        if not self._signals:
+            say(f"QEMU ended with status {code} before its guest could run; it says why itself, above")
+        return code
+
+    def _end(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
