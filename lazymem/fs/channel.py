@@ -122,6 +122,7 @@ class Channel:
         self._view = memoryview(self._buffer)
         self._into = [self._view]
         self._open: dict[int, int] = {}  # unique: thread id of who waits
+        self._open_writes: set[int] = set()
         self._interrupted: set[int] = set()
         self._linger = MIN_LINGER_SECONDS
         self._answered_at = 0.0
@@ -207,7 +208,7 @@ class Channel:
         try:
             length = os.readv(self._fd, self._into)
         except OSError as error:
-            if error.errno == errno.ENODEV:
+            if error.errno in (errno.ENODEV, errno.ECONNABORTED):
                 self._over = True
             elif error.errno not in (errno.EAGAIN, errno.EINTR, errno.ENOENT):  # ENOENT: it was taken back
                 raise
@@ -287,12 +288,15 @@ class Channel:
             self._nursery.start_soon(self._write, unique, offset, bytes(self._view[fuseabi.WRITE_DATA_AT : end]))
 
     async def _write(self, unique: int, offset: int, data: bytes) -> None:
+        self._open_writes.add(unique)
         try:
             await self._ram.write(offset, data)
         except Exception as error:  # noqa: BLE001  # as above
             self._fail("write", unique, error)
         else:
             self._send((fuseabi.write_answer(unique, len(data)),))
+        finally:
+            self._open_writes.discard(unique)
 
     def _fail(self, name: str, unique: int, error: Exception) -> None:
         self._open.pop(unique, None)
@@ -301,11 +305,11 @@ class Channel:
     # ---- readers that are killed
 
     def _take_interrupt(self) -> bool:
-        """Whether it is about one of our READs. Only one whose reader is being killed is ended by it: any other signal
+        """Whether it is about one of ours. Only a READ whose reader is being killed is ended by it: any other signal
         finds its thread when the page has come, as with memory that is here."""
         (unique,) = fuseabi.INTERRUPT_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
         if unique not in self._open:
-            return False
+            return unique in self._open_writes
         if self._nursery is not None and not self._let_go_if_killed(unique):
             self._interrupted.add(unique)
             if len(self._interrupted) == 1:
@@ -330,7 +334,7 @@ class Channel:
         self._send((fuseabi.answer_head(unique, len(data)), data))
         self._answered_at = perf_counter()
 
-    def _send(self, pieces: tuple[bytes, ...]) -> None:
+    def _send(self, pieces: tuple[bytes | memoryview, ...]) -> None:
         try:
             os.writev(self._fd, pieces)
         except OSError as error:
@@ -362,9 +366,10 @@ class Channel:
                 continue
 
     async def _bring_library_answers(self) -> None:
+        view = memoryview(bytearray(fuseabi.REQUEST_BYTES))
         while True:
             await trio.lowlevel.wait_readable(self._ours)
             with contextlib.suppress(BlockingIOError):
-                answer = self._ours.recv(fuseabi.REQUEST_BYTES)
-                if answer:
-                    self._send((answer,))
+                length = self._ours.recv_into(view)
+                if length:
+                    self._send((view[:length],))
