@@ -5,8 +5,8 @@ that the guest has dirtied can be overwritten, whatever the order. Only pages go
 kernel has not had yet, each at most once: nothing is fetched for it, zeros fill no host memory, and a kernel that drops
 pages is not made to read them in a circle.
 
-What the guest does goes first. The kernel hands requests over in order, so few of ours are open at a time: one where
-the guest reads too, and none, for a while, where a demand waits. A READ carries the id of the thread that made the
+What the guest does goes first. The kernel hands requests over in order, so few of ours are open at a time, and while
+the guest asks for pages itself, or waits for one, hardly any. A READ carries the id of the thread that made the
 kernel send it, so ours are told from the guest's exactly.
 
 All state belongs to trio's thread; threads get descriptors and ranges, and set one number. See record 0009.
@@ -44,8 +44,14 @@ MIN_ROUND_SECONDS = 0.2
 MAX_ROUND_SECONDS = 2.0
 """Between two looks at what has come to be held: doubled while nothing comes."""
 
-PATIENCE_SECONDS = 0.01
-"""So long a demand that waits holds us back. Over a slow link one always waits; the processor is then idle."""
+QUIET_SECONDS = 0.005
+"""Without a READ of the guest's, after which it is thought to be at work on what it has."""
+
+PATIENCE_SECONDS = 0.1
+"""A guest that never is so quiet, since it touches one page after the other, is left alone so long for each step."""
+
+DEMAND_SECONDS = 0.01
+"""And so long a demand that waits holds us back. Over a slow link one always waits; the processor is then idle."""
 
 LOOK_SECONDS = 0.001
 ARRIVAL_SECONDS = 0.02
@@ -201,9 +207,7 @@ class PageCache:
     async def _fill(self, chunk: PageRange, wish_to_end: trio.Event) -> None:
         blocks = fillplan.blocks(chunk)
         while await self._may_go_on(wish_to_end):
-            await self._wait_for_demands()
-            most = 1 if self._guest_reads != self._guest_reads_before or self._demands_wait() else MAX_OPEN
-            self._guest_reads_before = self._guest_reads
+            most = await self._turn()
             steps: list[PageRange] = []
             for block in blocks:
                 steps += fillplan.ready_runs(block.start, self._states(block))
@@ -238,10 +242,18 @@ class PageCache:
             self._room_known_until = filled + int(min(room, MEMORY_LOOK_BYTES))
         return True
 
-    async def _wait_for_demands(self) -> None:
+    async def _turn(self) -> int:
+        """Wait until the guest asks for nothing; how many requests of ours it then does not mind."""
         give_up = trio.current_time() + PATIENCE_SECONDS
-        while self._demands_wait() and trio.current_time() < give_up:  # noqa: ASYNC110  # no fault should pay for an event
-            await trio.sleep(LOOK_SECONDS)
+        while self._guest_reads != self._guest_reads_before and trio.current_time() < give_up:
+            self._guest_reads_before = self._guest_reads
+            await trio.sleep(QUIET_SECONDS)
+        busy = self._guest_reads != self._guest_reads_before
+        self._guest_reads_before = self._guest_reads
+        if self._demands_wait():
+            await trio.sleep(DEMAND_SECONDS)
+            busy = True
+        return 1 if busy else MAX_OPEN
 
     async def _ask(self, steps: Sequence[PageRange]) -> None:
         """Have the kernel take `steps`; returns when it has got them, or is slow about it."""

@@ -12,6 +12,7 @@ import pytest
 from lazymem.fs.pagecache import FILLED
 from lazymem.pages import PAGE_SIZE
 from tests.support.mounts import Mounted, Stage, drop_kernel_cache, wait_until
+from tests.support.residency import cached_pages
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = [
@@ -26,13 +27,13 @@ def _filled(mount: Mounted) -> bool:
     return bool(mount.status()["fill"]["state"] == FILLED)
 
 
+def _has_filled_more(mount: Mounted, asked_pages: int) -> bool:
+    fill = mount.status()["fill"]
+    return fill["asked_pages"] > asked_pages or fill["state"] != "filling"
+
+
 def _nonzero(snapshot: BuiltSnapshot) -> list[int]:
     return [number for number in range(snapshot.pages) if any(snapshot.page(number))]
-
-
-def _resident_pages(path: Path) -> int:
-    done = subprocess.run(["fincore", "-b", "-n", "-o", "PAGES", path], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[0])
 
 
 def test_touching_what_was_filled_asks_nobody(mounts: Stage, snapshot: BuiltSnapshot) -> None:
@@ -41,7 +42,7 @@ def test_touching_what_was_filled_asks_nobody(mounts: Stage, snapshot: BuiltSnap
     wait_until(lambda: _filled(mount), "all is held, and the kernel has it")
     before = mount.status()
     numbers = _nonzero(snapshot)
-    assert before["fill"]["asked_pages"] == len(numbers) == _resident_pages(mount.ram_path), "no zero page among them"
+    assert before["fill"]["asked_pages"] == len(numbers) == cached_pages(mount.ram_path), "no zero page among them"
     assert before["store"]["reads"] == 0, "the READs so far were ours"
     server.kill()
     mapped = mount.open_map()
@@ -64,7 +65,7 @@ def test_without_guessing_nothing_is_filled(mounts: Stage, snapshot: BuiltSnapsh
     status = second.status()
     assert status["pages_held"] == status["pages_total"], "the cache has it all"
     assert status["fill"] is None
-    assert _resident_pages(second.ram_path) == 0
+    assert cached_pages(second.ram_path) == 0
 
 
 def test_a_second_mount_fills_from_the_cache_without_a_server(mounts: Stage, snapshot: BuiltSnapshot) -> None:
@@ -89,7 +90,7 @@ def test_rule_12_holds_for_what_was_filled(mounts: Stage, snapshot: BuiltSnapsho
         == "tmpfs\n"
     ):
         pytest.skip("a file in memory has no second copy to let go of")
-    wait_until(lambda: _resident_pages(cached) == 0, "the second copy goes")
+    wait_until(lambda: cached_pages(cached) == 0, "the second copy goes")
     assert cached.read_bytes() == snapshot.ram
 
 
@@ -140,9 +141,7 @@ def test_pages_that_the_guest_wrote_are_never_overwritten(mounts: Stage, tmp_pat
     rng = random.Random(1)
     mapped = mount.open_map()
     descriptor = os.open(mount.ram_path, os.O_RDWR)
-    stamp = 0
-    while not _filled(mount) or stamp < 400:
-        stamp += 1
+    for stamp in range(1, 501):
         at = rng.randrange(big.pages) * PAGE_SIZE + rng.randrange(0, PAGE_SIZE, 8)
         data = stamp.to_bytes(8, "big")
         expected[at : at + 8] = data
@@ -153,6 +152,8 @@ def test_pages_that_the_guest_wrote_are_never_overwritten(mounts: Stage, tmp_pat
         if stamp % 50 == 0:
             mapped.flush(0, rng.randrange(1, big.pages) * PAGE_SIZE)
             drop_kernel_cache(mount.ram_path)
+            asked = mount.status()["fill"]["asked_pages"]
+            wait_until(lambda asked=asked: _has_filled_more(mount, asked), "it fills on")
     os.close(descriptor)
     assert mapped[:] == expected
     mapped.flush()
