@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,7 @@ from lazymem.demo import processes
 from lazymem.demo.processes import child, uninterrupted, wait_for_path
 from lazymem.errors import EnvironmentRefusedError
 
-pytestmark = pytest.mark.usefixtures("interruptible")
-
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Ctrl-C is KeyboardInterrupt, also where a shell started the tests in the background and so had it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_child_is_ended_with_its_context(tmp_path: Path) -> None:

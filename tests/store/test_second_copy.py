@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import os
 import tempfile
 import time
@@ -17,23 +15,10 @@ import trio
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.pagefile import BLOCK_PAGES, PageFile
 from lazymem.store.secondcopy import merged
+from tests.support.residency import cached_pages
 
 PAGES = 4 * BLOCK_PAGES
 PATIENCE_SECONDS = 60.0
-
-
-def cached_pages(path: Path) -> int:
-    """mincore(2)."""
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
-        pages = len(view) // PAGE_SIZE
-        seen = (ctypes.c_ubyte * pages)()
-        first = ctypes.c_char.from_buffer(view)
-        try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            assert libc.mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), seen) == 0
-        finally:
-            del first
-        return sum(state & 1 for state in seen)
 
 
 def drops_what_is_cached(path: Path) -> bool:
