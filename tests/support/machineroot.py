@@ -45,6 +45,9 @@ ENVIRONMENT = {
     "container": "lazymem-test",
     "SYSTEMD_UNIT_PATH": "/etc/systemd/system:/run/stock-units",
 }
+ORDER_SECONDS = 100.0
+"""For a command: more than any takes on a busy machine, less than a test may."""
+
 ENTER = ("nsenter", "--mount", "--pid", "--cgroup", "--uts", "--ipc", "--net", "--root", "--wd")
 PATIENCE_SECONDS = 60.0
 """For a condition on a busy test machine; nothing waits this long unless it is broken."""
@@ -89,7 +92,9 @@ def make_root(folder: Path, binds: list[str]) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         call("mount", "-t", "tmpfs", "-o", f"mode={'1777' if name == '/tmp' else '0755'}", "tmpfs", path)
     add_devices(root / "dev")
-    call("mount", "--rbind", "/sys", root / "sys")
+    # Without what is mounted below it: a kernel does not mount control groups over control groups.
+    call("mount", "--bind", "/sys", root / "sys")
+    call("mount", "-t", "fusectl", "fusectl", root / "sys/fs/fuse/connections")
     (root / "proc").mkdir(exist_ok=True)
     add_units(root)
     for bind in binds:
@@ -182,7 +187,8 @@ class Machine:
                 raise (RuntimeError if "now systemd" in said else RefusedError)(f"it did not start: {said.strip()}")
             with contextlib.suppress(OSError, ValueError):
                 pid = int(children.read_text())
-                if Path(f"/proc/{pid}/root/run/systemd/private").exists():
+                run = Path(f"/proc/{pid}/root/run")  # ours, until it has a root of its own
+                if (run / "stock-units").exists() and (run / "systemd/private").exists():
                     return pid
             time.sleep(0.01)
         raise TimeoutError("systemd was not ready in time")
@@ -195,18 +201,37 @@ class Machine:
 
     def run(self, command: list[str]) -> dict[str, object]:
         target = [ENTER[0], f"--target={self.pid}", *ENTER[1:]]
-        done = subprocess.run(
-            [*target, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=ENVIRONMENT
-        )
+        try:
+            done = subprocess.run(
+                [*target, *command],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                check=False,
+                env=ENVIRONMENT,
+                timeout=ORDER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return {"code": 124, "out": "", "err": f"not done in {ORDER_SECONDS:.0f} s"}
         return {"code": done.returncode, "out": done.stdout, "err": done.stderr}
 
     def close(self) -> None:
         """At once, as a machine whose plug is pulled."""
+        self._abort_mounts()
         with contextlib.suppress(AttributeError, ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._starter.kill()
         self._starter.communicate()
         self._cgroup.remove()
+
+    def _abort_mounts(self) -> None:
+        """What waits for a page of a mount whose daemon stands still cannot even be killed."""
+        with contextlib.suppress(AttributeError, OSError):
+            mounts = [line.split() for line in Path(f"/proc/{self.pid}/mountinfo").read_text().splitlines()]
+            for mount in mounts:
+                if mount[mount.index("-") + 1].startswith("fuse."):
+                    minor = mount[2].partition(":")[2]
+                    Path(f"/sys/fs/fuse/connections/{minor}/abort").write_text("1")
 
 
 def say(message: dict[str, object]) -> None:
