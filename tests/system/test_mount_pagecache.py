@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def _filled(mount: Mounted) -> bool:
 
 def _has_filled_more(mount: Mounted, asked_pages: int) -> bool:
     fill = mount.status()["fill"]
-    return fill["asked_pages"] > asked_pages or fill["state"] != "filling"
+    return bool(fill["asked_pages"] > asked_pages or fill["state"] != "filling")
 
 
 def _nonzero(snapshot: BuiltSnapshot) -> list[int]:
@@ -153,7 +154,7 @@ def test_pages_that_the_guest_wrote_are_never_overwritten(mounts: Stage, tmp_pat
             mapped.flush(0, rng.randrange(1, big.pages) * PAGE_SIZE)
             drop_kernel_cache(mount.ram_path)
             asked = mount.status()["fill"]["asked_pages"]
-            wait_until(lambda asked=asked: _has_filled_more(mount, asked), "it fills on")
+            wait_until(partial(_has_filled_more, mount, asked), "it fills on")
     os.close(descriptor)
     assert mapped[:] == expected
     mapped.flush()
