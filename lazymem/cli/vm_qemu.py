@@ -230,7 +230,8 @@ class _Child:
     @contextlib.contextmanager
     def started(self, words: Sequence[str], inherited: Sequence[int], huge_pages_off: int | None) -> Iterator[_Child]:
         """Ended on the way out, if it has not by itself."""
-        heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays ignored
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup's word holds
+        heard = [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
         before = {number: signal.signal(number, self._forward) for number in heard}
         try:
             self._process = self._start(words, inherited, huge_pages_off)
