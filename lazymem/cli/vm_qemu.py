@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
+from msgspec.structs import replace
+
 from lazymem.cli.servicemanager import tell_ready
 from lazymem.cli.vm_options import VmOptions
 from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, UsageError
@@ -84,24 +86,33 @@ def _wanted(options: VmOptions, ram: MemFile, manifest: Manifest | None, qemu: Q
     machine = _machine(options, recorded, qemu)
     if recorded is not None and (missing := qemurecorded.missing(recorded, options.more)):
         say(f"the snapshot's guest was started with {shlex.join(missing)}, too: a state loads only when that is there")
-    words = recorded.words if recorded is not None else ("-nodefaults",)
-    cpu = recorded.cpu if recorded is not None and not qemurecorded.has(options.more, "-cpu") else None
     if not options.print_command:
         say(f"{qemu} ({qemu.program}), machine {machine}, {accelerator or 'accelerator'} {why}")
+    words = recorded.words if recorded is not None else ("-nodefaults",)
+    wanted = replace(
+        _asked_for(options, ram, qemu, machine),
+        accelerator=accelerator,
+        words=tuple(qemurecorded.without(words, options.more)),
+    )
+    if recorded is None:
+        return wanted
+    cpu = None if qemurecorded.has(options.more, "-cpu") else recorded.cpu
+    return replace(wanted, switches=recorded.switches, cpu=cpu)
+
+
+def _asked_for(options: VmOptions, ram: MemFile, qemu: Qemu, machine: str) -> Wanted:
+    """What the command line alone says. A guest whose state comes in needs no kernel."""
+    boots = options.incoming is None
     return Wanted(
         program=qemu.program,
         ram=ram,
         ram_bytes=options.ram_bytes,
         machine=machine,
-        switches=recorded.switches if recorded is not None else (),
-        cpu=cpu,
-        accelerator=accelerator,
-        words=tuple(qemurecorded.without(words, options.more)),
-        kernel=options.kernel if options.incoming is None else None,
-        append=options.append if options.incoming is None else "",
+        kernel=options.kernel if boots else None,
+        append=options.append if boots else "",
         serial=options.serial,
         qmp=options.qmp,
-        incoming=options.incoming is not None,
+        incoming=not boots,
         start_paused=options.start_paused,
         icount=options.icount,
         unwritable=_only_read(qemu, ram),
@@ -203,7 +214,7 @@ def _run(options: VmOptions, wanted: Wanted, state: bytes | None, locked: int) -
         )
         its.close()
         if feed is not None:
-            feed.hand_over()
+            feed.far_end.close()  # a copy of ours would keep the stream from ever ending
         try:
             _bring_up(options, ours, feed)
         except MonitorError as error:

@@ -72,20 +72,12 @@ class Control:
 
 
 class Feed:
-    """A state on its way into a QEMU: `far_end` is what the child inherits, as `descriptor`."""
+    """A state on its way into a QEMU: `far_end` is what the child inherits, under the number `descriptor`."""
 
     def __init__(self, state: bytes) -> None:
         self._state = state
         self._near, self.far_end = socket.socketpair()
-
-    @property
-    def descriptor(self) -> int:
-        return self._number
-
-    def hand_over(self) -> None:
-        """The child has its copy; ours would keep the stream from ever ending."""
-        self._number = self.far_end.fileno()
-        self.far_end.close()
+        self.descriptor = self.far_end.fileno()
 
     def start(self) -> None:
         threading.Thread(target=self._send, name="state", daemon=True).start()

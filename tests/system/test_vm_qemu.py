@@ -169,7 +169,7 @@ def test_a_missing_device_is_named_and_qemu_says_no(saved: Saved, tmp_path: Path
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (("-machine", "q35"), "Machine type received is 'pc-i440fx-7.2'"),
+        (("-machine", "q35"), "Machine type received is 'pc-i440fx-"),
         (("-object", "nonsense"), "nonsense"),
         (("-m", "128"), "backend"),
     ],
