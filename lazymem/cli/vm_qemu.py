@@ -9,36 +9,26 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from types import FrameType
 
 from msgspec.structs import replace
 
 from lazymem.cli.servicemanager import tell_ready
 from lazymem.cli.vm_options import VmOptions
-from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, UsageError
+from lazymem.errors import MonitorError, RamFileError, UsageError
 from lazymem.snapshot.manifest import RAM_BLOCK, Manifest
 from lazymem.vm import qemukvm, qemurecorded
 from lazymem.vm.identity import check_may_share, check_state_belongs, check_unwritten, maybe_manifest, maybe_mount_run
-from lazymem.vm.qemuchild import preparation
 from lazymem.vm.qemucommand import Wanted, check_more, command, named_machine, pinning, with_control
 from lazymem.vm.qemucontrol import Control, Feed, check_magic
 from lazymem.vm.qemufind import UNWRITABLE_PRIVATE, Qemu, Search, refuse_newer_machine, text, versioned_machine
+from lazymem.vm.qemuprocess import Child
 from lazymem.vm.ram import MemFile, check_host, files_by_block, open_file, this_host
 from lazymem.vm.uri import FileUri, Uri
 
 _MAX_STATE_BYTES = 1 << 30
 """Devices, firmware and framebuffers: up to some hundred MiB. More is a state that holds all of RAM, too."""
-
-_END_SECONDS = 10.0
-"""For QEMU to end when its guest was refused."""
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What ends QEMU in an orderly way."""
 
 
 def say(line: str) -> None:
@@ -210,7 +200,7 @@ def _run(options: VmOptions, wanted: Wanted, state: bytes | None, locked: int) -
         inherited = [its.fileno(), locked] + ([] if feed is None else [feed.far_end.fileno()])
         huge_pages_off = wanted.ram_bytes if maybe_mount_run(wanted.ram.path) is not None else None
         child = undo.enter_context(
-            _Child().started(with_control(command(wanted), its.fileno()), inherited, huge_pages_off)
+            Child(say).started(with_control(command(wanted), its.fileno()), inherited, huge_pages_off)
         )
         its.close()
         if feed is not None:
@@ -229,75 +219,3 @@ def _bring_up(options: VmOptions, connection: socket.socket, feed: Feed | None) 
     tell_ready()
     if status == "paused" and options.qmp is None:
         say("the guest stands, as it was saved or as -S says, and there is no monitor (-qmp) to let it go on")
-
-
-class _Child:
-    """A QEMU, the signals that go on to it, and its end."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._signals: list[int] = []
-
-    @contextlib.contextmanager
-    def started(self, words: Sequence[str], inherited: Sequence[int], huge_pages_off: int | None) -> Iterator[_Child]:
-        """Ended on the way out, if it has not by itself."""
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup's word holds
-        heard = [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
-        before = {number: signal.signal(number, self._forward) for number in heard}
-        try:
-            self._process = self._start(words, inherited, huge_pages_off)
-            for number in self._signals:
-                self._process.send_signal(number)
-            yield self
-        finally:
-            self._end()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _start(
-        self, words: Sequence[str], inherited: Sequence[int], huge_pages_off: int | None
-    ) -> subprocess.Popen[bytes]:
-        try:
-            return subprocess.Popen(words, pass_fds=inherited, preexec_fn=preparation(huge_pages_off))
-        except OSError as error:
-            raise EnvironmentRefusedError(f"cannot run {words[0]}: {error.strerror}") from error
-
-    def _forward(self, number: int, _frame: FrameType | None) -> None:
-        """The second one ends a QEMU that waits for a page of its RAM, and so cannot end itself."""
-        self._signals.append(number)
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL if len(self._signals) > 1 else number)
-
-    def wait(self) -> int:
-        """Its exit status, as ours."""
-        assert self._process is not None
-        code = self._process.wait()
-        return code if code >= 0 else 128 - code
-
-    def ended_early(self, error: MonitorError) -> int:
-        """Its monitor is gone, or has refused something: its exit status, once it has said itself what was wrong.
-
-        Raises:
-            MonitorError: the one given, where QEMU knows of nothing wrong.
-        """
-        assert self._process is not None
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise error from None
-        code = self.wait()
-        if code == 0 and not self._signals:
-            raise error
-        if not self._signals:
-            say(f"QEMU ended with status {code} before its guest could run; it says why itself, above")
-        return code
-
-    def _end(self) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()

@@ -24,6 +24,11 @@ PLENTY_PAGES = 256
 """The writes of so long a time, or so many pages, share one trip to a thread: each trip costs as much processor time as
 a fault, and takes it from the next one. What waits answers readers from memory meanwhile."""
 
+MAX_GATHER_SECONDS = 0.25
+FAULTS_A_PAGE = 8
+"""While a guest faults, to keep what it got can wait: until it pauses for `GATHER_SECONDS`, so long at most, and until so
+many times as many pages as of guesses have gathered (8 MiB)."""
+
 MAX_BATCH_PAGES = 1024
 """4 MiB a write to the disk: large enough for any of them, and memory is given back in steps."""
 
@@ -40,18 +45,27 @@ class Keeper:
         self._on_kept = on_kept
         self._backlog: deque[tuple[Sequence[Want], Asked | None, Fetched]] = deque()
         self._backlog_pages = 0
+        self._guessed_pages = 0  # of the backlog
+        self._puts = 0
         self._something = trio.Event()
         self._plenty = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
         self._over = False
 
-    def put(self, wants: Sequence[Want], fetched: Fetched, maybe_asked: Asked | None = None) -> None:
-        """`fetched` brought `wants`."""
+    def put(
+        self, wants: Sequence[Want], fetched: Fetched, maybe_asked: Asked | None = None, *, demanded: bool = False
+    ) -> None:
+        """`fetched` brought `wants`; `demanded`: a reader waited for all of it, and has it."""
         self._backlog.append((wants, maybe_asked, fetched))
-        self._backlog_pages += _pages_of(fetched)
-        self._something.set()
-        if self._backlog_pages >= PLENTY_PAGES:
+        pages = _pages_of(fetched)
+        self._backlog_pages += pages
+        self._puts += 1
+        if not demanded:
+            self._guessed_pages += pages
+        if not self._something.is_set():
+            self._something.set()
+        if self._is_plenty():
             self._plenty.set()
         if self._idle.is_set() and not self._over:
             self._idle = trio.Event()
@@ -72,14 +86,26 @@ class Keeper:
     async def _run(self) -> None:
         while True:
             await self._something.wait()
-            with trio.move_on_after(GATHER_SECONDS):
-                await self._plenty.wait()
+            await self._gather()
             await self._keep(self._next_batch())
-            if self._backlog_pages < PLENTY_PAGES:
+            if not self._is_plenty():
                 self._plenty = trio.Event()
             if not self._backlog:
                 self._something = trio.Event()
                 self._idle.set()
+
+    def _is_plenty(self) -> bool:
+        return self._guessed_pages >= PLENTY_PAGES or self._backlog_pages >= PLENTY_PAGES * FAULTS_A_PAGE
+
+    async def _gather(self) -> None:
+        """Until there is plenty, or a pause, or enough was waited."""
+        with trio.move_on_after(MAX_GATHER_SECONDS):
+            while not self._plenty.is_set():
+                puts = self._puts
+                with trio.move_on_after(GATHER_SECONDS):
+                    await self._plenty.wait()
+                if self._puts == puts or self._guessed_pages:
+                    return
 
     def _next_batch(self) -> list[tuple[Sequence[Want], Asked | None, Fetched]]:
         batch: list[tuple[Sequence[Want], Asked | None, Fetched]] = []
@@ -89,6 +115,7 @@ class Keeper:
             pages += _pages_of(entry[2])
             batch.append(entry)
         self._backlog_pages -= pages
+        self._guessed_pages = max(0, self._guessed_pages - pages)  # which of them were guesses matters little
         return batch
 
     async def _keep(self, batch: list[tuple[Sequence[Want], Asked | None, Fetched]]) -> None:

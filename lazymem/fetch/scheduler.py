@@ -145,7 +145,7 @@ class Scheduler:
         self._note_demand(fault.pages.count, elapsed)
         self._demand_flights -= 1
         self._table.arrived(fault, fetched.runs)
-        self._keeper.put((fault,), fetched)
+        self._keeper.put((fault,), fetched, demanded=True)
         if self._table.has_waiting:
             self._send_demands()
 
@@ -395,8 +395,8 @@ class Scheduler:
 
     @property
     def background_bytes_per_second(self) -> float:
-        """What guesses lately brought over the wire; 0 before any."""
-        return self._window.rate_bytes_per_second
+        """What guesses lately brought over the wire; infinite before any, and where nothing is guessed."""
+        return self._window.rate_bytes_per_second or math.inf
 
     # ---- for people
 

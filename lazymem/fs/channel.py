@@ -18,7 +18,6 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import select
 import socket
 from collections.abc import Callable
@@ -43,8 +42,9 @@ MIN_LINGER_SECONDS = 0.00001
 one came that would have been worth it."""
 
 CROWDED_SECONDS = 0.05
-"""Who waits on the processor while others want it is put behind them when it has something to do. So after the kernel
-took the processor from us, nothing is waited for on it for so long."""
+PUT_ASIDE_SECONDS = 0.001
+"""Who waits on the processor while others want it is put behind them when it has something to do. So after it was taken
+from us for the second of these times, nothing is waited for on it for the first."""
 
 NEAR_SECONDS = 0.0004
 """Where an answer has come so fast, answers are waited for on the processor, for `MAX_LINGER_SECONDS`."""
@@ -126,7 +126,6 @@ class Channel:
         self._interrupted: set[int] = set()
         self._linger = MIN_LINGER_SECONDS
         self._answered_at = 0.0
-        self._taken = 0  # how often the kernel took the processor from this thread
         self._crowded_until = 0.0
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
@@ -164,14 +163,15 @@ class Channel:
             self._linger = MAX_LINGER_SECONDS
         self._watch_link()
         poll, fd = self._poll.poll, self._fd
-        if self._is_crowded(begun):
+        if begun < self._crowded_until:
             near, linger_ends = False, 0.0
         else:
             near = self._link.best_answer_seconds < NEAR_SECONDS
             linger_ends = begun + self._linger
+        now = begun
         while True:
             found = poll(0)
-            now = perf_counter()
+            before, now = now, perf_counter()
             for ready, _ in found:
                 if ready == fd:
                     self._take_request()
@@ -183,16 +183,13 @@ class Channel:
                     return
                 if linger_ends:
                     linger_ends = now + (MAX_LINGER_SECONDS if near and self._open else self._linger)
-            elif now > linger_ends:
+            elif now <= linger_ends:
+                os.sched_yield()
+            else:
                 self._linger = max(self._linger / 2, MIN_LINGER_SECONDS)
+                if now - before > PUT_ASIDE_SECONDS:
+                    self._crowded_until = now + CROWDED_SECONDS
                 return
-
-    def _is_crowded(self, now: float) -> bool:
-        taken = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
-        if taken != self._taken:
-            self._taken = taken
-            self._crowded_until = now + CROWDED_SECONDS
-        return now < self._crowded_until
 
     def _watch_link(self) -> None:
         link_fd = self._link.fileno()

@@ -159,7 +159,7 @@ class SnapshotReader:
         """A few pages of one leaf by the shortest way: True, they are in `buffer` (`count` pages); False, all are zero;
         None, ask `read_nowait` (which says why, and looks at the bytes if the file was touched). Hashed snapshots only.
         """
-        leaf = self._tree.leaf_in_memory(start >> _LEAF_SHIFT) if self._tree is not None else None
+        leaf = self._tree.maybe_leaf_nowait(start >> _LEAF_SHIFT) if self._tree is not None else None
         if leaf is None:
             return None
         at = (start & (LEAF_PAGES - 1)) * DIGEST_BYTES

@@ -6,6 +6,7 @@ and first-read digests take 16 bytes for each page that was read (sparse memory)
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -86,9 +87,14 @@ class TreeVouching:
         first, last = pages.start // LEAF_PAGES, (pages.end - 1) // LEAF_PAGES
         return all(leaf in self._leaves or self._load_nowait(leaf) for leaf in range(first, last + 1))
 
-    def leaf_in_memory(self, leaf: int) -> bytes | None:
-        """The page digests below `leaf` if that was read before."""
-        return self._leaves.get(leaf)
+    def maybe_leaf_nowait(self, leaf: int) -> bytes | None:
+        """The page digests below `leaf` if that needs no disk and they are right."""
+        found = self._leaves.get(leaf)
+        if found is None:
+            with contextlib.suppress(OSError, VerificationError):  # `leaf` says why
+                if self._load_nowait(leaf):
+                    found = self._leaves.get(leaf)
+        return found
 
     def leaf(self, leaf: int) -> bytes:
         """The page digests below `leaf`, verified; read from disk if need be. For any thread.

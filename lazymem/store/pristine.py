@@ -80,7 +80,7 @@ class PristinePages:
                 cache.digests.store_upper(upper)
             self._mark_zeros(self._verifier.zero_leaves())
         self.wire_bytes_per_second: Callable[[], float] = lambda: 0.0
-        """What pages come by: where it is slow, equal ones are copied from each other. For the owner to set."""
+        """What guesses come by: where that is slow, equal pages are copied from each other. For the owner to set."""
         self._dropped_pages = 0
         # One byte a page; memory only where one is set, which a bytearray would not do.
         self._given = mmap.mmap(-1, origin.pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -148,6 +148,7 @@ class PristinePages:
         leaves = self._verifier.store(fetched)
         for first, digests in leaves:
             self._mark_zeros(zero_runs(first, digests))
+            await trio.lowlevel.checkpoint()
         if pieces:
             await self._cache.pages.write_many(pieces)
         for at in range(0, len(marks), RUNS_A_TURN):
@@ -156,8 +157,7 @@ class PristinePages:
         if self._maybe_equal is not None and self.wire_bytes_per_second() < COPIES_PAY_BELOW_BYTES_PER_SECOND:
             for first, digests in leaves:
                 await self._copy_equal(self._maybe_equal, first, digests)
-        if self._given_early:
-            self._let_go_of_kept()
+        await self._let_go_of_kept()
 
     def _hold(self, marks: list[tuple[PageRange, int]]) -> None:
         self._cache.held.set_many(marks)
@@ -234,9 +234,11 @@ class PristinePages:
         else:
             self._cache.pages.let_go(block)
 
-    def _let_go_of_kept(self) -> None:
-        for _ in range(len(self._given_early)):
+    async def _let_go_of_kept(self) -> None:
+        for count in range(1, len(self._given_early) + 1):
             self.given(self._given_early.popleft())
+            if count % RUNS_A_TURN == 0:
+                await trio.lowlevel.checkpoint()
 
     def drop(self, pages: PageRange) -> None:
         """Call `pages` missing again; they stay verified against the same digests.
