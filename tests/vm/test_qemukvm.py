@@ -33,6 +33,7 @@ def test_a_guest_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_a_guest_that_ends_elsewhere_and_one_that_ends_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(qemukvm, "DEVICE", str(tmp_path))
+    monkeypatch.setattr(qemukvm, "_WAIT_SECONDS", 60.0)
     for reason, said in ((17, "runs no guest"), (2, None)):
         monkeypatch.setattr(qemukvm, "_run_guest", lambda reason=reason: reason)
         found = qemukvm.why_not()
