@@ -45,6 +45,7 @@ def _loaded(file: Path) -> set[str]:
         ("vm", ["--help"], 0),
         ("vm", ["-m", "nonsense"], 2),
         ("vm", ["-m", "64"], 2),
+        ("vm", ["--engine", "qemu", "--qemu", "/no/such", "--pcram-file", "/no/such", "-kernel", "k"], 3),
         ("status", ["/"], 13),
         ("umount", ["/"], 13),
         ("umount", ["--help"], 0),
