@@ -19,6 +19,10 @@ MAX_GUESS_RANGES = 64
 """Of one request: 768 bytes of it, and where so many holes are between missing pages, little is missing."""
 
 
+MAX_LOOKED_AT_PAGES = 1024
+"""Of which a store may want none: a millisecond."""
+
+
 class Asked:
     """One call of `prefetch`: what is left to send, and how many of its requests are out."""
 
@@ -40,6 +44,8 @@ class GuessQueue:
         self._table = table
         self._sink = sink
         self._asked: deque[Asked] = deque()
+        self.looked_enough = False
+        """The last `take` ended because it had looked at so many pages that others should get a turn."""
 
     def __bool__(self) -> bool:
         """Whether there may be something to guess."""
@@ -75,15 +81,24 @@ class GuessQueue:
     def _gather(self, pages: int, next_range: Callable[[int], PageRange | None]) -> list[Want]:
         wants: list[Want] = []
         room = pages
+        looked_at = 0
+        self.looked_enough = False
         while room > 0 and len(wants) < MAX_GUESS_RANGES:
+            if looked_at > MAX_LOOKED_AT_PAGES:
+                self.looked_enough = True
+                break
             guess = next_range(room)
             if guess is None:
                 break
-            for piece in self._table.free(guess)[: MAX_GUESS_RANGES - len(wants)]:
+            looked_at += guess.count
+            for piece in self._worth_fetching(guess)[: MAX_GUESS_RANGES - len(wants)]:
                 wants.append(self._table.add_background(piece))
                 room -= piece.count
         wants.sort(key=lambda want: want.pages.start)
         return wants
+
+    def _worth_fetching(self, guess: PageRange) -> list[PageRange]:
+        return [part for piece in self._table.free(guess) for part in self._sink.worth_fetching(piece)]
 
     def _next_left(self, left: deque[PageRange], limit: int) -> PageRange | None:
         """The next missing run of what is left, taken out of it."""

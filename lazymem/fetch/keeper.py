@@ -26,8 +26,8 @@ a fault, and takes it from the next one. What waits answers readers from memory 
 
 MAX_GATHER_SECONDS = 0.25
 FAULTS_A_PAGE = 8
-"""While a guest faults, to keep what it got can wait: until it pauses for `GATHER_SECONDS`, so long at most, and until so
-many times as many pages as of guesses have gathered (8 MiB)."""
+"""While a guest faults, to keep what it got can wait: until it pauses for `GATHER_SECONDS`, so long at most, and until
+so many times as many pages as of guesses have gathered (8 MiB)."""
 
 MAX_BATCH_PAGES = 1024
 """4 MiB a write to the disk: large enough for any of them, and memory is given back in steps."""

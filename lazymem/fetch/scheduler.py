@@ -73,6 +73,7 @@ class Scheduler:
         self._best_answer = math.inf  # of guesses too: a round trip, and the only one measured while nothing pauses
         self._keeper = Keeper(sink, self._kept)
         self._keep_failing = False
+        self._copying = False
         self._waits = WaitHistogram()
         self._faults = self._failures = self._demand_pages = self._background_pages = 0
         nursery.start_soon(self._keeper.run)
@@ -377,7 +378,12 @@ class Scheduler:
             if allowed < piece:
                 return
             wants, maybe_asked = self._guesses.take(piece)
+            if self._sink.has_copies and not self._copying:
+                self._copying = True
+                self._nursery.start_soon(self._copy_equal)
             if not wants:
+                if self._guesses.looked_enough:
+                    self._nursery.start_soon(self._look_on)
                 return
             self._send(wants, background=True, maybe_asked=maybe_asked)
 
@@ -392,6 +398,22 @@ class Scheduler:
     def fetching(self) -> bool:
         """Whether guesses are on their way."""
         return self._table.background_in_flight_pages > 0
+
+    async def _look_on(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._fill_background()
+
+    async def _copy_equal(self) -> None:
+        """What is equal to held pages is held without the source."""
+        try:
+            await self._sink.copy_equal()
+        except LazymemError as error:
+            self._stop_guessing(error)
+        finally:
+            self._copying = False
+        if self._guesses.maybe_prefetcher is not None:
+            self._guesses.maybe_prefetcher.brought(PageRange(0, 1))  # of what does not matter: a sweep may be worth it
+        self._fill_background()
 
     @property
     def background_bytes_per_second(self) -> float:

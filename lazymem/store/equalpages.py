@@ -36,6 +36,19 @@ class EqualPages:
             self._keys[slot] = key
             self._pages[slot] = page
 
+    def claim(self, first_page: int, digests: bytes) -> Iterator[tuple[int, int]]:
+        """As `candidates`; every other page from `first_page` on is remembered, as if it were held: it is being asked
+        for, and nobody needs to ask for its like meanwhile."""
+        for page, (key, _) in enumerate(_EACH.iter_unpack(digests), first_page):
+            slot = key & self._mask
+            if key in (0, _ZERO_KEY):
+                continue
+            if self._keys[slot] == key and self._pages[slot] != page:
+                yield page, self._pages[slot]
+            else:
+                self._keys[slot] = key
+                self._pages[slot] = page
+
     def candidates(self, first_page: int, digests: bytes) -> Iterator[tuple[int, int]]:
         """Pages from `first_page` on, by their digests, each with one that is held and likely has the same bytes."""
         for page, (key, _) in enumerate(_EACH.iter_unpack(digests), first_page):

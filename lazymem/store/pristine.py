@@ -44,6 +44,11 @@ processor alone meanwhile."""
 COPIES_A_TURN = 32
 """Equal pages that are read and verified before others get a turn: a third of a millisecond."""
 
+COPIES_A_WRITE = 256
+
+MAX_WAITED_FOR = 1 << 16
+"""Pages on their way that others wait to be copied from: some 20 MB. Beyond, likes are asked for too."""
+
 MAX_GIVEN_EARLY = 1024
 """Readers' ranges whose pages are not kept yet; of more, the oldest stay cached twice until the kernel wants room."""
 
@@ -84,6 +89,9 @@ class PristinePages:
         self._dropped_pages = 0
         # One byte a page; memory only where one is set, which a bytearray would not do.
         self._given = mmap.mmap(-1, origin.pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._copies: deque[tuple[int, int]] = deque()
+        self._is_copying = False
+        self._waiting_for: dict[int, set[int]] = {}  # what is on its way: missing pages that are equal to it
         self._given_early: deque[PageRange] = deque(maxlen=MAX_GIVEN_EARLY)
 
     @property
@@ -154,9 +162,11 @@ class PristinePages:
         for at in range(0, len(marks), RUNS_A_TURN):
             self._hold(marks[at : at + RUNS_A_TURN])
             await trio.lowlevel.checkpoint()
-        if self._maybe_equal is not None and self.wire_bytes_per_second() < COPIES_PAY_BELOW_BYTES_PER_SECOND:
+        if self._maybe_equal is not None and self._copies_pay:
             for first, digests in leaves:
-                await self._copy_equal(self._maybe_equal, first, digests)
+                self._copies += self._maybe_equal.candidates(first, digests)
+            if self._copies:
+                await self.copy_equal()
         await self._let_go_of_kept()
 
     def _hold(self, marks: list[tuple[PageRange, int]]) -> None:
@@ -165,6 +175,8 @@ class PristinePages:
             for part, state in marks:
                 if state == SET:
                     self._maybe_equal.note(part, self._verifier.digests_of(part))
+                    for page in self._waiting_for.keys() & range(part.start, part.end) if self._waiting_for else ():
+                        self._copies += [(like, page) for like in self._waiting_for.pop(page)]
 
     def maybe_read_nowait(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
@@ -260,15 +272,55 @@ class PristinePages:
                 else:
                     self._cache.held.set_many([(hole, SET_ZERO) for hole in self.missing_runs(piece)])
 
-    async def _copy_equal(self, equal: EqualPages, first: int, digests: bytes) -> None:
-        """Hold missing pages from `first` on, of which a leaf tells the digests, that are held elsewhere already."""
+    def worth_fetching(self, pages: PageRange) -> list[PageRange]:
+        """The parts of missing `pages` to guess. What is equal to a held page is copied instead (`copy_equal`), what is
+        equal to one that was let through here when that one is held."""
+        if self._maybe_equal is None or not self._copies_pay:
+            return [pages]
+        passed: set[int] = set()
+        for page, elsewhere in self._maybe_equal.claim(pages.start, self._verifier.digests_of(pages)):
+            if self.states(PageRange(elsewhere, 1))[0] == SET:
+                self._copies.append((page, elsewhere))
+            elif len(self._waiting_for) < MAX_WAITED_FOR:
+                self._waiting_for.setdefault(elsewhere, set()).add(page)
+            else:
+                continue
+            passed.add(page)
+        return [pages] if not passed else runs(page for page in range(pages.start, pages.end) if page not in passed)
+
+    @property
+    def _copies_pay(self) -> bool:
+        return self.wire_bytes_per_second() < COPIES_PAY_BELOW_BYTES_PER_SECOND
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether `copy_equal` has something to do."""
+        return bool(self._copies)
+
+    async def copy_equal(self) -> None:
+        """Hold the pages that were found to be held elsewhere; nothing while another call is at it. Where those turn
+        out not to be right, both are missing afterwards.
+
+        Raises:
+            StoreError: the disk refused.
+        """
+        if self._is_copying:
+            return
+        self._is_copying = True
+        try:
+            while self._copies:
+                await self._copy_some()
+        finally:
+            self._is_copying = False
+
+    async def _copy_some(self) -> None:
         copies: list[tuple[int, bytes | memoryview]] = []
         marks: list[tuple[PageRange, int]] = []
-        for count, (page, elsewhere) in enumerate(equal.candidates(first, digests), 1):
+        for count in range(1, min(len(self._copies), COPIES_A_WRITE) + 1):
+            page, elsewhere = self._copies.popleft()
             here = PageRange(page, 1)
-            at = (page - first) * DIGEST_BYTES
             if self.states(here)[0] == UNSET:
-                maybe_data = self._maybe_equal_nowait(PageRange(elsewhere, 1), digests[at : at + DIGEST_BYTES])
+                maybe_data = await self._maybe_equal_page(PageRange(elsewhere, 1), self._verifier.digests_of(here))
                 if maybe_data is not None:
                     copies.append((here.offset_bytes, maybe_data))
                     marks.append((here, SET))
@@ -276,13 +328,17 @@ class PristinePages:
                 await trio.lowlevel.checkpoint()
         if copies:
             await self._cache.pages.write_many(copies)
-            self._cache.held.set_many(marks)
+            self._hold(marks)
 
-    def _maybe_equal_nowait(self, held: PageRange, digest: bytes) -> bytes | None:
-        """Verified bytes of one page, if it is held, at hand and has just that digest."""
+    async def _maybe_equal_page(self, held: PageRange, digest: bytes) -> bytes | None:
+        """Verified bytes of one page, if it is held and has just that digest."""
         if self.states(held)[0] != SET or self._verifier.digests_of(held) != digest:
             return None
-        return self.maybe_read_nowait(held)
+        maybe_data = self.maybe_read_nowait(held)
+        if maybe_data is None and self.states(held)[0] == SET:  # not at hand
+            data, wrong = await self.read(held)
+            maybe_data = None if wrong else data
+        return maybe_data
 
     def _drop_wrong(self, pages: PageRange, data: bytes | None) -> list[PageRange]:
         wrong = runs(wrong_pages(pages, data, self._verifier.digests_of(pages)))

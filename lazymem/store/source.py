@@ -44,6 +44,19 @@ class PageSink(Protocol):
         """
         ...
 
+    def worth_fetching(self, pages: PageRange) -> list[PageRange]:
+        """The parts of missing `pages` that a guess should bring; the sink can have the others without the source."""
+        ...
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether `worth_fetching` left something to `copy_equal`."""
+        ...
+
+    async def copy_equal(self) -> None:
+        """Hold what is equal to held pages. Blocking work in a thread."""
+        ...
+
     def accept(self, fetched: Fetched) -> None:
         """Verify; afterwards `fetched.runs` may be given to readers. Synchronous, no disk.
 

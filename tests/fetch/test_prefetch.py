@@ -36,6 +36,9 @@ class Pages:
             end += 1
         return PageRange(first, end - first)
 
+    def worth_fetching(self, pages: PageRange) -> list[PageRange]:
+        return [pages]
+
     def bring(self, prefetcher: Prepager, pages: PageRange) -> None:
         self.missing -= set(range(pages.start, pages.end))
         prefetcher.brought(pages)

@@ -16,6 +16,7 @@ from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, page_dig
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.cachefolder import PAGES_NAME
 from lazymem.store.equalpages import EqualPages
+from lazymem.store.pagemap import SET
 from lazymem.store.pristine import COPIES_PAY_BELOW_BYTES_PER_SECOND
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.stores import OpenStore, opened_store
@@ -155,3 +156,41 @@ def test_random_images(choose: random.Random, kinds: int, reads: list[tuple[int,
 
     with tempfile.TemporaryDirectory() as folder:
         trio.run(run, Path(folder))
+
+
+async def test_guesses_ask_for_one_of_equal_pages(tmp_path: Path) -> None:
+    """Within a request, across requests that are on their way, and of what is held."""
+    snapshot = snapshot_of(
+        tmp_path / "snapshot", [*range(1, 101), *range(1, 101), *([7] * 56), *range(1, LEAF_PAGES + 1)]
+    )
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await store.ram.read(0, 1)
+        await store.ram.read(LEAF_PAGES * PAGE_SIZE, 1)  # both leaves are here
+        pristine = store.pristine
+        missing = [run for start in range(0, TWO_LEAVES, 64) for run in pristine.missing_runs(PageRange(start, 64))]
+        asked = [part for run in missing for part in pristine.worth_fetching(run)]
+        wanted = [page for pages in asked for page in range(pages.start, pages.end)]
+        kinds = [snapshot.page(page) for page in wanted]
+        assert len(set(kinds)) == len(kinds) == LEAF_PAGES - 1, "each once, and the held one not at all"
+        for page in wanted:
+            await store.ram.read(page * PAGE_SIZE, PAGE_SIZE)
+        await pristine.copy_equal()
+        assert pristine.held_pages == TWO_LEAVES, "what waited for another's arrival was copied from it"
+        before = store.source.pages
+        assert await store.ram.read(0, len(snapshot.ram)) == snapshot.ram
+        assert store.source.pages == before
+
+
+async def test_what_waits_for_a_page_that_never_comes_is_asked_for_by_the_next_sweep(tmp_path: Path) -> None:
+    snapshot = twins(tmp_path / "snapshot")
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await store.ram.read(0, 1)
+        await store.ram.read(LEAF_PAGES * PAGE_SIZE, 1)
+        pristine = store.pristine
+        first = PageRange(1, 4)
+        assert pristine.worth_fetching(first) == [first], "and that request fails"
+        assert pristine.worth_fetching(PageRange(LEAF_PAGES + 1, 4)) == []
+        assert pristine.worth_fetching(first) == [first], "it is asked for again, and its like is then copied"
+        await store.ram.read(PAGE_SIZE, 4 * PAGE_SIZE)
+        await pristine.copy_equal()
+        assert pristine.states(PageRange(LEAF_PAGES + 1, 4)) == bytes([SET] * 4)

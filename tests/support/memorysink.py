@@ -35,6 +35,14 @@ class MemorySink:
             end += 1
         return PageRange(first, end - first)
 
+    def worth_fetching(self, pages: PageRange) -> list[PageRange]:
+        return [pages]
+
+    has_copies = False
+
+    async def copy_equal(self) -> None:
+        raise AssertionError("it has none")
+
     def accept(self, fetched: Fetched) -> None:
         for run in fetched.runs:
             data = bytes(run.pages.length_bytes) if run.data is None else bytes(run.data)
