@@ -253,7 +253,7 @@ async def _mounted(path: str, source: str, options: MountOptions) -> AsyncIterat
         yield descriptor, mounted
     finally:
         left = mountinfo.maybe_mount_at(path)
-        if left is not None and left.mount_id == mounted.mount_id:
+        if left is not None and (left.mount_id, left.device) == (mounted.mount_id, mounted.device):
             session.unmount(path, lazy=True)  # an error ended us; lazily, since nobody serves its flush any more
         os.close(descriptor)
 

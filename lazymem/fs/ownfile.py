@@ -62,7 +62,7 @@ class OwnFile:
         """Whether the mount is still there. A system call, unless some mount came or went. Does not block."""
         if not self._changes.poll(0):
             return True
-        return any(mount.mount_id == self._mounted.mount_id for mount in mountinfo.current())
+        return self._is_in_table()
 
     def wait_mounted(self, seconds: float, stop_fd: int) -> bool:
         """`is_mounted` after so long, or as soon as mounts change; False as soon as `stop_fd` is readable. Blocks."""
@@ -72,7 +72,15 @@ class OwnFile:
         found = [descriptor for descriptor, _ in waiting.poll(seconds * 1000)]
         if stop_fd in found:
             return False
-        return not found or any(mount.mount_id == self._mounted.mount_id for mount in mountinfo.current())
+        return not found or self._is_in_table()
+
+    def _is_in_table(self) -> bool:
+        """The id alone would not do: it is the next mount's as soon as this one is gone. The device number is not, as
+        long as we have the file system open."""
+        return any(
+            mount.mount_id == self._mounted.mount_id and mount.device == self._mounted.device
+            for mount in mountinfo.current()
+        )
 
     def close(self) -> None:
         """After an unmount this is what ends the file system, and waits for its last requests."""

@@ -1,12 +1,15 @@
 """The daemon's own descriptors of its mount hold up no unmount, and no death of the daemon."""
 
 import os
+import select
 import threading
 from pathlib import Path
 
 import pytest
 
 from lazymem.fs import mountinfo
+from lazymem.fs.mountinfo import Mount
+from lazymem.fs.ownfile import OwnFile
 from lazymem.fs.writeback import WritebackPace
 from lazymem.pages import PAGE_SIZE
 from tests.support.mounts import Mounted, Stage, kill_daemon, wait_until
@@ -57,6 +60,26 @@ def test_of_a_mount_that_is_gone_nothing_is_asked(mounts: Stage, snapshot: Built
     late = WritebackPace(mounted)
     late.start()
     wait_until(lambda: not _threads(), "the second one found nothing")
+
+
+def test_another_mount_that_got_its_number_is_not_taken_for_it(
+    mounts: Stage, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel gives a mount's id to the next one at once; who took that for it kept the daemon from its end."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, "--prefetch", "none")
+    mounted = mountinfo.maybe_mount_at(str(mount.path))
+    assert mounted is not None
+    file = OwnFile(mounted)
+    never = select.epoll()  # its descriptor is not readable
+    try:
+        assert file.wait_mounted(0, never.fileno())
+        another = Mount(mounted.mount_id, "0:1", "/elsewhere", "tmpfs", "none", None)
+        monkeypatch.setattr(mountinfo, "current", lambda: [another])
+        mounts.mount(mounts.serve(snapshot.folder).address, "--prefetch", "none", name="other")
+        assert not file.wait_mounted(30, never.fileno()), "the table changed, and it is not there any more"
+    finally:
+        never.close()
+        file.close()
 
 
 def test_a_killed_daemon_does_not_wait_for_itself(mounts: Stage, tmp_path: Path) -> None:
