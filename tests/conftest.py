@@ -1,8 +1,13 @@
 """What holds for all tests."""
 
+import os
 import signal
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.support.asroot import hand_over
+from tests.support.privileges import maybe_as_root
 
 # How long one example takes says how busy the machine is, and nothing about the code: a test that is stuck meets
 # pytest-timeout.
@@ -12,3 +17,9 @@ settings.load_profile("busy machine")
 # A shell has Ctrl-C ignored by what it starts in the background, and children inherit that. Some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)  # when it is known which of them will run
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() != 0 and any(item.get_closest_marker("needs_root") for item in items):
+        hand_over(items, maybe_as_root())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,36 +13,20 @@ import trio
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.pagefile import BLOCK_PAGES, PageFile
 from lazymem.store.secondcopy import merged
+from tests.support.disks import folder_on_disk
 from tests.support.residency import cached_pages
 
 PAGES = 4 * BLOCK_PAGES
 PATIENCE_SECONDS = 60.0
 
 
-def drops_what_is_cached(path: Path) -> bool:
-    """Not so in memory, where the cache is the file."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        os.pwrite(fd, b"x" * PAGE_SIZE, 0)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-    return cached_pages(path) == 0
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
-    """On a disk: /tmp may be memory, as from Debian 13 on; the checkout or /var/tmp is not, then."""
-    for place in (tmp_path, Path(__file__).parents[2], Path("/var/tmp")):
-        with contextlib.suppress(PermissionError), tempfile.TemporaryDirectory(prefix=".pages-", dir=place) as folder:
-            found = Path(folder) / "pages"
-            with open(found, "wb") as file:
-                file.truncate(PAGES * PAGE_SIZE)
-            if drops_what_is_cached(found):
-                yield found
-                return
-    pytest.skip("no file system here lets go of what it caches")
+    with folder_on_disk(tmp_path) as folder:
+        found = folder / "pages"
+        with open(found, "wb") as file:
+            file.truncate(PAGES * PAGE_SIZE)
+        yield found
 
 
 def written(path: Path) -> PageFile:

@@ -4,7 +4,7 @@ import mmap
 import os
 import random
 import signal
-import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +12,14 @@ import pytest
 
 from lazymem.fs.pagecache import FILLED
 from lazymem.pages import PAGE_SIZE
-from tests.support.mounts import Mounted, Stage, drop_kernel_cache, wait_until
+from tests.support.disks import folder_on_disk
+from tests.support.mounts import Mounted, Stage, drop_kernel_cache, stage, wait_until
 from tests.support.residency import cached_pages
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(
-        os.geteuid() != 0, reason="a copy of a mount needs root (open_tree(2)): nothing is filled without"
-    ),
+    pytest.mark.needs_root("a copy of a mount needs it (open_tree(2)): nothing is filled without"),
 ]
 
 
@@ -81,16 +80,20 @@ def test_a_second_mount_fills_from_the_cache_without_a_server(mounts: Stage, sna
     assert second.status()["pages_demanded"] == 0
 
 
-def test_rule_12_holds_for_what_was_filled(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+@pytest.fixture
+def cached_on_disk(tmp_path: Path) -> Iterator[Stage]:
+    """Mounts whose cache is not in memory."""
+    with folder_on_disk(tmp_path) as folder, stage(tmp_path) as made:
+        made.cache = folder / "cache"
+        yield made
+
+
+def test_rule_12_holds_for_what_was_filled(cached_on_disk: Stage, snapshot: BuiltSnapshot) -> None:
     """Once the guest's kernel has the pages, the cache's file is in no page cache besides."""
+    mounts = cached_on_disk
     mount = mounts.mount(mounts.serve(snapshot.folder).address)
     wait_until(lambda: _filled(mount), "all is held")
     cached = next(mounts.cache.glob("*/pages"))
-    if (
-        subprocess.run(["stat", "-f", "-c", "%T", cached], capture_output=True, text=True, check=True).stdout
-        == "tmpfs\n"
-    ):
-        pytest.skip("a file in memory has no second copy to let go of")
     wait_until(lambda: cached_pages(cached) == 0, "the second copy goes")
     assert cached.read_bytes() == snapshot.ram
 

@@ -125,7 +125,7 @@ def test_what_the_sweep_and_the_page_cache_bring_is_no_touch(staged: Stage, snap
     assert pages_of(read_set(target, snapshot)) == list(TOUCHED)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root's daemon fills the kernel's page cache (open_tree)")
+@pytest.mark.needs_root("only root's daemon fills the kernel's page cache (open_tree(2))")
 def test_refused_read_ahead_gets_into_the_page_cache_later(staged: Stage, snapshot: BuiltSnapshot) -> None:
     """The empty pages that it leaves behind in the kernel are no reason to pass by them."""
     server = staged.serve(snapshot.folder)

@@ -1,6 +1,5 @@
 """The kernel's knobs on real mounts: set for this one, other mounts' untouched, gone when it goes."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from tests.support.snapshots import BuiltSnapshot
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root may turn the kernel's knobs"),
+    pytest.mark.needs_root("nobody else may turn the kernel's knobs"),
 ]
 
 QUIET = ("--prefetch", "none")

@@ -1,6 +1,5 @@
 """The daemon's own descriptors of its mount hold up no unmount, and no death of the daemon."""
 
-import os
 import select
 import threading
 from pathlib import Path
@@ -17,7 +16,7 @@ from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(os.geteuid() != 0, reason="a copy of a mount needs root (open_tree(2)): no pace is set without"),
+    pytest.mark.needs_root("a copy of a mount needs it (open_tree(2)): no pace is set without"),
 ]
 
 
