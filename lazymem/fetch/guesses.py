@@ -16,8 +16,8 @@ from lazymem.fetch.sink import Sink
 from lazymem.pages import PageRange
 
 MAX_GUESS_RANGES = 64
-"""Of one request: 768 bytes of it, and where so many holes are between missing pages, little is missing."""
-
+"""Of one request, about: 768 bytes of it, and where so many holes are between missing pages, little is missing. What
+is over the server's limits the client sends as two."""
 
 MAX_LOOKED_AT_PAGES = 1024
 """Of which a store may want none: a millisecond."""
@@ -72,6 +72,8 @@ class GuessQueue:
             if wants:
                 asked.flights += 1
                 return wants, asked
+            if self.looked_enough:  # not to its end
+                return [], None
             self._asked.popleft()
             asked.check()
         if self.maybe_prefetcher is not None:
@@ -91,7 +93,7 @@ class GuessQueue:
             if guess is None:
                 break
             looked_at += guess.count
-            for piece in self._worth_fetching(guess)[: MAX_GUESS_RANGES - len(wants)]:
+            for piece in self._worth_fetching(guess):  # all of them: a strategy does not name them again
                 wants.append(self._table.add_background(piece))
                 room -= piece.count
         wants.sort(key=lambda want: want.pages.start)

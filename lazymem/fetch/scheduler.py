@@ -74,6 +74,7 @@ class Scheduler:
         self._keeper = Keeper(sink, self._kept)
         self._keep_failing = False
         self._copying = False
+        self._looking_on = False
         self._waits = WaitHistogram()
         self._faults = self._failures = self._demand_pages = self._background_pages = 0
         nursery.start_soon(self._keeper.run)
@@ -372,17 +373,17 @@ class Scheduler:
 
     def _fill_background(self) -> None:
         """Send guesses while the plan allows some."""
+        self._start_copies()
         while self._guesses:
             piece = self._window.piece_pages
             allowed = background_allowance(self._table.has_waiting, self._load(), self._budget, self._window.pages)
             if allowed < piece:
                 return
             wants, maybe_asked = self._guesses.take(piece)
-            if self._sink.has_copies and not self._copying:
-                self._copying = True
-                self._nursery.start_soon(self._copy_equal)
+            self._start_copies()
             if not wants:
-                if self._guesses.looked_enough:
+                if self._guesses.looked_enough and not self._looking_on:
+                    self._looking_on = True
                     self._nursery.start_soon(self._look_on)
                 return
             self._send(wants, background=True, maybe_asked=maybe_asked)
@@ -400,8 +401,15 @@ class Scheduler:
         return self._table.background_in_flight_pages > 0
 
     async def _look_on(self) -> None:
+        """One such task at a time: others get a turn after each look, however often guesses are asked for meanwhile."""
         await trio.lowlevel.checkpoint()
+        self._looking_on = False
         self._fill_background()
+
+    def _start_copies(self) -> None:
+        if self._sink.has_copies and not self._copying:
+            self._copying = True
+            self._nursery.start_soon(self._copy_equal)
 
     async def _copy_equal(self) -> None:
         """What is equal to held pages is held without the source."""

@@ -45,9 +45,10 @@ COPIES_A_TURN = 32
 """Equal pages that are read and verified before others get a turn: a third of a millisecond."""
 
 COPIES_A_WRITE = 256
+"""And all that a `keep` adds of them: pages that wait to be kept hold up faults in the end."""
 
-MAX_WAITED_FOR = 1 << 16
-"""Pages on their way that others wait to be copied from: some 20 MB. Beyond, likes are asked for too."""
+MAX_COPIES = 1 << 16
+"""Pages that wait to be copied, and pages that wait for their like: some 10 MB each. Beyond, they are asked for too."""
 
 MAX_GIVEN_EARLY = 1024
 """Readers' ranges whose pages are not kept yet; of more, the oldest stay cached twice until the kernel wants room."""
@@ -89,9 +90,9 @@ class PristinePages:
         self._dropped_pages = 0
         # One byte a page; memory only where one is set, which a bytearray would not do.
         self._given = mmap.mmap(-1, origin.pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._copies: deque[tuple[int, int]] = deque()
-        self._is_copying = False
+        self._copies: dict[int, int] = {}  # missing pages, each with one that is held and likely equal
         self._waiting_for: dict[int, set[int]] = {}  # what is on its way: missing pages that are equal to it
+        self._waiting = 0  # pages in all of these sets
         self._given_early: deque[PageRange] = deque(maxlen=MAX_GIVEN_EARLY)
 
     @property
@@ -163,10 +164,10 @@ class PristinePages:
             self._hold(marks[at : at + RUNS_A_TURN])
             await trio.lowlevel.checkpoint()
         if self._maybe_equal is not None and self._copies_pay:
-            for first, digests in leaves:
-                self._copies += self._maybe_equal.candidates(first, digests)
+            for first, digests in leaves if len(self._copies) < MAX_COPIES else ():
+                self._copies.update(self._maybe_equal.candidates(first, digests))
             if self._copies:
-                await self.copy_equal()
+                await self._copy_some()
         await self._let_go_of_kept()
 
     def _hold(self, marks: list[tuple[PageRange, int]]) -> None:
@@ -176,7 +177,9 @@ class PristinePages:
                 if state == SET:
                     self._maybe_equal.note(part, self._verifier.digests_of(part))
                     for page in self._waiting_for.keys() & range(part.start, part.end) if self._waiting_for else ():
-                        self._copies += [(like, page) for like in self._waiting_for.pop(page)]
+                        likes = self._waiting_for.pop(page)
+                        self._waiting -= len(likes)
+                        self._copies.update(dict.fromkeys(likes, page))
 
     def maybe_read_nowait(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
@@ -280,13 +283,32 @@ class PristinePages:
         passed: set[int] = set()
         for page, elsewhere in self._maybe_equal.claim(pages.start, self._verifier.digests_of(pages)):
             if self.states(PageRange(elsewhere, 1))[0] == SET:
-                self._copies.append((page, elsewhere))
-            elif len(self._waiting_for) < MAX_WAITED_FOR:
-                self._waiting_for.setdefault(elsewhere, set()).add(page)
-            else:
+                if page not in self._copies and len(self._copies) >= MAX_COPIES:
+                    continue
+                self._copies[page] = elsewhere
+            elif self._written is not None and not self._written.all_unset(PageRange(elsewhere, 1)):
+                self._note_alone(page)  # nobody guesses the other one any more
+                continue
+            elif not self._wait_for(elsewhere, page):
                 continue
             passed.add(page)
         return [pages] if not passed else runs(page for page in range(pages.start, pages.end) if page not in passed)
+
+    def _wait_for(self, elsewhere: int, page: int) -> bool:
+        """Whether there is room to note that `page` is to be copied from `elsewhere` once that is held."""
+        if page in self._waiting_for.get(elsewhere, ()):
+            return True
+        if self._waiting >= MAX_COPIES:
+            return False
+        self._waiting_for.setdefault(elsewhere, set()).add(page)
+        self._waiting += 1
+        return True
+
+    def _note_alone(self, page: int) -> None:
+        """It cannot be copied from the page that was remembered for it: from here on it is asked for."""
+        if self._maybe_equal is not None:
+            here = PageRange(page, 1)
+            self._maybe_equal.note(here, self._verifier.digests_of(here))
 
     @property
     def _copies_pay(self) -> bool:
@@ -298,37 +320,35 @@ class PristinePages:
         return bool(self._copies)
 
     async def copy_equal(self) -> None:
-        """Hold the pages that were found to be held elsewhere; nothing while another call is at it. Where those turn
-        out not to be right, both are missing afterwards.
+        """Hold the pages that were found to be held elsewhere. Where those turn out not to be right, both are missing
+        afterwards.
 
         Raises:
             StoreError: the disk refused.
         """
-        if self._is_copying:
-            return
-        self._is_copying = True
-        try:
-            while self._copies:
-                await self._copy_some()
-        finally:
-            self._is_copying = False
+        while self._copies:
+            await self._copy_some()
 
     async def _copy_some(self) -> None:
         copies: list[tuple[int, bytes | memoryview]] = []
         marks: list[tuple[PageRange, int]] = []
         for count in range(1, min(len(self._copies), COPIES_A_WRITE) + 1):
-            page, elsewhere = self._copies.popleft()
+            if not self._copies:  # another call was faster
+                break
+            page, elsewhere = self._copies.popitem()
             here = PageRange(page, 1)
             if self.states(here)[0] == UNSET:
                 maybe_data = await self._maybe_equal_page(PageRange(elsewhere, 1), self._verifier.digests_of(here))
                 if maybe_data is not None:
                     copies.append((here.offset_bytes, maybe_data))
                     marks.append((here, SET))
+                else:
+                    self._note_alone(page)
             if count % COPIES_A_TURN == 0:
                 await trio.lowlevel.checkpoint()
         if copies:
             await self._cache.pages.write_many(copies)
-            self._hold(marks)
+            self._hold(sorted(marks))
 
     async def _maybe_equal_page(self, held: PageRange, digest: bytes) -> bytes | None:
         """Verified bytes of one page, if it is held and has just that digest."""

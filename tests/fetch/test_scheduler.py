@@ -13,6 +13,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from lazymem.errors import DeadlineError, ServerRefusedError, ServerUnreachableError, StoreError, VerificationError
+from lazymem.fetch import guesses
 from lazymem.fetch.inflight import Demand, Want
 from lazymem.fetch.plan import Budget
 from lazymem.fetch.prefetch import prepager
@@ -369,6 +370,58 @@ async def test_prefetch_of_ranges_returns_when_they_are_kept(
     assert sorted(asked_pages(peer)) == sorted({*range(8, 108), 200} - {10, 11, 50})
     await scheduler.prefetch([])
     await scheduler.prefetch([PageRange(8, 10)])
+    assert_empty(scheduler)
+
+
+class PickySink(MemorySink):
+    """Wants only what lies behind page `wanted_from`, and counts how often it is asked."""
+
+    wanted_from = 0
+    looks = 0
+
+    def worth_fetching(self, pages: PageRange) -> list[PageRange]:
+        self.looks += 1
+        start = max(pages.start, self.wanted_from)
+        return [PageRange(start, pages.end - start)] if start < pages.end else []
+
+
+async def test_prefetch_goes_on_behind_much_that_is_not_worth_fetching(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guesses, "MAX_LOOKED_AT_PAGES", 20)
+    sink = PickySink(peer.ram)
+    sink.wanted_from = 400
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    with trio.fail_after(60):
+        await scheduler.prefetch([PageRange(0, RAM_PAGES)])
+    assert sink.held == set(range(400, RAM_PAGES))
+    assert_empty(scheduler)
+
+
+async def test_looks_at_what_is_not_worth_fetching_leave_turns_to_others(
+    autojump_clock: MockClock, network: Network, peer: Peer, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often guesses are asked for meanwhile, there is one look between two turns of another task."""
+    monkeypatch.setattr(guesses, "MAX_LOOKED_AT_PAGES", 16)
+    sink = PickySink(peer.ram)
+    sink.wanted_from = RAM_PAGES
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    sink.looks = 0
+    async with trio.open_nursery() as tasks:
+        tasks.start_soon(scheduler.prefetch, [PageRange(0, RAM_PAGES)])
+        await trio.lowlevel.checkpoint()
+        most = 0
+        for _ in range(20):
+            before = sink.looks
+            scheduler._fill_background()  # as whenever something was kept
+            await trio.lowlevel.checkpoint()
+            most = max(most, sink.looks - before)
+    assert sink.looks > RAM_PAGES // 16
+    assert most <= 2 * 2 * 2, "two looks of two pieces, and another one if the tasks' order is so"
     assert_empty(scheduler)
 
 

@@ -8,16 +8,18 @@ import struct
 import tempfile
 from pathlib import Path
 
+import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, page_digest
 from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.store import pristine as pristine_module
 from lazymem.store.cachefolder import PAGES_NAME
 from lazymem.store.equalpages import EqualPages
 from lazymem.store.pagemap import SET
-from lazymem.store.pristine import COPIES_PAY_BELOW_BYTES_PER_SECOND
+from lazymem.store.pristine import COPIES_A_WRITE, COPIES_PAY_BELOW_BYTES_PER_SECOND
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.stores import OpenStore, opened_store
 
@@ -194,3 +196,82 @@ async def test_what_waits_for_a_page_that_never_comes_is_asked_for_by_the_next_s
         await store.ram.read(PAGE_SIZE, 4 * PAGE_SIZE)
         await pristine.copy_equal()
         assert pristine.states(PageRange(LEAF_PAGES + 1, 4)) == bytes([SET] * 4)
+
+
+async def leaves_are_here(store: OpenStore, leaves: int) -> None:
+    for leaf in range(leaves):
+        await store.ram.read(leaf * LEAF_PAGES * PAGE_SIZE, 1)
+
+
+def guesses_of(store: OpenStore, pages: PageRange) -> list[PageRange]:
+    missing = list(store.pristine.missing_runs(pages))
+    return [part for run in missing for part in store.pristine.worth_fetching(run)]
+
+
+async def test_what_is_looked_at_again_and_again_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps come back to what is not copied yet, as often as anything is brought; and there is a bound (rule 8)."""
+    monkeypatch.setattr(pristine_module, "MAX_COPIES", 20)
+    snapshot = snapshot_of(tmp_path / "snapshot", [1, *([2] * 99), *([1] * 156)])
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await leaves_are_here(store, 1)
+        pristine = store.pristine
+        pristine.drop(PageRange(100, 156))  # their like is held, so they were copied at once
+        assert pristine._maybe_equal is not None
+        pristine._maybe_equal.note(PageRange(0, 1), page_digest(page_of(1)))
+        for _ in range(3):
+            asked = guesses_of(store, PageRange(0, LEAF_PAGES))
+            assert len(pristine._copies) == 20
+            assert pristine._waiting == sum(map(len, pristine._waiting_for.values())) == 20
+            assert sum(pages.count for pages in asked) == 99 + 156 - 40, "what is beyond the bound is asked for"
+
+
+async def test_keeping_copies_a_bounded_number(tmp_path: Path) -> None:
+    """Pages that wait to be kept hold up faults in the end."""
+    leaves = 4
+    snapshot = snapshot_of(tmp_path / "snapshot", [*range(1, leaves + 1), *([77] * (leaves * LEAF_PAGES - leaves))])
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        for leaf in range(leaves):
+            fetched = await store.source.fetch([PageRange(leaf * LEAF_PAGES + 250, 1)], want_leaves=True)
+            store.pristine.accept(fetched)
+            if leaf:
+                continue
+            guesses_of(store, PageRange(4, 200))
+        for leaf in range(1, leaves):
+            guesses_of(store, PageRange(leaf * LEAF_PAGES, LEAF_PAGES))
+        first = await store.source.fetch([PageRange(4, 1)])
+        before = store.pristine.held_pages
+        await store.pristine.keep(first)
+        assert store.pristine.held_pages - before <= 1 + COPIES_A_WRITE
+        assert store.pristine.has_copies
+        await store.pristine.copy_equal()
+        assert not store.pristine.has_copies
+        assert await store.ram.read(0, len(snapshot.ram)) == snapshot.ram
+
+
+async def test_likes_of_a_page_that_the_guest_wrote_are_asked_for(tmp_path: Path) -> None:
+    """Nobody guesses that one any more, so it would be waited for in vain, and the sweep would end without them."""
+    snapshot = twins(tmp_path / "snapshot")
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await leaves_are_here(store, 2)
+        here, like = PageRange(5, 1), PageRange(LEAF_PAGES + 5, 1)
+        assert store.pristine.worth_fetching(here) == [here], "and that request fails"
+        assert store.pristine.worth_fetching(like) == []
+        await store.ram.write(here.offset_bytes, b"\x77" * PAGE_SIZE)
+        assert store.pristine.worth_fetching(like) == [like]
+
+
+async def test_what_only_seemed_equal_is_asked_for_by_the_next_sweep(tmp_path: Path) -> None:
+    """Half a digest is easily forged, and a sweep that finds the same copy to make again and again never ends."""
+    snapshot = snapshot_of(tmp_path / "snapshot", [*range(1, LEAF_PAGES + 1), *range(1000, 1000 + LEAF_PAGES)])
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await leaves_are_here(store, 2)
+        equal = store.pristine._maybe_equal
+        assert equal is not None
+        pages = PageRange(LEAF_PAGES + 5, 3)
+        for page in range(pages.start, pages.end):
+            equal.note(PageRange(0, 1), page_digest(snapshot.page(page)))
+        assert store.pristine.worth_fetching(pages) == []
+        await store.pristine.copy_equal()
+        assert store.pristine.none_held(pages)
+        assert store.pristine.worth_fetching(pages) == [pages]
+        assert not store.pristine.has_copies
