@@ -168,7 +168,10 @@ class Client:
             self._nursery.start_soon(self._decode_in_thread, request, on_done)
 
     async def _decode_in_thread(self, request: FetchRequest, on_done: OnFetched) -> None:
-        decoded = await trio.to_thread.run_sync(_decoded, request)
+        try:
+            decoded = await trio.to_thread.run_sync(_decoded, request)
+        except RuntimeError:  # the host has no thread for us: others wait a millisecond
+            decoded = _decoded(request)
         if not request.cancelled:
             on_done(decoded)
 

@@ -212,8 +212,8 @@ class Channel:
             return
         _, opcode, unique, inode, _, _, thread, _, _ = fuseabi.IN_HEADER.unpack_from(self._buffer)
         if inode == RAM_INODE and opcode == fuseabi.READ:
-            _, offset, size, _, _, _, _ = fuseabi.READ_IN.unpack_from(self._buffer, fuseabi.READ_IN_AT)
-            self._take_read(unique, thread, offset, size)
+            _, offset, size, _, _, flags, _ = fuseabi.READ_IN.unpack_from(self._buffer, fuseabi.READ_IN_AT)
+            self._take_read(unique, thread, offset, size, flags)
         elif inode == RAM_INODE and opcode == fuseabi.WRITE:
             self._take_write(unique)
         elif inode == RAM_INODE and opcode == fuseabi.OPEN and readers.is_our_own(thread):
@@ -224,12 +224,13 @@ class Channel:
 
     # ---- the RAM
 
-    def _take_read(self, unique: int, thread: int, offset: int, size: int) -> None:
+    def _take_read(self, unique: int, thread: int, offset: int, size: int, flags: int) -> None:
         size = min(size, self._ram_bytes - offset)
         if size <= 0:
             self._answer_read(unique, b"")
             return
-        if self._maybe_taken is not None and self._maybe_taken(thread, offset, size):
+        refused = self._maybe_taken is not None and self._maybe_taken(thread, offset, size)
+        if refused and not flags & os.O_DIRECT:  # which is nobody's read-ahead: who reads so would get the error
             self._send((fuseabi.error_answer(unique, errno.EAGAIN),))
             return
         try:

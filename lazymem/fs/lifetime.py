@@ -60,8 +60,13 @@ class Lifetime:
     async def _unmount_when_asked(self) -> None:
         await self._wish.wait()
         told: list[holders.Holder] = []
-        while not await trio.to_thread.run_sync(self._maybe_unmount, abandon_on_cancel=True):
-            told = await trio.to_thread.run_sync(self._tell, told, abandon_on_cancel=True)
+        while True:
+            try:
+                if await trio.to_thread.run_sync(self._maybe_unmount, abandon_on_cancel=True):
+                    return
+                told = await trio.to_thread.run_sync(self._tell, told, abandon_on_cancel=True)
+            except RuntimeError as error:  # no thread for us, says trio; and a guest may still be there
+                log.error("cannot unmount %s now: %s; serving on", self._path, error)
             with trio.move_on_after(RETRY_SECONDS):
                 await self._changed.wait()
             self._changed = trio.Event()

@@ -138,7 +138,7 @@ class PageCache:
 
     def takes(self, thread: int, offset: int, size: int) -> bool:
         """Whether the READ that thread `thread` made the kernel send is one of ours. To be asked once for each."""
-        if thread == self._thread:
+        if thread == self._thread != 0:  # 0: a thread that we cannot see, outside of our pid namespace
             self._reads += 1
             self._expected_bytes -= size
             if self._expected_bytes <= 0:
@@ -161,22 +161,37 @@ class PageCache:
     async def run(self, mounted: mountinfo.Mount, wish_to_end: trio.Event) -> None:
         """Fill until there is no more use in it: `wish_to_end`, an unmount, a kernel that drops what it gets; or all of
         the RAM is held and given."""
-        pause = MIN_ROUND_SECONDS
         try:
-            while True:
-                held, self._held_pages = self._held_pages, self._held.held_pages
-                await self._round(mounted, wish_to_end)
-                await self._close()
-                if self._everything and self._is_done and not self._over:
-                    self._stop(FILLED)
-                if self._over:
-                    return
-                pause = MIN_ROUND_SECONDS if held != self._held_pages else min(2 * pause, MAX_ROUND_SECONDS)
-                await trio.sleep(pause)
+            while not await self._ran(mounted, wish_to_end):  # noqa: ASYNC110  # nobody tells of free threads
+                await trio.sleep(MIN_ROUND_SECONDS)
         finally:
             self._thread = 0
-            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+            with trio.move_on_after(CLOSE_SECONDS, shield=True), contextlib.suppress(RuntimeError):
                 await self._close()
+
+    async def _ran(self, mounted: mountinfo.Mount, wish_to_end: trio.Event) -> bool:
+        """Whether it came to its end; a host that has no thread for us (trio's RuntimeError) is no reason to end a
+        mount, and the file must be closed in one."""
+        try:
+            await self._rounds(mounted, wish_to_end)
+        except RuntimeError as error:
+            self._thread = 0
+            self._state = f"waits for a thread: {error}"
+            return False
+        return True
+
+    async def _rounds(self, mounted: mountinfo.Mount, wish_to_end: trio.Event) -> None:
+        pause = MIN_ROUND_SECONDS
+        while True:
+            held, self._held_pages = self._held_pages, self._held.held_pages
+            await self._round(mounted, wish_to_end)
+            await self._close()
+            if self._everything and self._is_done and not self._over:
+                self._stop(FILLED)
+            if self._over:
+                return
+            pause = MIN_ROUND_SECONDS if held != self._held_pages else min(2 * pause, MAX_ROUND_SECONDS)
+            await trio.sleep(pause)
 
     async def _round(self, mounted: mountinfo.Mount, wish_to_end: trio.Event) -> None:
         """All that is ready, in order."""
@@ -262,10 +277,10 @@ class PageCache:
         self._state = "filling"
         self._arrived = trio.Event()
         self._expected_bytes = sum(step.length_bytes for step in steps)
+        await trio.to_thread.run_sync(self._advise, self._maybe_file.fileno(), steps)
         for step in steps:
             self._asked[step.start : step.end] = b"\1" * step.count
             self._asked_pages += step.count
-        await trio.to_thread.run_sync(self._advise, self._maybe_file.fileno(), steps)
         with trio.move_on_after(ARRIVAL_SECONDS):
             await self._arrived.wait()
         with trio.move_on_after(ANSWER_SECONDS):
@@ -295,7 +310,11 @@ class PageCache:
         """In a thread that nobody waits for once we are cancelled: the last close ends an unmounted file system."""
         if self._maybe_file is not None:
             file, self._maybe_file = self._maybe_file, None
-            await trio.to_thread.run_sync(file.close, abandon_on_cancel=True)
+            try:
+                await trio.to_thread.run_sync(file.close, abandon_on_cancel=True)
+            except RuntimeError:
+                self._maybe_file = file
+                raise
 
     def _stop(self, why: str) -> None:
         self._over = True

@@ -45,8 +45,8 @@ class _OpenFetch:
 
     @property
     def untouched(self) -> bool:
-        """No page came yet."""
-        return not self._index and self._next == self.request.ranges[0].start
+        """Nothing came yet, no digests either."""
+        return not self._index and self._next == self.request.ranges[0].start and self._last_leaf < 0
 
     def problem(self, answer: Answer) -> str | None:
         if type(answer) is Pages:

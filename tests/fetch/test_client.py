@@ -485,6 +485,21 @@ async def test_nothing_is_delivered_after_cancel_not_even_from_a_thread(
     assert not any(isinstance(request, Cancelled | ReadFile | Pages) for request in peer.requests)
 
 
+async def test_a_host_without_threads_decodes_all_the_same(
+    autojump_clock: MockClock, network: Network, peer: Peer, joined: Joined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a large guess would end the client, and the mount with it."""
+
+    async def run_sync(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    peer.ram = bytes(range(1, 65)) * (len(peer.ram) // 64)
+    client = await network.connect()
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    fetched = await client.fetch([PageRange(0, 256)])
+    assert joined(fetched.runs) == peer.bytes_of(PageRange(0, 256))
+
+
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)

@@ -91,6 +91,19 @@ def test_a_recorded_run_is_brought_to_the_next_one_and_nothing_else(staged: Stag
     wait_until(lambda: mounted.status()["pages_held"] > len(TOUCHED), "what was touched now, and what is around it")
 
 
+def test_a_read_past_the_page_cache_is_not_refused(staged: Stage, snapshot: BuiltSnapshot) -> None:
+    """It is no read-ahead: whoever made it would get EAGAIN."""
+    server = staged.serve(snapshot.folder)
+    mounted = staged.mount(server.address, "--prefetch", "none", "--record", staged.folder / "recorded")
+    fd = os.open(mounted.ram_path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 64 << 10) as buffer:  # aligned
+            assert os.preadv(fd, [buffer], 1 << 20) == len(buffer)
+            assert buffer[:] == snapshot.ram[1 << 20 : (1 << 20) + len(buffer)]
+    finally:
+        os.close(fd)
+
+
 def test_all_brings_the_rest_too(staged: Stage, snapshot: BuiltSnapshot) -> None:
     publish(snapshot, a_set(snapshot, (3000, 5), (10, 1)))
     mounted = staged.mount(staged.serve(snapshot.folder).address)

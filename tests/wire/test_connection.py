@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from lazymem.digests import DIGEST_BYTES, LEAF_PAGES
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.wire import limits
@@ -494,3 +495,20 @@ def test_no_lone_fetch_before_the_welcome_or_after_a_goodbye() -> None:
     with pytest.raises(RemoteProtocolError):
         server.next_event()
     assert server.lone_fetch(lone()) is None
+
+
+def test_a_lone_answer_comes_before_anything_else_of_its_request() -> None:
+    """Digests that came before it go with it, and it would be refused without them."""
+    for digests_first in (False, True):
+        client, server = opened()
+        fetch = Fetch(5, (PageRange(3, 1),), FetchFlag.WANT_DIGESTS)
+        data = client.send_lone(fetch)
+        assert data is not None
+        server.receive_data(data)
+        assert server.next_event() == fetch
+        if digests_first:
+            carry(server, Digests(5, Level.LEAF, 0, bytes(LEAF_PAGES * DIGEST_BYTES)), client)
+        answer = server.send(Pages(5, PageRange(3, 1), Encoding.RAW, RAW, final=True))
+        assert client.lone_answer(answer) == (None if digests_first else (5, 3, 1, RAW))
+        assert client.open_requests == digests_first
+        assert client.lone_answer(answer) is None
