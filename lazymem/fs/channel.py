@@ -52,6 +52,8 @@ NEAR_SECONDS = 0.0004
 SEEN_AGAIN_SECONDS = 1.0
 """A reader may be killed after it was merely interrupted, and the kernel does not tell of that: look this often."""
 
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
+
 Answer = Callable[[bytes | LazymemError | None], None]
 
 Taken = Callable[[int, int, int], bool]
@@ -91,6 +93,14 @@ class Link(Protocol):
         ...
 
 
+def _let_send(end: socket.socket, size: int) -> None:
+    """Messages of `size` bytes: what is larger than its buffer a socket refuses, and that READ would have no answer."""
+    try:
+        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
+    except OSError:  # no CAP_NET_ADMIN: as much as the host allows, 416 KiB by default
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+
+
 class Channel:
     """Serves the mount behind `descriptor`, which stays the caller's and becomes non-blocking; nobody else reads it.
 
@@ -117,6 +127,7 @@ class Channel:
         self._link_fd = -1
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
+        _let_send(theirs, 2 * fuseabi.REQUEST_BYTES)
         self._theirs = theirs
         self._buffer = bytearray(fuseabi.REQUEST_BYTES)
         self._view = memoryview(self._buffer)

@@ -4,6 +4,8 @@ import mmap
 import os
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,24 @@ def test_the_whole_file_reads_as_published(mounts: Stage, snapshot: BuiltSnapsho
     assert (mount.path / "vmstate").read_bytes() == snapshot.vmstate
     assert snapshot.manifest is not None
     assert (mount.path / "manifest.json").read_bytes() == snapshot.manifest.to_json()
+
+
+READ_PAST_THE_PAGE_CACHE = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)
+buffer = mmap.mmap(-1, int(sys.argv[2]))
+os.preadv(fd, [buffer], 0)
+sys.stdout.buffer.write(buffer)
+"""
+
+
+def test_the_largest_read_of_a_small_file_is_answered(mounts: Stage, tmp_path: Path) -> None:
+    """It passes a socket to and from pyfuse3, which takes no message larger than its buffer."""
+    size = 1 << 20
+    snapshot = make_snapshot(tmp_path / "snapshot", vmstate=random.Random(5).randbytes(size))
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET, "-o", f"max_read={size}")
+    command = [sys.executable, "-c", READ_PAST_THE_PAGE_CACHE, mount.path / "vmstate", str(size)]
+    assert subprocess.run(command, capture_output=True, timeout=60, check=True).stdout == snapshot.vmstate
 
 
 def test_random_touches_through_a_shared_map(mounts: Stage, snapshot: BuiltSnapshot) -> None:
