@@ -19,7 +19,7 @@ MAX_GUESS_RANGES = 64
 """Of one request, about: 768 bytes of it, and where so many holes are between missing pages, little is missing. What
 is over the server's limits the client sends as two."""
 
-MAX_LOOKED_AT_PAGES = 1024
+MAX_LOOKED_AT_PAGES = 256
 """Of which a store may want none: a millisecond."""
 
 

@@ -42,7 +42,7 @@ def test_the_largest_read_of_a_small_file_is_answered(mounts: Stage, tmp_path: P
     size = 1 << 20
     snapshot = make_snapshot(tmp_path / "snapshot", vmstate=random.Random(5).randbytes(size))
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET, "-o", f"max_read={size}")
-    command = [sys.executable, "-c", READ_PAST_THE_PAGE_CACHE, mount.path / "vmstate", str(size)]
+    command = [sys.executable, "-c", READ_PAST_THE_PAGE_CACHE, str(mount.path / "vmstate"), str(size)]
     assert subprocess.run(command, capture_output=True, timeout=60, check=True).stdout == snapshot.vmstate
 
 
