@@ -48,6 +48,8 @@ class ServersSet:
             log.warning("the server's working set is not used: %s", error)
         except trio.TooSlowError:
             log.warning("the server's working set is not used: it did not come within %g s", LOAD_SECONDS)
+        except RuntimeError as error:  # threading's word for a host that has no thread for us
+            log.warning("the server's working set is not used: %s", error)
         finally:
             self._loaded.set()
 
@@ -74,6 +76,15 @@ class MountRecording:
 
     async def run(self) -> None:
         """Record to the end; to be started once."""
+        try:
+            await self._run()
+        except RuntimeError as error:  # threading's word for a host that has no thread for us
+            log.error("the recording is lost: %s", error)
+        finally:
+            self.over.set()
+            self._ended.set()
+
+    async def _run(self) -> None:
         await self._touched.wait()
         begun = trio.current_time()
         with trio.move_on_after(self._seconds):
@@ -87,7 +98,6 @@ class MountRecording:
             await self._keep(await trio.to_thread.run_sync(workingset.encode, recorded), recorded)
         elif self._maybe_file is not None:
             log.warning("nothing was recorded, since no page was touched; there is no %s", self._maybe_file)
-        self._ended.set()
 
     async def finish(self) -> None:
         """The mount is gone: no more touches will come. Returns when what was recorded is kept, while `run` runs."""

@@ -29,6 +29,9 @@ MAX_READ_BYTES = 128 * 1024
 """Largest READ the kernel may send. A guest that touches one page inside a huge-page hint waits for the whole request
 around it: with 1 MiB it would wait for a whole MiB."""
 
+MAX_READ_WITHOUT_ROOT_BYTES = 256 * 1024
+"""An answer of pyfuse3's crosses a socket pair (`channel`), whose buffer only root can make as large as it likes."""
+
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_NOATIME = 2, 4, 8, 1024
 _UMOUNT_NOFOLLOW = 8
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
@@ -101,6 +104,10 @@ def _mount_as_root(path: str, source: str, options: MountOptions) -> int:
 
 def _mount_by_helper(path: str, source: str, options: MountOptions) -> int:
     """Ask fusermount3 (setuid) to mount; it sends the descriptor back over a socket (`_FUSE_COMMFD`)."""
+    if options.max_read_bytes > MAX_READ_WITHOUT_ROOT_BYTES:
+        raise MountError(
+            f"without root max_read can be {MAX_READ_WITHOUT_ROOT_BYTES} at most: leave it out, or be root"
+        )
     helper = shutil.which("fusermount3")
     if helper is None:
         raise EnvironmentRefusedError("fusermount3 is missing: install the package fuse3, or run as root")

@@ -32,3 +32,9 @@ def test_a_comma_in_the_source_is_no_further_option(monkeypatch: pytest.MonkeyPa
     with pytest.raises(MountError):
         session.mount(str(tmp_path), "unix:/run/a\\b,allow_other", MountOptions())
     assert r"fsname=unix:/run/a\\b\,allow_other," in said[said.index("-o") + 1]
+
+
+def test_a_max_read_that_answers_would_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1234)
+    with pytest.raises(MountError, match="max_read can be 262144 at most"):
+        session.mount(str(tmp_path), "host:1", MountOptions.parse(["max_read=262145"]))
