@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 import trio
 
-from lazymem.cli import mountrecording
 from lazymem.cli.mountrecording import MountRecording
 
 
@@ -28,7 +27,7 @@ async def test_a_host_without_a_thread_for_it_loses_the_recording_only(
 
     client = SimpleNamespace(identity=bytes(32), total_pages=16)
     recording = MountRecording(cast(Any, Touches()), cast(Any, client), 60, None, learn=False)
-    monkeypatch.setattr(mountrecording.trio.to_thread, "run_sync", refuse)
+    monkeypatch.setattr("trio.to_thread.run_sync", refuse)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(recording.run)
         with trio.fail_after(20):
