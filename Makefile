@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv/bin
 PYTEST_ARGS ?=
+# Most tests wait for processes and kernels: two files at a time halve the time, and no test may mind the other.
+PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -15,7 +17,7 @@ demo: setup ## set up, then resume guests whose RAM is elsewhere, and show what 
 
 test: setup lint ## set up, then lint, type check and run all tests (PYTEST_ARGS=... passes more to pytest)
 	@$(VENV)/python -m tests.prepare
-	@$(VENV)/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: setup ## set up with the peers' packages, then measure lazymem beside them (BENCH_ARGS='--help' lists what)
 	@$(VENV)/python -m bench.prepare
