@@ -2,7 +2,7 @@
 
 Masked: AVX and FMA (invalid opcodes in the library whatever CPUID says), XSAVE (no extended state is saved), RDRAND
 (its numbers come from the host, so no run would repeat), MONITOR, the local APIC and x2APIC (there is none), SYSENTER
-and SYSCALL (the library executes them as no-operations).
+and SYSCALL (the library executes them as no-operations), RDTSCP (it may read the host's time: see `cpu_engine`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lazymem.vm.cpu_engine import Leaf, unmasked_cpuid
 
 _ECX_1 = sum(1 << bit for bit in (3, 12, 21, 24, 26, 27, 28, 29, 30))
 _EDX_1 = sum(1 << bit for bit in (9, 11))
-_EDX_8000_0001 = 1 << 11
+_EDX_8000_0001 = sum(1 << bit for bit in (11, 27))
 _XSAVE_LEAF = 0xD
 
 

@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -70,6 +71,37 @@ def test_no_instruction_is_executed_twice() -> None:
     # A slice may end between an addition and the count of it only if a block does, and none does.
     assert (first, second) == (image.gpr(1), image.gpr(2))
     assert first > SLICES
+    engine.close()
+
+
+class StopsAtPorts:
+    """A device that has the slice ended while the guest speaks to it, as another thread may."""
+
+    engine: Engine
+
+    def port_out(self, port: int, size: int, value: int) -> None:
+        self.engine.stop()
+
+    def time_stamp(self) -> int:
+        return 0x0123_4567_89AB_CDEF
+
+    def refuse(self, *values: object) -> NoReturn:
+        raise AssertionError(values)
+
+    port_in = cpuid = system_call = exception = invalid_opcode = no_memory = halt_site = refuse
+
+
+def test_time_is_the_machines_also_while_a_stop_is_pending() -> None:
+    """With the hook behind others the library read the host's time there: a jump of minutes."""
+    region, handlers = Region(), StopsAtPorts()
+    region.write(CODE, bytes.fromhex("e680 0f31 f4"))  # out %al, $0x80; rdtsc; hlt
+    handlers.engine = engine = Engine([region], handlers)
+    image = engine.image()
+    image.rip = CODE
+    engine.restore(image)
+    engine.run(CODE, 0)
+    image = engine.image()
+    assert (image.gpr(2), image.gpr(0)) == (0x0123_4567, 0x89AB_CDEF)
     engine.close()
 
 
