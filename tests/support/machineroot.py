@@ -80,6 +80,16 @@ def call(*command: object) -> None:
         raise RefusedError(f"{command[0]}: {done.stderr.strip() or done.returncode}")
 
 
+def let_go_of_mounts() -> None:
+    """Our namespace began with a copy of each mount, and a FUSE daemon lives as long as any copy of its mount: those of
+    other tests are not ours to keep."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, behind = line.partition(" - ")
+        if behind.split()[0] in ("fuse", "fuseblk") or behind.split()[0].startswith("fuse."):
+            path = before.split()[4].encode().decode("unicode_escape")
+            subprocess.run(["umount", "--lazy", path], capture_output=True, check=False)  # gone is as good
+
+
 def make_root(folder: Path, binds: list[str]) -> Path:
     """The machine's files, below `folder`."""
     call("mount", "-t", "tmpfs", "-o", "mode=0755", "lazymem-machine", folder)
@@ -242,6 +252,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with its input
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        let_go_of_mounts()
         machine = Machine(Path(sys.argv[1]), sys.argv[2:])
     except RefusedError as error:
         say({"refused": str(error)})
