@@ -39,3 +39,13 @@ def set_up(program: str, *, in_front: bool, verbose: bool, file: Path | None) ->
         handler = logging.NullHandler()
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("pyfuse3").setLevel(logging.WARNING)
+
+
+def descriptors() -> tuple[int, ...]:
+    """What the log needs open, for a child that closes everything else."""
+    found = []
+    for handler in logging.getLogger().handlers:
+        file = getattr(handler, "stream", None) or getattr(handler, "socket", None)
+        if file is not None:
+            found.append(file.fileno())
+    return tuple(found)

@@ -8,6 +8,7 @@ with quick_imports(trio=False):
     import argparse
     import os
     import sys
+    from functools import partial
     from pathlib import Path
     from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ with quick_imports(trio=False):
     )
 
 if TYPE_CHECKING:
+    from lazymem.cli.fillprocess import FillProcess
     from lazymem.cli.mountdaemon import Progress
 
 PROGRAM = "lazymem-mount"
@@ -160,6 +162,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
     options = MountOptions.parse(found.options)
+    maybe_filler = _maybe_filler(settings)
     lock = MountLock(str(settings.mountpoint))
     lock.acquire(LOCK_WAIT_SECONDS)
     tuning.become_io_flusher()  # before any thread: they inherit it
@@ -169,12 +172,24 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         announcer.ready(notices)
 
     try:
-        trio.run(mountdaemon.run, settings, options, ready, _maybe_progress(found))
+        trio.run(mountdaemon.run, settings, options, ready, _maybe_progress(found), maybe_filler)
     except BaseExceptionGroup as group:
         raise cause_of(group) from group
     finally:
+        if maybe_filler is not None:
+            maybe_filler.close()
         lock.release()
     return 0
+
+
+def _maybe_filler(settings: MountSettings) -> FillProcess | None:
+    """Before anything is open that it should not share."""
+    if settings.prefetch is Prefetch.NONE:
+        return None
+    from lazymem.cli.fillprocess import FillProcess
+    from lazymem.cli.mountfill import fill
+
+    return FillProcess(partial(fill, settings), keep=logs.descriptors())
 
 
 def _maybe_progress(found: argparse.Namespace) -> Progress | None:

@@ -16,6 +16,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
+from lazymem.cli.fillprocess import FillOrder, FillProcess
+from lazymem.cli.fillwatch import watch_fill
 from lazymem.cli.mountrecording import ServersSet, maybe_recording
 from lazymem.cli.mountstatus import MAP_XATTR, MountStatus
 from lazymem.cli.mountwatch import Watch
@@ -59,8 +61,16 @@ Progress = Callable[[Callable[[], bytes]], Awaitable[None]]
 """A task that gets what makes a status record (JSON), until it is cancelled."""
 
 
-async def run(settings: MountSettings, options: MountOptions, ready: Ready, progress: Progress | None = None) -> None:
+async def run(
+    settings: MountSettings,
+    options: MountOptions,
+    ready: Ready,
+    progress: Progress | None = None,
+    maybe_filler: FillProcess | None = None,
+) -> None:
     """Serve the mount from start to end; `ready` is called once it answers. `progress` runs beside it.
+
+    `maybe_filler`: brings the rest of a hashed snapshot; without it, the daemon does that itself.
 
     Raises:
         LazymemError: it could not be started; nothing is left mounted.
@@ -68,7 +78,7 @@ async def run(settings: MountSettings, options: MountOptions, ready: Ready, prog
     # The store is around the nursery: closed once no task is left that could use it.
     async with AsyncExitStack() as opened, trio.open_nursery() as nursery:
         client = await connect(nursery, settings.server, settings.link)
-        await _serve(client, settings, options, ready, progress, nursery, opened)
+        await _serve(client, settings, options, ready, progress, maybe_filler, nursery, opened)
         nursery.cancel_scope.cancel()
 
 
@@ -78,6 +88,7 @@ async def _serve(
     options: MountOptions,
     ready: Ready,
     progress: Progress | None,
+    maybe_filler: FillProcess | None,
     nursery: trio.Nursery,
     opened: AsyncExitStack,
 ) -> None:
@@ -90,18 +101,31 @@ async def _serve(
     pristine, state = await _open_store(client, settings, origin)
     maybe_set = await servers_set.maybe_set()
     recorded = maybe_set.runs if maybe_set is not None else ()
+    everything = settings.prefetch is Prefetch.ALL
+    if origin.root is None or not (everything or recorded):
+        maybe_filler = None  # what an unhashed snapshot is to be verified against, only this process knows
     maybe_prepager = None
     if settings.prefetch is not Prefetch.NONE:
         maybe_prepager = prepager(
             pristine.next_missing,
             origin.pages,
-            recorded=recorded,
-            sweep=settings.prefetch is Prefetch.ALL,
+            recorded=recorded if maybe_filler is None else (),
+            sweep=everything and maybe_filler is None,
             maybe_leaf_missing=pristine.missing_leaves,
         )
     scheduler = Scheduler(
-        client, pristine, nursery, deadline_seconds=settings.deadline_seconds, prefetcher=maybe_prepager
+        client,
+        pristine,
+        nursery,
+        deadline_seconds=settings.deadline_seconds,
+        prefetcher=maybe_prepager,
+        last_demand=maybe_filler.last_demand if maybe_filler is not None else None,
     )
+    if maybe_filler is not None and maybe_prepager is not None:
+        assert origin.root is not None, "see above"
+        order = FillOrder(origin.identity, origin.size_bytes, origin.root, everything)
+        maybe_filler.begin(order, recorded, state.written.fileno())
+        nursery.start_soon(watch_fill, maybe_filler, order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
     ram = GuestRam(pristine, state, scheduler)
     opened.push_async_callback(_close, ram)
@@ -109,9 +133,9 @@ async def _serve(
     if settings.prefetch is not Prefetch.NONE:
         page_cache = PageCache(
             pristine,
-            everything=settings.prefetch is Prefetch.ALL,
+            everything=everything,
             demands_wait=lambda: scheduler.demands_wait,
-            fetching=lambda: scheduler.fetching,
+            fetching=lambda: scheduler.fetching or (maybe_filler is not None and maybe_filler.is_filling),
         )
         if settings.prefetch is Prefetch.WORKING_SET:  # else all is filled, and what is held first is the set
             page_cache.prefer(sorted(recorded))
@@ -120,7 +144,12 @@ async def _serve(
     watch = Watch(page_cache, None, None, None)
     if recorded or recording is not None:
         read_aheads = ReadAheads(
-            origin.pages, ram.is_at_hand, lambda: maybe_prepager is not None and maybe_prepager.set_is_coming
+            origin.pages,
+            ram.is_at_hand,
+            lambda: (
+                (maybe_prepager is not None and maybe_prepager.set_is_coming)
+                or (maybe_filler is not None and maybe_filler.latest.set_is_coming)
+            ),
         )
         watch = Watch(page_cache, read_aheads, touches, recording)
     try:
@@ -132,6 +161,7 @@ async def _serve(
             lambda: coarse_map(origin.pages, pristine.held_at, pristine.given_at, state.written.states_at),
             page_cache,
             touches if recorded else None,
+            maybe_filler,
         )
         if progress is not None:
             nursery.start_soon(progress, status.to_json)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 from msgspec import structs, to_builtins
 
+from lazymem.cli.fillprocess import FillProcess, FillReport
 from lazymem.fetch.client import Client
 from lazymem.fetch.scheduler import Scheduler
+from lazymem.fetch.stats import FetchStatistics, LinkStatistics
 from lazymem.fs.pagecache import PageCache
 from lazymem.settings import MountSettings
 from lazymem.store.coarsemap import CoarseMap
@@ -32,8 +34,10 @@ class MountStatus:
         look: Callable[[], CoarseMap],
         maybe_page_cache: PageCache | None = None,
         maybe_touches: Touches | None = None,
+        maybe_filler: FillProcess | None = None,
     ) -> None:
         """`maybe_touches`: where a working set was there to be used."""
+        self._maybe_filler = maybe_filler
         self._settings = settings
         self._client = client
         self._scheduler = scheduler
@@ -45,6 +49,8 @@ class MountStatus:
     def to_json(self) -> bytes:
         """The whole record: names, pages, waits in seconds, bytes on the wire, connection."""
         store, fetch, link = self._ram.statistics(), self._scheduler.statistics(), self._client.statistics()
+        if self._maybe_filler is not None:
+            fetch, link = _with_fill(fetch, link, self._maybe_filler.latest)
         maybe_fill = self._maybe_page_cache.statistics() if self._maybe_page_cache is not None else None
         if maybe_fill is not None:  # a guest's READs are counted apart from those that the kernel sent for us
             guests = store.reads - maybe_fill.reads
@@ -96,3 +102,20 @@ class MountStatus:
                 "hashed": self._client.welcome.hashed,
             }
         ).encode()
+
+
+def _with_fill(
+    fetch: FetchStatistics, link: LinkStatistics, fill: FillReport
+) -> tuple[FetchStatistics, LinkStatistics]:
+    """What the filling process did, added: to a user it is one mount."""
+    return structs.replace(
+        fetch,
+        background_pages=fetch.background_pages + fill.brought_pages,
+        in_flight_pages=fetch.in_flight_pages + fill.in_flight_pages,
+        background_in_flight_pages=fetch.background_in_flight_pages + fill.in_flight_pages,
+        prefetching=fetch.prefetching or fill.in_flight_pages > 0,
+    ), structs.replace(
+        link,
+        wire_received_bytes=link.wire_received_bytes + fill.wire_received_bytes,
+        wire_sent_bytes=link.wire_sent_bytes + fill.wire_sent_bytes,
+    )

@@ -57,6 +57,11 @@ class Prepager:
         """Whether recorded pages are still to be asked for."""
         return self._recorded is not None
 
+    def go_on_with(self, recorded: RecordedSet, maybe_sweep: Sweep | None) -> None:
+        """Who else was to bring these does not any more."""
+        self._recorded = recorded
+        self._sweep = maybe_sweep
+
     def faulted(self, pages: PageRange) -> None:
         self._neighbourhoods.faulted(pages)
 

@@ -22,6 +22,7 @@ from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
 from lazymem.fetch.inflight import Demand, InFlightTable, State, Want
 from lazymem.fetch.keeper import Keeper
+from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.plan import Budget, Load, background_allowance, plan_demand
 from lazymem.fetch.prefetch import Prefetcher
 from lazymem.fetch.sink import Sink
@@ -46,6 +47,7 @@ class Scheduler:
     """`source` and `sink` are `store.source.PageSource` and `PageSink`; tasks live in `nursery`.
 
     `deadline_seconds`: of each demand; None waits for ever. Without a prefetcher only `prefetch` brings guesses.
+    `last_demand`: shared with who guesses in another process.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Scheduler:
         budget: Budget | None = None,
         deadline_seconds: float | None = None,
         prefetcher: Prefetcher | None = None,
+        last_demand: LastDemand | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -69,7 +72,7 @@ class Scheduler:
         self._demand_flights = 0
         self._guesses = GuessQueue(self._table, sink, prefetcher)
         self._window = BackgroundWindow()
-        self._demanded_at = -math.inf
+        self._last_demand = last_demand or LastDemand()
         self._best_answer = math.inf  # of guesses too: a round trip, and the only one measured while nothing pauses
         self._keeper = Keeper(sink, self._kept)
         self._keep_failing = False
@@ -120,7 +123,7 @@ class Scheduler:
         fault = Fault(pages, done, perf_counter())
         self._faults += 1
         self._demand_flights += 1
-        self._demanded_at = fault.started_at
+        self._last_demand.seconds = fault.started_at
         table.enter_sent(fault)
         self._starter.start_lone(
             pages,
@@ -227,7 +230,7 @@ class Scheduler:
             self._flights[want] = flight
         if not background:
             self._demand_flights += 1
-            self._demanded_at = perf_counter()
+            self._last_demand.seconds = perf_counter()
 
         def on_done(answer: Fetched | LazymemError) -> None:
             self._answered(flight, answer)
@@ -303,7 +306,7 @@ class Scheduler:
                 elapsed,
                 min(self._best_answer, self._starter.best_round_trip_seconds),
                 now,
-                perf_counter() - self._demanded_at < DEMANDED_SECONDS,
+                perf_counter() - self._last_demand.seconds < DEMANDED_SECONDS,
             )
         else:
             self._note_demand(pages, elapsed)
@@ -394,6 +397,15 @@ class Scheduler:
     def demands_wait(self) -> bool:
         """Whether a reader waits for pages that are on their way."""
         return self._demand_flights > 0 or self._table.has_waiting
+
+    @property
+    def guessing(self) -> bool:
+        """Whether there may be something to guess; not any more once fetched pages cannot be kept."""
+        return bool(self._guesses)
+
+    def look_for_guesses(self) -> None:
+        """The strategy may have something now that it had not when it was last asked."""
+        self._fill_background()
 
     @property
     def fetching(self) -> bool:

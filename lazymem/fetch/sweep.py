@@ -42,6 +42,9 @@ class Sweep:
         self._scouts_due = 0
         self._brought = False
 
+    def faulted(self, pages: PageRange) -> None:
+        """A sweep goes its way whatever the guest does."""
+
     def brought(self, pages: PageRange) -> None:
         self._brought = True
 

@@ -57,6 +57,10 @@ class PageMap:
     def pages(self) -> int:
         return self._pages
 
+    def fileno(self) -> int:
+        """The open file, for another process that looks at it."""
+        return self._fd
+
     @property
     def count(self) -> int:
         """Pages that are not `UNSET`."""
@@ -132,6 +136,10 @@ class PageMap:
             if rest:
                 return at + len(chunk) - len(rest)
         return end
+
+    def learn_count(self, count: int) -> None:
+        """Another process counted so many: true if pages were only added meanwhile, as in a cache that fills."""
+        self._count = min(self._pages, max(self._count, count))
 
     def recount(self) -> int:
         """Count again, including what other processes stored; holes of the file cost nothing. Also returns `count`."""

@@ -103,6 +103,14 @@ class PristinePages:
     def held_pages(self) -> int:
         return self._cache.held.count
 
+    def learn_held(self, pages: int) -> None:
+        """Another process that fills the same cache counted so many held pages."""
+        self._cache.held.learn_count(pages)
+
+    def recount(self) -> int:
+        """Held pages, with what other processes held. Blocking: reads the map, 16 MiB for 64 GiB of RAM."""
+        return self._cache.held.recount()
+
     @property
     def dropped_pages(self) -> int:
         """Cached pages that did not have their digest when they were read back."""

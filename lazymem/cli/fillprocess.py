@@ -1,0 +1,188 @@
+"""The process that brings what nobody waits for yet: forked by the daemon, told what to fill, ended with it.
+
+The daemon's own process keeps what a guest waits for: faults, writes, what surrounds them. The recorded working set and
+the sweep take hundreds of times as much processor time, and here they do not take it from the daemon's event loop and
+interpreter lock; nor, being nicer, from a guest and the host's other work.
+
+Forked before the daemon has an event loop, threads or descriptors of its own, so it shares the daemon's memory until
+either writes there. It hears of the daemon's end by its socket's, also when the daemon was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable, Sequence
+
+import msgspec
+import trio
+
+from lazymem.errors import LazymemError
+from lazymem.fetch.lastdemand import LastDemand
+from lazymem.pages import PageRange
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 4096
+"""An order or a report has some 200."""
+
+NICENESS = 10
+"""A tenth of a busy core's time: a fill that goes on, and that a guest does not feel. Idle cores are all its own."""
+
+
+class FillOrder(msgspec.Struct, frozen=True):
+    """What to fill: `root` names the hashed snapshot's digest tree, `identity` the cache's folder. `everything`: also
+    what is not in the working set."""
+
+    identity: bytes
+    size_bytes: int
+    root: bytes
+    everything: bool
+
+
+class FillReport(msgspec.Struct, frozen=True):
+    """How far it is. `held_pages` counts what anybody held; the rest is this process's own."""
+
+    held_pages: int = 0
+    brought_pages: int = 0
+    in_flight_pages: int = 0
+    wire_received_bytes: int = 0
+    wire_sent_bytes: int = 0
+    set_is_coming: bool = False
+    """Recorded pages are still to be asked for."""
+    done: bool = False
+    maybe_error: str | None = None
+
+
+class FillPipe:
+    """The child's end: one order comes, reports go."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    def maybe_order(self) -> tuple[FillOrder, tuple[PageRange, ...], int] | None:
+        """Blocking: the order, the recorded working set, and a descriptor of the run's written map; None: the daemon
+        ended before."""
+        data, descriptors, _, _ = socket.recv_fds(self._end, MAX_MESSAGE_BYTES, 2)
+        if not data:
+            return None
+        written_fd, set_fd = descriptors
+        with os.fdopen(set_fd, "rb") as file:
+            file.seek(0)
+            recorded = tuple(PageRange(start, count) for start, count in _RUN.iter_unpack(file.read()))
+        return msgspec.msgpack.decode(data, type=FillOrder), recorded, written_fd
+
+    def report(self, report: FillReport) -> None:
+        """Said or, where the daemon is too busy to listen, left out: the next one says it."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            self._end.send(msgspec.msgpack.encode(report), socket.MSG_DONTWAIT)
+
+    def tell_end(self, report: FillReport) -> None:
+        """Blocking: the last one must arrive."""
+        with contextlib.suppress(OSError):
+            self._end.send(msgspec.msgpack.encode(report))
+
+    async def wait_daemon_gone(self) -> None:
+        """Nothing is said to us any more: what can be read is the end."""
+        await trio.lowlevel.wait_readable(self._end)
+
+
+Fill = Callable[[FillOrder, tuple[PageRange, ...], int, FillPipe, LastDemand], None]
+"""The child's work: blocking; returns when all is held."""
+
+_RUN = struct.Struct("<QQ")
+
+
+class FillProcess:
+    """The daemon's end. Made before `trio.run`, by fork."""
+
+    def __init__(self, fill: Fill, keep: tuple[int, ...] = ()) -> None:
+        """`keep`: the child's log needs these descriptors; it closes all others."""
+        self.last_demand = LastDemand()
+        self.latest = FillReport()
+        self._begun = False
+        self._end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._end.close()
+            _run_child(fill, theirs, self.last_demand, keep)
+        theirs.close()
+        self._end.setblocking(False)
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether it has its order and has not ended."""
+        return self._begun and self._pid > 0
+
+    def begin(self, order: FillOrder, recorded: Sequence[PageRange], written_fd: int) -> None:
+        """Once. `written_fd` stays the caller's."""
+        with os.fdopen(os.memfd_create("recorded"), "wb") as file:  # a message has no room for it
+            file.write(b"".join(_RUN.pack(pages.start, pages.count) for pages in recorded))
+            file.flush()
+            with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
+                socket.send_fds(self._end, [msgspec.msgpack.encode(order)], [written_fd, file.fileno()])
+        self.latest = FillReport(set_is_coming=bool(recorded))
+        self._begun = True
+
+    async def run(self, on_report: Callable[[FillReport], None]) -> bool:
+        """Hear its reports until its end; whether it held all that it was to."""
+        while data := await self._next():
+            self.latest = msgspec.msgpack.decode(data, type=FillReport)
+            on_report(self.latest)
+            if self.latest.done or self.latest.maybe_error is not None:
+                break
+        self.close()
+        return self.latest.done
+
+    async def _next(self) -> bytes:
+        while True:
+            try:
+                return self._end.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._end)
+            except ConnectionResetError:
+                return b""
+
+    def close(self) -> None:
+        """End it, wherever it is: pages are in the cache before its map says so, so nothing can be half."""
+        if self._pid > 0:
+            pid, self._pid = self._pid, 0
+            self._end.close()
+            os.kill(pid, signal.SIGKILL)  # ours until it is waited for
+            os.waitpid(pid, 0)
+
+
+def _run_child(fill: Fill, end: socket.socket, last_demand: LastDemand, keep: tuple[int, ...]) -> None:
+    """Does not return. Whatever happens here is told, and is not the daemon's end."""
+    try:
+        _become_background(keep=(end.fileno(), *keep))
+        pipe = FillPipe(end)
+        maybe_order = pipe.maybe_order()
+        if maybe_order is not None:
+            try:
+                fill(*maybe_order, pipe, last_demand)
+            except LazymemError as error:
+                pipe.tell_end(FillReport(maybe_error=str(error)))
+            except BaseException as error:
+                log.exception("the filling process ends: a bug in lazymem")
+                pipe.tell_end(FillReport(maybe_error=f"{type(error).__name__}: {error}"))
+    finally:
+        os._exit(0)
+
+
+def _become_background(keep: tuple[int, ...]) -> None:
+    """Ctrl-C is the daemon's to hear; a lock or pipe of its must not stay open here; time is what others leave."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
+    for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if descriptor > 2 and descriptor not in keep:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(descriptor)
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)

@@ -1,0 +1,39 @@
+"""The daemon's side of the filling process: its order, what it reports, and who goes on when it does not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from lazymem.cli.fillprocess import FillOrder, FillProcess, FillReport
+from lazymem.fetch.prefetch import Prepager
+from lazymem.fetch.recorded import RecordedSet
+from lazymem.fetch.scheduler import Scheduler
+from lazymem.fetch.sweep import Sweep
+from lazymem.pages import PageRange
+from lazymem.store.pristine import PristinePages
+
+log = logging.getLogger(__name__)
+
+
+async def watch_fill(
+    filler: FillProcess,
+    order: FillOrder,
+    recorded: Sequence[PageRange],
+    pristine: PristinePages,
+    scheduler: Scheduler,
+    prepager: Prepager,
+) -> None:
+    """From its order to its end; what it cannot bring is brought here."""
+
+    def on_report(report: FillReport) -> None:
+        pristine.learn_held(report.held_pages)
+
+    if await filler.run(on_report):
+        return
+    log.warning("the filling process ended early (%s): going on without it", filler.latest.maybe_error or "killed")
+    prepager.go_on_with(
+        RecordedSet(pristine.next_missing, recorded),
+        Sweep(pristine.next_missing, pristine.total_pages, pristine.missing_leaves) if order.everything else None,
+    )
+    scheduler.look_for_guesses()

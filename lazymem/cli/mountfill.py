@@ -1,0 +1,139 @@
+"""What the filling process does: brings a hashed snapshot's working set, then the rest, into its daemon's cache."""
+
+from __future__ import annotations
+
+import trio
+from msgspec import structs
+
+from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
+from lazymem.cli.groups import cause_of
+from lazymem.errors import IdentityError, StoreError
+from lazymem.fetch.client import Client, connect
+from lazymem.fetch.lastdemand import LastDemand
+from lazymem.fetch.prefetch import Prepager, prepager
+from lazymem.fetch.scheduler import Scheduler
+from lazymem.pages import PageRange
+from lazymem.settings import MountSettings
+from lazymem.store.cachefolder import open_cache
+from lazymem.store.origin import RamOrigin
+from lazymem.store.pagemap import PageMap
+from lazymem.store.pristine import PristinePages
+
+REPORT_SECONDS = 0.1
+LOOK_SECONDS = 0.01
+STUCK_SECONDS = 2.0
+"""Nothing asked for, nothing held: a sweep ended and left pages that the server refuses, or that fail verification."""
+
+
+def fill(
+    settings: MountSettings,
+    order: FillOrder,
+    recorded: tuple[PageRange, ...],
+    written_fd: int,
+    pipe: FillPipe,
+    last_demand: LastDemand,
+) -> None:
+    """Blocking: until everything is held, or the daemon is gone.
+
+    Raises:
+        LazymemError: it cannot go on; the daemon then does it itself.
+    """
+    try:
+        trio.run(_fill, settings, order, recorded, written_fd, pipe, last_demand)
+    except BaseExceptionGroup as group:
+        raise cause_of(group) from group
+
+
+async def _fill(
+    settings: MountSettings,
+    order: FillOrder,
+    recorded: tuple[PageRange, ...],
+    written_fd: int,
+    pipe: FillPipe,
+    last_demand: LastDemand,
+) -> None:
+    origin = RamOrigin(order.identity, order.size_bytes, order.root)
+    written = PageMap(written_fd, origin.pages)
+    cache = open_cache(settings.cache_dir, origin)
+    async with trio.open_nursery() as nursery:
+        client = await connect(nursery, settings.server, settings.link)
+        if client.identity != order.identity:
+            raise IdentityError(f"{settings.server} publishes another snapshot now")
+        upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
+        pristine = PristinePages(origin, cache, upper, written)
+        guesses = prepager(
+            pristine.next_missing,
+            origin.pages,
+            recorded=recorded,
+            sweep=order.everything,
+            maybe_leaf_missing=pristine.missing_leaves,
+        )
+        scheduler = Scheduler(client, pristine, nursery, prefetcher=guesses, last_demand=last_demand)
+        pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
+        nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
+        watch = _Watch(client, scheduler, pristine, guesses, pipe)
+        await (watch.wait_all_held() if order.everything else watch.wait_idle())
+        nursery.cancel_scope.cancel()
+
+
+class _Watch:
+    """Looks every few milliseconds; reports less often."""
+
+    def __init__(
+        self, client: Client, scheduler: Scheduler, pristine: PristinePages, guesses: Prepager, pipe: FillPipe
+    ) -> None:
+        self._client = client
+        self._scheduler = scheduler
+        self._pristine = pristine
+        self._guesses = guesses
+        self._pipe = pipe
+        self._reported_at = 0.0
+
+    async def wait_idle(self) -> None:
+        """Until what was asked for is here."""
+        while self._scheduler.fetching:
+            await self._look_again()
+        await self._finish()
+
+    async def wait_all_held(self) -> None:
+        """Until no page is missing.
+
+        Raises:
+            StoreError: nothing is on its way any more, and some still are.
+        """
+        start, moved_at = 0, trio.current_time()
+        while (found := self._pristine.next_missing(start, 1) or self._pristine.next_missing(0, 1)) is not None:
+            now = trio.current_time()
+            if found.start != start or self._scheduler.fetching:
+                start, moved_at = found.start, now
+            elif not self._scheduler.guessing or now - moved_at > STUCK_SECONDS:
+                raise StoreError(f"page {found.start} and maybe more cannot be brought")
+            await self._look_again()
+        await self._finish()
+
+    async def _look_again(self) -> None:
+        now = trio.current_time()
+        if now - self._reported_at >= REPORT_SECONDS:
+            self._reported_at = now
+            self._pipe.report(self._report())
+        await trio.sleep(LOOK_SECONDS)
+
+    async def _finish(self) -> None:
+        await self._scheduler.wait_kept()
+        self._pipe.tell_end(structs.replace(self._report(), done=True))
+
+    def _report(self) -> FillReport:
+        fetch, link = self._scheduler.statistics(), self._client.statistics()
+        return FillReport(
+            held_pages=self._pristine.recount(),
+            brought_pages=fetch.background_pages,
+            in_flight_pages=fetch.in_flight_pages,
+            wire_received_bytes=link.wire_received_bytes,
+            wire_sent_bytes=link.wire_sent_bytes,
+            set_is_coming=self._guesses.set_is_coming,
+        )
+
+
+async def _end_with_daemon(pipe: FillPipe, scope: trio.CancelScope) -> None:
+    await pipe.wait_daemon_gone()
+    scope.cancel()
