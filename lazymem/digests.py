@@ -35,6 +35,12 @@ def page_digest(page: bytes | bytearray | memoryview) -> bytes:
     return blake3(page).digest(DIGEST_BYTES)
 
 
+def page_digests(pages: bytes | bytearray | memoryview) -> bytes:
+    """The digests of whole pages, one after the other."""
+    view = memoryview(pages)
+    return b"".join([blake3(view[at : at + PAGE_SIZE]).digest(DIGEST_BYTES) for at in range(0, len(view), PAGE_SIZE)])
+
+
 ZERO_PAGE_DIGEST = page_digest(ZERO_PAGE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from msgspec import Struct, field
 
@@ -73,6 +73,21 @@ def covering(offset_bytes: int, length_bytes: int) -> PageRange:
     first = offset_bytes >> PAGE_SHIFT
     last = (offset_bytes + length_bytes - 1) >> PAGE_SHIFT
     return PageRange(first, last - first + 1)
+
+
+def spanned(ranges: Sequence[PageRange], first: int, count: int) -> list[PageRange]:
+    """The `count` pages of ascending `ranges` from page `first` on, which is in one of them; fewer where they end."""
+    found: list[PageRange] = []
+    for pages in ranges:
+        if pages.end <= first:
+            continue
+        start = max(first, pages.start)
+        taken = min(count, pages.end - start)
+        found.append(PageRange(start, taken))
+        count -= taken
+        if not count:
+            break
+    return found
 
 
 def runs(pages: Iterable[int]) -> list[PageRange]:

@@ -9,9 +9,9 @@ from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
 from lazymem.cli.groups import cause_of
 from lazymem.errors import IdentityError, StoreError
 from lazymem.fetch.client import Client, connect
+from lazymem.fetch.fill import Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager, prepager
-from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PageRange
 from lazymem.settings import MountSettings
 from lazymem.store.cachefolder import open_cache
@@ -68,10 +68,11 @@ async def _fill(
             sweep=order.everything,
             maybe_leaf_missing=pristine.missing_leaves,
         )
-        scheduler = Scheduler(client, pristine, nursery, prefetcher=guesses, last_demand=last_demand)
-        pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
+        work = Fill(client, pristine, origin.pages, guesses, last_demand)
+        pristine.wire_bytes_per_second = lambda: work.bytes_per_second
+        nursery.start_soon(work.run)
         nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
-        watch = _Watch(client, scheduler, pristine, guesses, pipe)
+        watch = _Watch(client, work, pristine, guesses, pipe)
         await (watch.wait_all_held() if order.everything else watch.wait_idle())
         nursery.cancel_scope.cancel()
 
@@ -79,11 +80,9 @@ async def _fill(
 class _Watch:
     """Looks every few milliseconds; reports less often."""
 
-    def __init__(
-        self, client: Client, scheduler: Scheduler, pristine: PristinePages, guesses: Prepager, pipe: FillPipe
-    ) -> None:
+    def __init__(self, client: Client, work: Fill, pristine: PristinePages, guesses: Prepager, pipe: FillPipe) -> None:
         self._client = client
-        self._scheduler = scheduler
+        self._work = work
         self._pristine = pristine
         self._guesses = guesses
         self._pipe = pipe
@@ -91,9 +90,9 @@ class _Watch:
 
     async def wait_idle(self) -> None:
         """Until what was asked for is here."""
-        while self._scheduler.fetching:
+        while self._guesses.set_is_coming or self._work.is_busy:
             await self._look_again()
-        await self._finish()
+        self._finish()
 
     async def wait_all_held(self) -> None:
         """Until no page is missing.
@@ -104,12 +103,12 @@ class _Watch:
         start, moved_at = 0, trio.current_time()
         while (found := self._pristine.next_missing(start, 1) or self._pristine.next_missing(0, 1)) is not None:
             now = trio.current_time()
-            if found.start != start or self._scheduler.fetching:
+            if found.start != start or self._work.is_busy:
                 start, moved_at = found.start, now
-            elif not self._scheduler.guessing or now - moved_at > STUCK_SECONDS:
+            elif now - moved_at > STUCK_SECONDS:
                 raise StoreError(f"page {found.start} and maybe more cannot be brought")
             await self._look_again()
-        await self._finish()
+        self._finish()
 
     async def _look_again(self) -> None:
         now = trio.current_time()
@@ -118,16 +117,15 @@ class _Watch:
             self._pipe.report(self._report())
         await trio.sleep(LOOK_SECONDS)
 
-    async def _finish(self) -> None:
-        await self._scheduler.wait_kept()
+    def _finish(self) -> None:
         self._pipe.tell_end(structs.replace(self._report(), done=True))
 
     def _report(self) -> FillReport:
-        fetch, link = self._scheduler.statistics(), self._client.statistics()
+        link = self._client.statistics()
         return FillReport(
             held_pages=self._pristine.recount(),
-            brought_pages=fetch.background_pages,
-            in_flight_pages=fetch.in_flight_pages,
+            brought_pages=self._work.brought_pages,
+            in_flight_pages=self._work.in_flight_pages,
             wire_received_bytes=link.wire_received_bytes,
             wire_sent_bytes=link.wire_sent_bytes,
             set_is_coming=self._guesses.set_is_coming,

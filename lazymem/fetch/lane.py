@@ -233,7 +233,7 @@ class Lane:
             self._next_id += 1
             self._open[request_id] = (request, part)
             try:
-                session.send(request.message(request_id, part))
+                session.send(request.message(request_id, part, session.welcome))
             except LocalProtocolError as error:
                 del self._open[request_id]
                 self._end(request, error)

@@ -9,7 +9,7 @@ import mmap
 class LastDemand:
     """A moment of `perf_counter`, which is the host's and so means the same to every process.
 
-    In memory that a fork shares: the parent writes, the child reads; eight aligned bytes are never seen half.
+    It is in memory that a fork shares: the parent writes, the child reads; eight aligned bytes are never seen half.
     """
 
     def __init__(self) -> None:

@@ -19,9 +19,10 @@ from lazymem.errors import (
     VerificationError,
 )
 from lazymem.fetch.plan import split
-from lazymem.pages import Fetched, PageRange, PageRun
+from lazymem.pages import Fetched, PageRange, PageRun, spanned
 from lazymem.wire.limits import MAX_STORE_PIECE_BYTES
 from lazymem.wire.messages import (
+    Capability,
     Digests,
     Encoding,
     Error,
@@ -33,12 +34,14 @@ from lazymem.wire.messages import (
     Level,
     Limits,
     Message,
+    Packed,
     Pages,
     PublishedFile,
     ReadFile,
     StoreFile,
+    Welcome,
 )
-from lazymem.wire.pagedata import decode_pages
+from lazymem.wire.pagedata import decode_data, decode_pages
 
 Part = tuple[PageRange, ...]
 """What one wire request asks for; its meaning is its request's (pages, leaves, bytes)."""
@@ -50,9 +53,12 @@ _REFUSED = frozenset({ErrorCode.NO_SUCH_SNAPSHOT, ErrorCode.UNSUPPORTED_VERSION,
 
 
 _FLAGS = {
-    (want_leaves, background): FetchFlag(want_leaves * FetchFlag.WANT_DIGESTS | background * FetchFlag.BACKGROUND)
+    (want_leaves, background, packed): FetchFlag(
+        want_leaves * FetchFlag.WANT_DIGESTS | background * FetchFlag.BACKGROUND | packed * FetchFlag.PACKED
+    )
     for want_leaves in (False, True)
     for background in (False, True)
+    for packed in (False, True)
 }
 
 
@@ -67,7 +73,7 @@ class Request(Protocol):
         """What has not come yet, cut to the server's limits. Empty: everything is here."""
         ...
 
-    def message(self, request_id: int, part: Part) -> Message: ...
+    def message(self, request_id: int, part: Part, welcome: Welcome) -> Message: ...
 
     def take(self, answer: Message) -> bool:
         """Note an answer; whether it was its part's last."""
@@ -99,20 +105,29 @@ class FetchRequest:
         self._want_leaves = want_leaves
         self._on_done = on_done
         self._frames: list[Pages] = []
+        self._packed: list[Packed] = []
         self._leaves: dict[int, bytes] = {}
 
     def parts(self, limits: Limits) -> list[Part]:
-        rest = subtract(self.ranges, [frame.pages for frame in self._frames]) if self._frames else self.ranges
+        rest = subtract(self.ranges, self._here()) if self._frames or self._packed else self.ranges
         if len(rest) == 1 and rest[0].count <= limits.max_request_pages:
             return [rest]
         return split(rest, limits.max_request_pages, limits.max_request_ranges)
 
-    def message(self, request_id: int, part: Part) -> Message:
-        return Fetch(request_id, part, _FLAGS[self._want_leaves, self.background])
+    def _here(self) -> list[PageRange]:
+        """What has come, in any order."""
+        found = [frame.pages for frame in self._frames]
+        for packed in self._packed:
+            found += spanned(self.ranges, packed.first, packed.count)
+        return found
+
+    def message(self, request_id: int, part: Part, welcome: Welcome) -> Message:
+        packs = self.background and welcome.hashed and bool(welcome.capabilities & Capability.PACKED)
+        return Fetch(request_id, part, _FLAGS[self._want_leaves, self.background, packs])
 
     def lone_message(self, request_id: int) -> Fetch:
         """As `message`, of the only range."""
-        return Fetch(request_id, self.ranges, _FLAGS[self._want_leaves, self.background])
+        return Fetch(request_id, self.ranges, _FLAGS[self._want_leaves, self.background, False])
 
     def take_lone(self, start: int, count: int, maybe_data: bytes | None) -> None:
         """A whole part came in one frame; None: zeros."""
@@ -125,6 +140,9 @@ class FetchRequest:
         if type(answer) is Pages:
             self._frames.append(answer)
             return answer.final
+        if type(answer) is Packed:
+            self._packed.append(answer)
+            return answer.final
         assert type(answer) is Digests
         self._leaves[answer.index] = answer.data
         return False
@@ -134,7 +152,8 @@ class FetchRequest:
 
     def compressed_pages(self) -> int:
         """How many pages `fetched` has to decompress."""
-        return sum([frame.pages.count for frame in self._frames if frame.encoding == Encoding.ZSTD])
+        pages = sum([frame.pages.count for frame in self._frames if frame.encoding == Encoding.ZSTD])
+        return pages + sum([packed.count for packed in self._packed if packed.encoding == Encoding.ZSTD])
 
     def fetched(self) -> Fetched:
         """Decode. May run in a thread: nothing else looks at the request any more.
@@ -145,9 +164,24 @@ class FetchRequest:
         frames = self._frames
         if len(frames) > 1:
             frames.sort(key=lambda frame: frame.pages.start)
-        runs = tuple([PageRun(frame.pages, decode_pages(frame)) for frame in frames])
+        runs = [PageRun(frame.pages, decode_pages(frame)) for frame in frames]
+        if self._packed:
+            for packed in self._packed:
+                runs += _unpacked(packed, self.ranges)
+            runs.sort(key=lambda run: run.pages.start)
         digests = {frame.pages.start: frame.digests for frame in frames if frame.digests}
-        return Fetched(runs, self._leaves, digests)
+        return Fetched(tuple(runs), self._leaves, digests)
+
+
+def _unpacked(packed: Packed, ranges: Sequence[PageRange]) -> list[PageRun]:
+    """A run for each range that the frame reaches into; views of one buffer."""
+    data = memoryview(decode_data(packed.encoding, packed.data, packed.count))
+    runs: list[PageRun] = []
+    at = 0
+    for pages in spanned(ranges, packed.first, packed.count):
+        runs.append(PageRun(pages, data[at : at + pages.length_bytes]))
+        at += pages.length_bytes
+    return runs
 
 
 class DigestRequest:
@@ -166,7 +200,7 @@ class DigestRequest:
         self._pieces.clear()
         return [(piece,) for piece in PageRange(0, self._leaves).pieces(_UPPER_LEAVES)]
 
-    def message(self, request_id: int, part: Part) -> Message:
+    def message(self, request_id: int, part: Part, welcome: Welcome) -> Message:
         return FetchDigests(request_id, Level.UPPER, part[0].start, part[0].count)
 
     def take(self, answer: Message) -> bool:
@@ -202,7 +236,7 @@ class FileRequest:
     def parts(self, limits: Limits) -> list[Part]:
         return [(PageRange(self._offset, self._length),)]
 
-    def message(self, request_id: int, part: Part) -> Message:
+    def message(self, request_id: int, part: Part, welcome: Welcome) -> Message:
         return ReadFile(request_id, self._file, self._offset, self._length)
 
     def take(self, answer: Message) -> bool:
@@ -228,7 +262,7 @@ class StoreRequest:
     def parts(self, limits: Limits) -> list[Part]:
         return [(piece,) for piece in PageRange(0, len(self._data)).pieces(MAX_STORE_PIECE_BYTES)]
 
-    def message(self, request_id: int, part: Part) -> Message:
+    def message(self, request_id: int, part: Part, welcome: Welcome) -> Message:
         piece = part[0]
         data = self._data[piece.start : piece.end]
         return StoreFile(request_id, self._file, piece.start, len(self._data), data)

@@ -20,10 +20,11 @@ from lazymem.digests import (
     leaf_digest,
     leaf_matches,
     page_digest,
+    page_digests,
     root_digest,
 )
 from lazymem.errors import StoreError, VerificationError
-from lazymem.pages import PAGE_SIZE, ZERO_PAGE, Fetched, PageRange, PageRun, runs
+from lazymem.pages import PAGE_SIZE, ZERO_PAGE, Fetched, PageRange, PageRun
 from lazymem.store.digestfile import NO_DIGEST, DigestFile
 
 RECENT_LEAVES = 1024
@@ -73,17 +74,14 @@ def is_right(data: bytes, digests: bytes) -> bool:
 
 def wrong_pages(pages: PageRange, data: bytes | memoryview | None, digests: bytes) -> list[int]:
     """Pages whose bytes (None: all zero) do not have their digest (16 bytes a page in `digests`)."""
-    if data is None:
-        if digests == ZERO_PAGE_DIGEST * pages.count:
-            return []
-        found = (ZERO_PAGE_DIGEST for _ in range(pages.count))
-    else:
-        view = memoryview(data)
-        found = (page_digest(view[at : at + PAGE_SIZE]) for at in range(0, pages.length_bytes, PAGE_SIZE))
+    found = ZERO_PAGE_DIGEST * pages.count if data is None else page_digests(data)
+    if found == digests:
+        return []
     return [
         pages.start + index
-        for index, digest in enumerate(found)
-        if digest != digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        for index in range(pages.count)
+        if found[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+        != digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
     ]
 
 
@@ -91,8 +89,15 @@ def zero_runs(first_page: int, digests: bytes) -> list[PageRange]:
     """The runs of pages that must be zero, by their digests."""
     if ZERO_PAGE_DIGEST not in digests:
         return []
-    each = enumerate(struct.iter_unpack(f"{DIGEST_BYTES}s", digests), first_page)
-    return runs(page for page, (digest,) in each if digest == ZERO_PAGE_DIGEST)
+    zero = bytes([digests[at : at + DIGEST_BYTES] == ZERO_PAGE_DIGEST for at in range(0, len(digests), DIGEST_BYTES)])
+    found: list[PageRange] = []
+    start = zero.find(1)
+    while start >= 0:
+        end = zero.find(0, start)
+        end = len(zero) if end < 0 else end
+        found.append(PageRange(first_page + start, end - start))
+        start = zero.find(1, end)
+    return found
 
 
 class HashedVerifier:

@@ -32,6 +32,7 @@ from lazymem.wire.messages import (
     Level,
     Limits,
     Message,
+    Packed,
     Pages,
     Ping,
     Pong,
@@ -65,14 +66,15 @@ FRAME_TYPES: dict[type, FrameType] = {
     Goodbye: FrameType.GOODBYE,
     StoreFile: FrameType.STORE_FILE,
     FileStored: FrameType.FILE_STORED,
+    Packed: FrameType.PACKED,
 }
 
 _HEADER_AND_PAGES = struct.Struct(frame.HEADER.format + frame.PAGES.format[1:])
 _HEADER_AND_RANGE = struct.Struct(frame.HEADER.format + frame.RANGE.format[1:])
 _ENCODINGS = {int(encoding): encoding for encoding in Encoding}
 _RAW, _ZERO = int(Encoding.RAW), int(Encoding.ZERO)
-_FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(4)}
-_KNOWN_CAPABILITIES = int(Capability.ZSTD | Capability.LEARN)
+_FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(8)}
+_KNOWN_CAPABILITIES = int(Capability.ZSTD | Capability.LEARN | Capability.PACKED)
 
 
 # ---- out -------------------------------------------------------------------------------------------------------
@@ -108,11 +110,14 @@ def encode(message: Message) -> bytes:
 
 def encode_parts(message: Message) -> tuple[bytes | memoryview, ...]:
     """As `encode`, in pieces to be sent one after the other: large page data is not copied. Raises as `encode`."""
-    if type(message) is not Pages or len(message.data) <= COPY_UP_TO_BYTES // 4:
+    if not isinstance(message, Pages | Packed) or len(message.data) <= COPY_UP_TO_BYTES // 4:
         return (encode(message),)
     wrong = problem(message)
     if wrong is not None:
         raise LocalProtocolError(f"refused to send {wrong}")
+    if type(message) is Packed:
+        return (_packed_head(message), message.data)
+    assert type(message) is Pages
     return (_pages_head(message) + message.digests, message.data)
 
 
@@ -177,6 +182,18 @@ def _pages_head(message: Pages) -> bytes:
     )
 
 
+def _packed_head(message: Packed) -> bytes:
+    if message.id == 0:
+        raise LocalProtocolError("refused to send PACKED with id 0")
+    length = frame.PACKED.size + len(message.data)
+    header = frame.HEADER.pack(length, FrameType.PACKED, frame.FINAL if message.final else 0, 0, message.id)
+    return header + frame.PACKED.pack(message.first, message.count, message.encoding, 0)
+
+
+def _encode_packed(message: Packed) -> bytes:
+    return frame.PACKED.pack(message.first, message.count, message.encoding, 0) + message.data
+
+
 def _encode_small_fetch(message: Fetch) -> bytes:
     """One range, which is what a fault asks for: one call of pack, and `problem` has checked all else."""
     if message.id == 0 or int(message.flags) not in _FETCH_FLAGS:
@@ -189,7 +206,7 @@ def _encode_small_fetch(message: Fetch) -> bytes:
 def _flags(message: Message) -> int:
     if type(message) is Fetch:
         return int(message.flags)
-    return frame.FINAL if type(message) is Digests and message.final else 0
+    return frame.FINAL if isinstance(message, Digests | Packed) and message.final else 0
 
 
 def _encode_hello(message: Hello) -> bytes:
@@ -251,6 +268,7 @@ _ENCODERS: dict[type, Callable[[Any], bytes]] = {
     Goodbye: lambda message: _encode_text(message.reason),
     StoreFile: _encode_store_file,
     FileStored: _nothing,
+    Packed: _encode_packed,
 }
 
 
@@ -296,6 +314,16 @@ def _decode_pages(flags: int, request_id: int, buffer: Buffer, start: int, end: 
         digests,
         bool(flags & frame.FINAL),
     )
+
+
+def _decode_packed(flags: int, request_id: int, buffer: Buffer, start: int, end: int) -> Packed:
+    first, count, encoding, reserved = frame.PACKED.unpack_from(buffer, start)
+    if reserved:
+        raise ValueError("reserved field is not 0")
+    if encoding not in _ENCODINGS:
+        raise ValueError(f"unknown encoding {encoding}")
+    data = _slice(buffer, start + frame.PACKED.size, end)
+    return Packed(request_id, first, count, _ENCODINGS[encoding], data, bool(flags & frame.FINAL))
 
 
 def _slice(buffer: Buffer, start: int, end: int) -> bytes | memoryview:
@@ -385,6 +413,7 @@ _DECODERS: dict[int, Callable[[int, int, Buffer, int, int], Message]] = {
     FrameType.WELCOME: _decode_welcome,
     FrameType.FETCH: _decode_fetch,
     FrameType.PAGES: _decode_pages,
+    FrameType.PACKED: _decode_packed,
     FrameType.FETCH_DIGESTS: _decode_fetch_digests,
     FrameType.DIGESTS: _decode_digests,
     FrameType.READ_FILE: _decode_read_file,

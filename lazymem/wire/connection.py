@@ -37,6 +37,7 @@ from lazymem.wire.messages import (
     Goodbye,
     Hello,
     Message,
+    Packed,
     Pages,
     Ping,
     Pong,
@@ -62,7 +63,7 @@ CONNECTION_CLOSED: Final = Signal.CONNECTION_CLOSED
 
 Event = Message | Literal[Signal.NEED_DATA, Signal.CONNECTION_CLOSED]
 
-_ANSWERS = (Pages, Digests, FileData, FileStored, Cancelled, Error)
+_ANSWERS = (Pages, Packed, Digests, FileData, FileStored, Cancelled, Error)
 _REQUESTS = (Fetch, FetchDigests, ReadFile, StoreFile)
 
 
@@ -273,7 +274,8 @@ class ServerConnection(Connection):
 
     def capabilities(self, offered: Capability, *, learns: bool = False) -> Capability:
         """Those of a HELLO's capabilities that this side has too. `learns`: it takes a working set of the snapshot."""
-        return offered & (Capability.ZSTD | Capability.LEARN if learns else Capability.ZSTD)
+        ours = Capability.ZSTD | Capability.PACKED
+        return offered & (ours | Capability.LEARN if learns else ours)
 
     def lone_fetch(self, data: bytes) -> tuple[int, int, int, int] | None:
         """Id, flags, first page and count, if `data` is a FETCH of one range, all that was received, and legal now.

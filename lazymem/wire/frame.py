@@ -53,10 +53,11 @@ class FrameType(enum.IntEnum):
     GOODBYE = 14
     STORE_FILE = 15
     FILE_STORED = 16
+    PACKED = 17
 
 
 FINAL = 1
-"""Header flag of PAGES and DIGESTS: the last frame of the answer."""
+"""Header flag of PAGES, PACKED and DIGESTS: the last frame of the answer."""
 
 WITH_DIGESTS = 2
 """Header flag of PAGES: page digests stand before the data."""
@@ -73,6 +74,9 @@ RANGE = struct.Struct("<QI")
 
 PAGES = struct.Struct("<QIHH")
 """Start page, count, encoding, reserved (0); digests and data follow."""
+
+PACKED = struct.Struct("<QIHH")
+"""First page, count, encoding, reserved (0); data follows."""
 
 FETCH_DIGESTS = struct.Struct("<IIQ")
 """Level, count, first leaf."""
@@ -112,7 +116,7 @@ RULES: dict[FrameType, Rule] = {
     FrameType.WELCOME: Rule(
         _SERVER, WELCOME.size, WELCOME.size + limits.MAX_NAME_BYTES + limits.MAX_MANIFEST_BYTES, 0, False
     ),
-    FrameType.FETCH: Rule(_CLIENT, RANGE.size, RANGE.size * limits.MAX_RANGES, 3, True),
+    FrameType.FETCH: Rule(_CLIENT, RANGE.size, RANGE.size * limits.MAX_RANGES, 7, True),
     FrameType.PAGES: Rule(
         _SERVER,
         PAGES.size,
@@ -132,6 +136,7 @@ RULES: dict[FrameType, Rule] = {
     FrameType.GOODBYE: Rule(_BOTH, 0, limits.MAX_TEXT_BYTES, 0, False),
     FrameType.STORE_FILE: Rule(_CLIENT, STORE_FILE.size + 1, STORE_FILE.size + limits.MAX_STORE_PIECE_BYTES, 0, True),
     FrameType.FILE_STORED: Rule(_SERVER, 0, 0, 0, True),
+    FrameType.PACKED: Rule(_SERVER, PACKED.size + 1, PACKED.size + limits.MAX_PAGE_DATA_BYTES, FINAL, True),
 }
 
 MAX_PAYLOAD_BYTES = max(rule.max_bytes for rule in RULES.values())

@@ -1,9 +1,9 @@
 """The messages of the wire protocol, as records. `docs/wire.md` gives each one's bytes; `codec` turns them into those.
 
 A request (client to server) carries an `id` of the client's choice, unused among its open requests; every answer
-carries the same. Replies come in any order. A `Fetch` is answered by any number of `Pages` (and `Digests`) frames whose
-pages are exactly the asked ones in ascending order; the last one is marked `final`. An `Error` with the request's id
-ends it too.
+carries the same. Replies come in any order. A `Fetch` is answered by any number of `Pages` or `Packed` (and `Digests`)
+frames whose pages are exactly the asked ones in ascending order; the last one is marked `final`. An `Error` with the
+request's id ends it too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ class Capability(enum.IntFlag):
     ZSTD = 1
     LEARN = 2
     """The client can send a working set; from the server: it takes one for this snapshot, which has none."""
+    PACKED = 4
+    """A FETCH may allow `Packed` answers."""
 
 
 class FetchFlag(enum.IntFlag):
@@ -33,6 +35,8 @@ class FetchFlag(enum.IntFlag):
     WANT_DIGESTS = 2
     """Hashed snapshot: send the leaf block of every leaf that the ranges touch, before the pages below it.
     Unhashed: `Pages` carry their page digests in any case."""
+    PACKED = 4
+    """The answer may have `Packed` frames. Of a hashed snapshot only, and where both sides said `Capability.PACKED`."""
 
 
 class Encoding(enum.IntEnum):
@@ -82,7 +86,7 @@ class Hello(Struct, frozen=True):
     name: str
     version_min: int = WIRE_VERSION
     version_max: int = WIRE_VERSION
-    capabilities: Capability = Capability.ZSTD | Capability.LEARN
+    capabilities: Capability = Capability.ZSTD | Capability.LEARN | Capability.PACKED
 
 
 class Limits(Struct, frozen=True):
@@ -128,6 +132,18 @@ class Pages(Struct, frozen=True):
     encoding: Encoding
     data: bytes | memoryview = b""
     digests: bytes = b""
+    final: bool = False
+
+
+class Packed(Struct, frozen=True):
+    """The next `count` asked pages of a `Fetch`, from page `first` on, over the ends of its ranges: many short ranges
+    are then few frames. `data` is as in `Pages`, but never `Encoding.ZERO`: zero pages among them stand there."""
+
+    id: int
+    first: int
+    count: int
+    encoding: Encoding
+    data: bytes | memoryview
     final: bool = False
 
 
@@ -219,6 +235,7 @@ Message = (
     | Welcome
     | Fetch
     | Pages
+    | Packed
     | FetchDigests
     | Digests
     | ReadFile

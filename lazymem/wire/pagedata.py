@@ -64,17 +64,22 @@ def decode_pages(pages: Pages) -> bytes | memoryview | None:
     """
     if pages.encoding == Encoding.ZERO:
         return None
-    whole = pages.pages.count * PAGE_SIZE
-    if pages.encoding == Encoding.RAW:
-        if len(pages.data) != whole:
-            raise RemoteProtocolError(f"{len(pages.data)} bytes for {pages.pages.count} pages")
-        return pages.data
+    return decode_data(pages.encoding, pages.data, pages.pages.count)
+
+
+def decode_data(encoding: Encoding, encoded: bytes | memoryview, count: int) -> bytes | memoryview:
+    """As `decode_pages`, of `count` pages that are not called zero."""
+    whole = count * PAGE_SIZE
+    if encoding == Encoding.RAW:
+        if len(encoded) != whole:
+            raise RemoteProtocolError(f"{len(encoded)} bytes for {count} pages")
+        return encoded
     try:
-        if zstandard.frame_content_size(pages.data) != whole:
-            raise RemoteProtocolError(f"a zstd frame that does not hold {pages.pages.count} pages")
-        data = _contexts.decompressor.decompress(pages.data, allow_extra_data=False)
+        if zstandard.frame_content_size(encoded) != whole:
+            raise RemoteProtocolError(f"a zstd frame that does not hold {count} pages")
+        data = _contexts.decompressor.decompress(encoded, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise RemoteProtocolError(f"a broken zstd frame: {error}") from error
     if len(data) != whole:
-        raise RemoteProtocolError(f"{len(data)} bytes for {pages.pages.count} pages")
+        raise RemoteProtocolError(f"{len(data)} bytes for {count} pages")
     return data

@@ -20,6 +20,7 @@ from lazymem.wire.messages import (
     FileData,
     FileStored,
     Level,
+    Packed,
     Pages,
     ReadFile,
     StoreFile,
@@ -27,7 +28,7 @@ from lazymem.wire.messages import (
 )
 
 Request = Fetch | FetchDigests | ReadFile | StoreFile
-Answer = Pages | Digests | FileData | FileStored | Cancelled | Error
+Answer = Pages | Packed | Digests | FileData | FileStored | Cancelled | Error
 
 
 class _OpenFetch:
@@ -51,6 +52,8 @@ class _OpenFetch:
     def problem(self, answer: Answer) -> str | None:
         if type(answer) is Pages:
             return self._pages_problem(answer)
+        if type(answer) is Packed:
+            return self._packed_problem(answer)
         if type(answer) is Digests:
             return self._digests_problem(answer)
         return f"{type(answer).__name__} for a FETCH"
@@ -75,6 +78,26 @@ class _OpenFetch:
         else:
             self._index = index
             self._next = ranges[index].start if index < len(ranges) else -1
+        return None
+
+    def _packed_problem(self, answer: Packed) -> str | None:
+        ranges, index, start, left = self.request.ranges, self._index, self._next, answer.count
+        if not self.request.flags & FetchFlag.PACKED:
+            return "PACKED for a FETCH that does not allow it"
+        if index == len(ranges) or answer.first != start:
+            return f"pages from {answer.first}, which is not where the answer stands"
+        while left and index < len(ranges):
+            taken = min(left, ranges[index].start + ranges[index].count - start)
+            left -= taken
+            start += taken
+            if start == ranges[index].start + ranges[index].count:
+                index += 1
+                start = ranges[index].start if index < len(ranges) else -1
+        if left:
+            return f"{left} packed pages more than were asked for"
+        if answer.final is not (index == len(ranges)):
+            return "an answer whose final mark is not on its last pages"
+        self._index, self._next = index, start
         return None
 
     def _digests_problem(self, answer: Digests) -> str | None:
@@ -140,6 +163,7 @@ class OpenRequests:
         self._limits = welcome.limits
         self._hashed = welcome.hashed
         self._learns = bool(welcome.capabilities & Capability.LEARN)
+        self._packs = welcome.hashed and bool(welcome.capabilities & Capability.PACKED)
         self._total_pages = welcome.ram_bytes >> 12
         self._open: dict[int, _OpenFetch | _OpenDigests | _OpenRead | _OpenStore] = {}
 
@@ -197,6 +221,8 @@ class OpenRequests:
 
     def _fetch_problem(self, request: Fetch) -> str | None:
         ranges, allowed = request.ranges, self._limits
+        if request.flags & FetchFlag.PACKED and not self._packs:
+            return "a FETCH that allows packed answers, where none are given"
         if ranges[-1].end > self._total_pages:
             return f"a request up to page {ranges[-1].end} of {self._total_pages}"
         if len(ranges) > min(allowed.max_request_ranges, limits.MAX_RANGES):

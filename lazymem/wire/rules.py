@@ -20,6 +20,7 @@ from lazymem.wire.messages import (
     Hello,
     Level,
     Message,
+    Packed,
     Pages,
     PublishedFile,
     ReadFile,
@@ -103,6 +104,16 @@ def _pages(message: Pages) -> str | None:
     return None
 
 
+def _packed(message: Packed) -> str | None:
+    length, whole = len(message.data), message.count * PAGE_SIZE
+    if not 1 <= message.count <= limits.MAX_FRAME_PAGES or message.first >= limits.MAX_PAGES:
+        return f"PACKED with {message.count} pages from {message.first}"
+    good = {Encoding.RAW: length == whole, Encoding.ZSTD: 0 < length < whole}
+    if not good.get(message.encoding, False):
+        return f"{message.count} packed {message.encoding.name} pages with {length} bytes"
+    return None
+
+
 def _fetch_digests(message: FetchDigests) -> str | None:
     most = limits.MAX_DIGEST_LEAVES if message.level == Level.LEAF else limits.MAX_UPPER_DIGESTS
     if not 1 <= message.count <= most or message.first + message.count > limits.MAX_PAGES:
@@ -143,6 +154,7 @@ _RULES: dict[type, Callable[[Any], str | None]] = {
     Welcome: _welcome,
     Fetch: _fetch,
     Pages: _pages,
+    Packed: _packed,
     FetchDigests: _fetch_digests,
     Digests: _digests,
     ReadFile: _read_file,

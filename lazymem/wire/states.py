@@ -38,6 +38,7 @@ MoveKey = FrameType | Move
 _REQUESTS = {FrameType.FETCH, FrameType.FETCH_DIGESTS, FrameType.READ_FILE, FrameType.STORE_FILE}
 _ANSWERS = {
     FrameType.PAGES,
+    FrameType.PACKED,
     FrameType.DIGESTS,
     FrameType.FILE_DATA,
     FrameType.FILE_STORED,

@@ -6,6 +6,7 @@ job is in one place at a time, so neither needs a lock. Knows no sockets and no 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -25,6 +26,7 @@ from lazymem.wire.messages import (
     FetchFlag,
     FileData,
     Level,
+    Packed,
     Pages,
     PublishedFile,
     ReadFile,
@@ -33,7 +35,7 @@ from lazymem.wire.pagedata import compress_pages
 from lazymem_server.limits import ServerLimits
 from lazymem_server.pace import Pace
 
-Answer = Pages | Digests | FileData | Error
+Answer = Pages | Packed | Digests | FileData | Error
 
 COMPRESSED_STEP_PAGES = 64
 
@@ -89,11 +91,14 @@ class FetchJob:
         self._ranges = deque(request.ranges)
         self._wants_leaves = reader.hashed and bool(request.flags & FetchFlag.WANT_DIGESTS)
         self._leaf_sent = -1
+        self._packs = reader.hashed and bool(request.flags & FetchFlag.PACKED)
         self._in_zeros = False  # the last step met nothing else
         self._demand_frame_pages = limits.demand_frame_pages
         self._cold_pages = limits.cold_read_pages if self.background else limits.demand_frame_pages
 
     def step_nowait(self) -> list[Answer] | None:
+        if self._packs and not self._in_zeros:
+            return self._several_nowait()
         pages = self._next(LEAF_PAGES if self._in_zeros else self._step_pages())
         if self._in_zeros and not self._reader.hashed and pages.count > 1:
             return None  # perhaps a hole: the other step asks the file system, and then answers a MiB at once
@@ -102,6 +107,32 @@ class FetchJob:
             return None
         runs = self._reader.read_nowait(pages, suspect=self._suspect)
         return None if runs is None else self._answers(leaf, runs)
+
+    def _several_nowait(self) -> list[Answer] | None:
+        """As `step_nowait`, of as many ranges as a frame has room for."""
+        ranges = self._next_several(self._step_pages())
+        leaf = self._missing_leaf(ranges[0])
+        if leaf is not None and self._reader.leaf_nowait(leaf) is None:
+            return None
+        runs: list[VouchedRun] = []
+        for pages in ranges:
+            found = self._reader.read_nowait(pages, suspect=self._suspect)
+            if found is None:
+                break
+            runs += found
+        return self._answers(leaf, runs) if runs else None
+
+    def _next_several(self, most: int) -> list[PageRange]:
+        """What comes next: at most so many pages, of one leaf."""
+        found = [self._next(most)]
+        most -= found[0].count
+        leaf = found[0].start // LEAF_PAGES
+        for pages in itertools.islice(self._ranges, 1, None):
+            if not most or pages.start // LEAF_PAGES != leaf or found[-1].end % LEAF_PAGES == 0:
+                break
+            found.append(PageRange(pages.start, min(pages.count, most, LEAF_PAGES - pages.start % LEAF_PAGES)))
+            most -= found[-1].count
+        return found
 
     def _step_pages(self) -> int:
         """As much as a demand that comes meanwhile may wait for: 0.3 ms of copying, 1 ms of compressing."""
@@ -132,6 +163,8 @@ class FetchJob:
         self._in_zeros = all(run.data is None for run in runs)
         self.data_bytes = sum(len(run.data) for run in runs if run.data is not None)
         self.wire_bytes = 0
+        if self._packs and not any(run.data is None for run in runs):
+            return [*found, self._packed(runs)]
         frame_pages = self._frame_pages()
         for run in runs:
             last_run = run is runs[-1]
@@ -147,10 +180,19 @@ class FetchJob:
 
     def _advance(self, page: int) -> None:
         """Everything before `page` is answered."""
-        here = self._ranges.popleft()
-        if page < here.end:
-            self._ranges.appendleft(PageRange(page, here.end - page))
+        while self._ranges and self._ranges[0].start < page:
+            here = self._ranges.popleft()
+            if page < here.end:
+                self._ranges.appendleft(PageRange(page, here.end - page))
         self.done = not self._ranges
+
+    def _packed(self, runs: Sequence[VouchedRun]) -> Packed:
+        """One frame of all `runs`, which have data and are no more than a leaf."""
+        parts = [run.data for run in runs if run.data is not None]
+        count = sum(run.pages.count for run in runs)
+        encoding, data = compress_pages(parts[0] if len(parts) == 1 else b"".join(parts), self._level(count))
+        self.wire_bytes = len(data)
+        return Packed(self.id, runs[0].pages.start, count, encoding, data, self.done)
 
     def _frame(self, run: VouchedRun, pages: PageRange, final: bool) -> Pages:
         if run.data is None:

@@ -26,6 +26,7 @@ from lazymem.wire.messages import (
     Level,
     Limits,
     Message,
+    Packed,
     Pages,
     Ping,
     Pong,
@@ -67,6 +68,9 @@ SAMPLES: list[tuple[Role, Message]] = [
     (Role.CLIENT, StoreFile(5, PublishedFile.WORKING_SET, 0, 5, b"first")),
     (Role.CLIENT, StoreFile(6, PublishedFile.WORKING_SET, 7, 1 << 20, b"x" * limits.MAX_STORE_PIECE_BYTES)),
     (Role.SERVER, FileStored(5)),
+    (Role.SERVER, Packed(1, 5, 1, Encoding.RAW, b"x" * PAGE_SIZE)),
+    (Role.SERVER, Packed(1, 7, 256, Encoding.ZSTD, b"compressed", final=True)),
+    (Role.SERVER, Packed(1, 0, 256, Encoding.RAW, b"z" * limits.MAX_PAGE_DATA_BYTES)),
     (Role.CLIENT, Cancel(1)),
     (Role.SERVER, Cancelled(1)),
     (Role.SERVER, Error(1, ErrorCode.PAGE_CHANGED, "page 7 is not what it was")),
@@ -118,7 +122,7 @@ def _fetches(draw: st.DrawFn) -> Fetch:
         count = draw(st.integers(1, 1000))
         ranges.append(PageRange(at, count))
         at += count
-    return Fetch(draw(_ids), tuple(ranges), FetchFlag(draw(st.integers(0, 3))))
+    return Fetch(draw(_ids), tuple(ranges), FetchFlag(draw(st.integers(0, 7))))
 
 
 @st.composite
@@ -135,6 +139,15 @@ def _pages(draw: st.DrawFn) -> Pages:
     if encoding != Encoding.ZERO and draw(st.booleans()):
         digests = draw(st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES)) * count
     return Pages(draw(_ids), pages, encoding, data, digests, draw(st.booleans()))
+
+
+@st.composite
+def _packed(draw: st.DrawFn) -> Packed:
+    raw, count = draw(st.booleans()), draw(st.integers(1, 4))
+    data = draw(st.binary(min_size=1, max_size=9)) * (count * PAGE_SIZE)
+    size = count * PAGE_SIZE if raw else draw(st.integers(1, count * PAGE_SIZE - 1))
+    encoding = Encoding.RAW if raw else Encoding.ZSTD
+    return Packed(draw(_ids), draw(_page_numbers), count, encoding, data[:size], draw(st.booleans()))
 
 
 @st.composite
@@ -172,6 +185,7 @@ CLIENT_MESSAGES: st.SearchStrategy[Message] = st.one_of(
 SERVER_MESSAGES: st.SearchStrategy[Message] = st.one_of(
     _welcomes,
     _pages(),
+    _packed(),
     st.builds(
         Digests,
         _ids,

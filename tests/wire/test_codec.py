@@ -28,6 +28,7 @@ from lazymem.wire.messages import (
     Hello,
     Level,
     Message,
+    Packed,
     Pages,
     Ping,
     PublishedFile,
@@ -131,7 +132,7 @@ def test_the_other_side_may_not_send_it(sender: Role, message: Message) -> None:
 @EACH
 def test_unknown_flags_and_reserved_bits_are_refused(sender: Role, message: Message) -> None:
     frame = bytearray(encode(message))
-    for at, bit in [(5, 0x80), (5, 0x04), (6, 0x01), (7, 0x80)]:
+    for at, bit in [(5, 0x80), (5, 0x08), (6, 0x01), (7, 0x80)]:
         changed = frame.copy()
         changed[at] |= bit
         with pytest.raises(RemoteProtocolError, match="flags"):
@@ -165,7 +166,7 @@ def test_what_a_server_has_to_hold_of_a_client_is_small() -> None:
     assert max(rule.max_bytes for rule in RULES.values() if Role.CLIENT in rule.senders) <= 16 * 1024
 
 
-@pytest.mark.parametrize("number", [0, 17, 200, 255])
+@pytest.mark.parametrize("number", [0, 18, 200, 255])
 def test_unknown_frame_types_are_refused(number: int) -> None:
     with pytest.raises(RemoteProtocolError, match=f"unknown frame type {number}"):
         decoded(Role.CLIENT, HEADER.pack(0, number, 0, 0, 0))
@@ -271,8 +272,15 @@ REFUSED_TO_SEND: list[Message] = [
     Hello("web", 1, 65536),
     Fetch(0, (PageRange(0, 1),)),
     Fetch(2**64, (PageRange(0, 1),)),
-    Fetch(1, (PageRange(0, 1),), FetchFlag(4)),
-    Fetch(1, (PageRange(0, 1), PageRange(4, 1)), FetchFlag(4)),
+    Fetch(1, (PageRange(0, 1),), FetchFlag(8)),
+    Fetch(1, (PageRange(0, 1), PageRange(4, 1)), FetchFlag(8)),
+    Packed(1, 5, 0, Encoding.RAW, b""),
+    Packed(1, 5, 257, Encoding.ZSTD, b"x"),
+    Packed(1, 5, 1, Encoding.ZERO, b"x"),
+    Packed(1, 5, 2, Encoding.RAW, bytes(PAGE_SIZE)),
+    Packed(1, 5, 1, Encoding.ZSTD, bytes(PAGE_SIZE)),
+    Packed(1, limits.MAX_PAGES, 1, Encoding.ZSTD, b"x"),
+    Packed(0, 5, 1, Encoding.RAW, bytes(PAGE_SIZE)),
     Fetch(1, ()),
     Fetch(1, (PageRange(5, 1), PageRange(5, 1))),
     Fetch(1, tuple(PageRange(2 * at, 1) for at in range(limits.MAX_RANGES + 1))),
@@ -386,7 +394,9 @@ def test_a_lone_range_with_a_wrong_byte_is_none_or_a_legal_one(at: int) -> None:
             message = buffer.next_message()
         except RemoteProtocolError:
             message = None
-        if isinstance(message, Fetch):
+        if isinstance(message, Fetch) and message.flags & FetchFlag.PACKED:
+            assert found is None, "whether it may be allowed the common way knows"
+        elif isinstance(message, Fetch):
             assert found == (message.id, message.flags, message.ranges[0].start, message.ranges[0].count)
         elif found is not None:
             assert found[2] + found[3] > 1 << 20, "beyond every RAM: `lone_fetch` refuses it"

@@ -39,6 +39,7 @@ from lazymem.wire.messages import (
     Hello,
     Level,
     Message,
+    Packed,
     Pages,
     Ping,
     Pong,
@@ -240,6 +241,40 @@ def test_the_servers_limits_hold_for_both_ends(message: Message, match: str) -> 
     client, server = opened()
     not_sent(client, message, match)
     refused(server, message, match)
+
+
+PACKS = replace(WELCOME, capabilities=Capability.ZSTD | Capability.PACKED)
+PACKED_FETCH = Fetch(1, (PageRange(2, 2), PageRange(7, 1), PageRange(9, 3)), FetchFlag.PACKED)
+
+
+def test_packed_answers_go_over_the_ends_of_ranges() -> None:
+    client, server = opened(PACKS)
+    carry(client, PACKED_FETCH, server)
+    carry(server, Packed(1, 2, 1, Encoding.RAW, RAW), client)
+    not_sent(server, Packed(1, 4, 1, Encoding.RAW, RAW), "not where the answer stands")
+    carry(server, Packed(1, 3, 3, Encoding.RAW, RAW * 3), client)  # 3, 7 and 9
+    not_sent(server, Packed(1, 10, 3, Encoding.RAW, RAW * 3, final=True), "more than were asked for")
+    not_sent(server, Packed(1, 10, 2, Encoding.RAW, RAW * 2), "final mark")
+    carry(server, Pages(1, PageRange(10, 1), Encoding.ZERO), client)
+    carry(server, Packed(1, 11, 1, Encoding.RAW, RAW, final=True), client)
+    assert not client.open_requests
+    assert not server.open_requests
+    not_sent(server, Packed(1, 11, 1, Encoding.RAW, RAW, final=True), "not open")
+
+
+def test_a_packed_answer_to_who_does_not_allow_it() -> None:
+    client, server = opened(PACKS)
+    carry(client, replace(PACKED_FETCH, flags=FetchFlag.NONE), server)
+    packed = Packed(1, 2, 1, Encoding.RAW, RAW)
+    not_sent(server, packed, "does not allow it")
+    refused(client, packed, "does not allow it")
+
+
+@pytest.mark.parametrize("welcome", [WELCOME, replace(PACKS, hashed=False, manifest=b"")])
+def test_packed_answers_are_asked_only_of_a_server_that_gives_them(welcome: Welcome) -> None:
+    client, server = opened(welcome)
+    not_sent(client, PACKED_FETCH, "where none are given")
+    refused(server, PACKED_FETCH, "where none are given")
 
 
 STORE = StoreFile(7, PublishedFile.WORKING_SET, 0, 3, b"set")

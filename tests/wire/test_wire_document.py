@@ -78,6 +78,7 @@ def test_the_payload_structures() -> None:
         FrameType.READ_FILE: frame.READ_FILE,
         FrameType.ERROR: frame.ERROR,
         FrameType.STORE_FILE: frame.STORE_FILE,
+        FrameType.PACKED: frame.PACKED,
     }
     assert written == {
         frame_type.name: [structures[frame_type].format] if frame_type in structures else [] for frame_type in FrameType

@@ -1,0 +1,200 @@
+"""Guesses alone, where nobody demands: what a strategy names is fetched and kept, as fast as the link brings it.
+
+Beside the scheduler's, this way is short: no reader waits for a page of it, so there is no table of who waits for what.
+One byte a page says what is on its way; answers are verified as they come and kept in order of arrival.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+from collections import deque
+from collections.abc import Sequence
+from time import perf_counter
+
+import trio
+
+from lazymem.errors import LazymemError
+from lazymem.fetch.guesses import MAX_GUESS_RANGES, MAX_LOOKED_AT_PAGES
+from lazymem.fetch.keeper import joined
+from lazymem.fetch.lastdemand import LastDemand
+from lazymem.fetch.prefetch import Prefetcher
+from lazymem.fetch.scheduler import DEMANDED_SECONDS
+from lazymem.fetch.sink import Sink
+from lazymem.fetch.starter import FetchStarter
+from lazymem.fetch.window import BackgroundWindow
+from lazymem.pages import Fetched, PageRange
+
+log = logging.getLogger(__name__)
+
+KEPT_AT_ONCE_PAGES = 1024
+"""4 MiB in one call of the sink: a thread's way there and back is paid once for them."""
+
+MAX_UNKEPT_PAGES = 8192
+"""32 MiB that came and are not in the cache yet: a disk that is slower than the link slows the link."""
+
+
+class Fill:
+    """Fetches what `guesses` names from `source` into `sink`. All methods belong to trio's thread."""
+
+    def __init__(
+        self, source: FetchStarter, sink: Sink, pages: int, guesses: Prefetcher, last_demand: LastDemand
+    ) -> None:
+        """`pages`: of the whole RAM."""
+        self._source = source
+        self._sink = sink
+        self._guesses = guesses
+        self._last_demand = last_demand
+        self._window = BackgroundWindow()
+        self._best_answer = math.inf
+        # Memory only where one is set, which a bytearray would not do.
+        self._coming = mmap.mmap(-1, pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._arrived: deque[tuple[Sequence[PageRange], Fetched]] = deque()
+        self._unkept_pages = 0
+        self._something = trio.Event()
+        self.in_flight_pages = 0
+        self.brought_pages = 0
+        self.rejected_pages = 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether pages are on their way, or came and are not kept yet."""
+        return self.in_flight_pages > 0 or self._unkept_pages > 0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """What lately came over the wire; infinite before anything did."""
+        return self._window.rate_bytes_per_second or math.inf
+
+    async def run(self) -> None:
+        """Until cancelled.
+
+        Raises:
+            StoreError: the disk refused.
+        """
+        await self._send_more()
+        while True:
+            await self._something.wait()
+            self._something = trio.Event()
+            while self._arrived:
+                await self._keep(self._next_batch())
+                await self._send_more()
+            if self._sink.has_copies:
+                await self._sink.copy_equal()
+                self._guesses.brought(PageRange(0, 1))  # of what does not matter: a sweep may be worth it
+            await self._send_more()
+
+    # ---- out
+
+    async def _send_more(self) -> None:
+        """Send guesses while the window has room."""
+        while self._unkept_pages < MAX_UNKEPT_PAGES:
+            piece = self._window.piece_pages
+            if self._window.pages - self.in_flight_pages < piece:
+                return
+            ranges = self._gather(piece)
+            if ranges:
+                self._send(ranges)
+            elif not self._looked_enough:
+                return
+            else:
+                await trio.lowlevel.checkpoint()
+
+    def _gather(self, pages: int) -> list[PageRange]:
+        """Ranges of at most so many pages, ascending; empty: nothing to ask for now, or enough was looked at."""
+        found: list[PageRange] = []
+        room, looked_at = pages, 0
+        self._looked_enough = False
+        while room > 0 and len(found) < MAX_GUESS_RANGES:
+            if looked_at > MAX_LOOKED_AT_PAGES:
+                self._looked_enough = True
+                break
+            guess = self._guesses.next_range(room)
+            if guess is None:
+                break
+            looked_at += guess.count
+            for free in self._not_coming(guess):
+                for part in self._sink.worth_fetching(free):
+                    self._coming[part.start : part.end] = b"\1" * part.count
+                    found.append(part)
+                    room -= part.count
+        found.sort()
+        return found
+
+    def _not_coming(self, guess: PageRange) -> list[PageRange]:
+        states = self._coming[guess.start : guess.end]
+        if not states.strip(b"\0"):
+            return [guess]
+        free: list[PageRange] = []
+        start = states.find(b"\0")
+        while start >= 0:
+            end = states.find(b"\1", start)
+            end = guess.count if end < 0 else end
+            free.append(PageRange(guess.start + start, end - start))
+            start = states.find(b"\0", end)
+        return free
+
+    def _send(self, ranges: list[PageRange]) -> None:
+        pages = sum([part.count for part in ranges])
+        self.in_flight_pages += pages
+        sent_at, bytes_before = perf_counter(), self._source.wire_received_bytes
+        brought_before = self.brought_pages
+
+        def on_done(answer: Fetched | LazymemError) -> None:
+            self.in_flight_pages -= pages
+            if isinstance(answer, LazymemError):
+                self._rejected(ranges, answer)
+                return
+            self.brought_pages += pages
+            self._note(perf_counter() - sent_at, bytes_before, brought_before)
+            try:
+                self._sink.accept(answer)
+            except LazymemError as error:
+                self._rejected(ranges, error)
+                return
+            self._unkept_pages += pages
+            self._arrived.append((ranges, answer))
+            self._something.set()
+
+        want_leaves = any(self._sink.missing_leaves(part) for part in ranges)
+        self._source.start_fetch(ranges, want_leaves=want_leaves, background=True, on_done=on_done)
+
+    def _note(self, elapsed: float, bytes_before: int, brought_before: int) -> None:
+        self._best_answer = min(self._best_answer, elapsed)
+        self._window.note(
+            self._source.wire_received_bytes - bytes_before,
+            self.brought_pages - brought_before,
+            elapsed,
+            min(self._best_answer, self._source.best_round_trip_seconds),
+            trio.current_time(),
+            perf_counter() - self._last_demand.seconds < DEMANDED_SECONDS,
+        )
+
+    # ---- in
+
+    def _rejected(self, ranges: Sequence[PageRange], error: LazymemError) -> None:
+        """Wrong bytes, or a refusal for good: the pages stay missing, and a later sweep may ask again."""
+        log.warning("fetch of %d ranges from page %d on: %s", len(ranges), ranges[0].start, error)
+        self.rejected_pages += sum([part.count for part in ranges])
+        self._forget(ranges)
+        self._something.set()
+
+    def _next_batch(self) -> list[tuple[Sequence[PageRange], Fetched]]:
+        batch: list[tuple[Sequence[PageRange], Fetched]] = []
+        pages = 0
+        while self._arrived and pages < KEPT_AT_ONCE_PAGES:
+            batch.append(self._arrived.popleft())
+            pages += sum([part.count for part in batch[-1][0]])
+        return batch
+
+    async def _keep(self, batch: Sequence[tuple[Sequence[PageRange], Fetched]]) -> None:
+        await self._sink.keep(joined([fetched for _, fetched in batch]))
+        for ranges, _ in batch:
+            self._unkept_pages -= sum([part.count for part in ranges])
+            self._forget(ranges)
+            self._guesses.brought(ranges[0])
+
+    def _forget(self, ranges: Sequence[PageRange]) -> None:
+        for part in ranges:
+            self._coming[part.start : part.end] = bytes(part.count)

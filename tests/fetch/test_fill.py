@@ -1,0 +1,157 @@
+"""`Fill` against the real server: everything comes, each page once, whatever the server and the cache do meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from lazymem_server.app import Serving, serve
+
+from lazymem.fetch.client import Client, connect
+from lazymem.fetch.fill import Fill
+from lazymem.fetch.lastdemand import LastDemand
+from lazymem.fetch.prefetch import prepager
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.settings import LinkSettings, parse_server
+from lazymem.store.cachefolder import open_cache
+from lazymem.store.pristine import PristinePages
+from lazymem.wire.connection import ServerConnection
+from lazymem.wire.messages import Capability
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
+from tests.support.stores import origin_of
+
+PAGES = 1500
+FAST = LinkSettings(backoff_base_seconds=0.01, backoff_cap_seconds=0.05)
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> BuiltSnapshot:
+    return make_snapshot(tmp_path / "snapshot", PAGES)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 (nobody tells)
+        await trio.sleep(0.001)
+
+
+class Filling:
+    def __init__(self, client: Client, pristine: PristinePages, work: Fill) -> None:
+        self.client = client
+        self.pristine = pristine
+        self.work = work
+
+    async def wait_idle(self) -> None:
+        await until(lambda: self.pristine.next_missing(0, 1) is None and not self.work.is_busy)
+
+    async def read_all(self) -> bytes:
+        """What the cache holds, verified as it is read."""
+        found = []
+        for page in range(PAGES):
+            here = PageRange(page, 1)
+            if self.pristine.maybe_read_held_nowait(here) is not None:
+                found.append(self.pristine.maybe_read_held_nowait(here) or b"")
+            else:
+                data, wrong = await self.pristine.read(here)
+                assert not wrong
+                found.append(data)
+        return b"".join(found)
+
+
+@asynccontextmanager
+async def filling(
+    snapshot: BuiltSnapshot, address: str, cache: Path, recorded: tuple[PageRange, ...] = (), *, sweep: bool = True
+) -> AsyncIterator[Filling]:
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            client = await connect(nursery, parse_server(address), FAST)
+            origin = origin_of(snapshot)
+            pristine = PristinePages(origin, open_cache(cache, origin), await client.fetch_upper())
+            guesses = prepager(
+                pristine.next_missing,
+                PAGES,
+                recorded=recorded,
+                sweep=sweep,
+                maybe_leaf_missing=pristine.missing_leaves,
+            )
+            work = Fill(client, pristine, PAGES, guesses, LastDemand())
+            pristine.wire_bytes_per_second = lambda: work.bytes_per_second
+            nursery.start_soon(work.run)
+            yield Filling(client, pristine, work)
+            nursery.cancel_scope.cancel()
+        pristine.close()
+
+
+async def started(nursery: trio.Nursery, folder: Path, address: str = "127.0.0.1:0") -> Serving:
+    serving: Serving = await nursery.start(partial(serve, [folder], [address]))
+    return serving
+
+
+@pytest.mark.parametrize("packs", [True, False])
+async def test_everything_comes_and_no_page_twice(
+    snapshot: BuiltSnapshot, tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, packs: bool
+) -> None:
+    if not packs:  # an earlier server
+        monkeypatch.setattr(ServerConnection, "capabilities", lambda *_, **__: Capability.ZSTD)
+    serving = await started(nursery, snapshot.folder)
+    async with filling(snapshot, serving.addresses[0], tmp_path / "cache") as fill:
+        await fill.wait_idle()
+        assert await fill.read_all() == snapshot.ram
+        assert fill.work.brought_pages <= PAGES
+        assert (fill.work.in_flight_pages, fill.work.rejected_pages) == (0, 0)
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_recorded_set_alone(snapshot: BuiltSnapshot, tmp_path: Path, nursery: trio.Nursery) -> None:
+    """In the order of the recording, its zero pages by their digests, and nothing else."""
+    recorded = (PageRange(700, 40), PageRange(3, 1), PageRange(256, 2))
+    serving = await started(nursery, snapshot.folder)
+    async with filling(snapshot, serving.addresses[0], tmp_path / "cache", recorded, sweep=False) as fill:
+        await until(lambda: not any(list(fill.pristine.missing_runs(pages)) for pages in recorded))
+        held = {page for page in range(PAGES) if fill.pristine.states(PageRange(page, 1)) == b"\1"}
+        assert held <= {page for pages in recorded for page in range(pages.start, pages.end)}
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_restarts_again_and_again(
+    snapshot: BuiltSnapshot, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    """What came before the cut is not asked for again; what did not, is."""
+    address = f"unix:{tmp_path}/socket"
+    up = trio.Event()
+
+    async def restarts() -> None:
+        for turn in range(6):
+            async with trio.open_nursery() as inner:
+                await started(inner, snapshot.folder, address)
+                up.set()
+                if turn < 5:
+                    await trio.sleep(0.02)
+                    inner.cancel_scope.cancel()
+
+    nursery.start_soon(restarts)
+    await up.wait()
+    async with filling(snapshot, address, tmp_path / "cache") as fill:
+        await fill.wait_idle()
+        assert await fill.read_all() == snapshot.ram
+    nursery.cancel_scope.cancel()
+
+
+async def test_pages_that_the_server_lost_stay_missing_and_hold_nobody_up(
+    snapshot: BuiltSnapshot, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    """The file is not what was hashed: those pages are refused, and never kept."""
+    wrong = 600
+    with (snapshot.folder / "pc.ram").open("r+b") as file:
+        file.seek(wrong * PAGE_SIZE)
+        file.write(b"not what it was" * 10)
+    serving = await started(nursery, snapshot.folder)
+    async with filling(snapshot, serving.addresses[0], tmp_path / "cache") as fill:
+        await until(lambda: fill.work.rejected_pages > 0 and not fill.work.is_busy)
+        assert fill.pristine.states(PageRange(wrong, 1)) == b"\0"
+        held = [page for page in range(PAGES) if fill.pristine.states(PageRange(page, 1)) != b"\0"]
+        assert len(held) > PAGES // 2
+    nursery.cancel_scope.cancel()

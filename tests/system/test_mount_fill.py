@@ -1,0 +1,136 @@
+"""The process that fills a mount's cache: it ends with its daemon, and the daemon goes on without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounts import Mounted, Stage, kill_daemon, wait_until
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
+
+pytestmark = pytest.mark.system
+
+PAGES = 4096
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> BuiltSnapshot:
+    return make_snapshot(tmp_path / "snapshot", PAGES)
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent it is."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it ended
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(name))
+    return found
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.fixture
+def slow(mounts: Stage, snapshot: BuiltSnapshot) -> Iterator[str]:
+    """The address of a server behind a link that takes a minute for the snapshot."""
+    server = mounts.serve(snapshot.folder)
+    words = ["--target", server.address, "--rate", "250000", "--round-trip", "0"]
+    relay = subprocess.Popen(
+        [sys.executable, "-m", "bench.relay", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert relay.stdout is not None
+        yield f"127.0.0.1:{json.loads(relay.stdout.readline())['listening']}"
+    finally:
+        relay.terminate()
+        relay.communicate()
+
+
+def filler_of(mounted: Mounted) -> int:
+    wait_until(lambda: len(children(mounted.pid)) == 1, "the filling process")
+    return children(mounted.pid)[0]
+
+
+def test_it_brings_everything_and_is_gone(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mounted = mounts.mount(mounts.serve(snapshot.folder).address)
+    wait_until(lambda: mounted.status()["pages_held"] == PAGES, "all pages")
+    pid = mounted.status()["pid"]
+    wait_until(lambda: not children(pid), "the filling process to be waited for")
+    status = mounted.status()
+    assert 0 < status["pages_prefetched"] <= PAGES
+    assert (status["demand_faults"], status["pages_in_flight"]) == (0, 0)
+    assert status["wire_received_bytes"] > PAGES * 1000, "the fill's bytes are the mount's"
+    assert mounted.ram_path.read_bytes() == snapshot.ram
+
+
+def test_the_daemon_goes_on_when_it_is_killed(mounts: Stage, snapshot: BuiltSnapshot, slow: str) -> None:
+    mounted = mounts.mount(slow)
+    os.kill(filler_of(mounted), signal.SIGKILL)
+    wait_until(lambda: "going on without it" in mounted.log.read_text(), "the daemon to notice")
+    held = mounted.status()["pages_held"]
+    wait_until(lambda: mounted.status()["pages_held"] > held + 200, "the daemon's own sweep")
+    descriptor = os.open(mounted.ram_path, os.O_RDONLY)
+    try:
+        assert os.pread(descriptor, 4096, 4095 * 4096) == snapshot.page(4095), "and a demand goes before it"
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_it_ends_with_its_daemon(mounts: Stage, slow: str, kill: bool) -> None:
+    mounted = mounts.mount(slow)
+    filler = filler_of(mounted)
+    if kill:
+        kill_daemon(mounted)
+    else:
+        mounted.unmount()
+    wait_until(lambda: gone(filler), "the filling process to end")
+
+
+def test_it_gives_way_and_hears_no_ctrl_c(mounts: Stage, slow: str) -> None:
+    mounted = mounts.mount(slow)
+    filler = filler_of(mounted)
+    wait_until(lambda: os.getpriority(os.PRIO_PROCESS, filler) >= 10, "its niceness")
+    for number in (signal.SIGINT, signal.SIGHUP):
+        os.kill(filler, number)
+    held = mounted.status()["pages_held"]
+    wait_until(lambda: mounted.status()["pages_held"] > held, "it to go on")
+    assert not gone(filler)
+
+
+def test_pages_that_the_guest_wrote_are_not_asked_for(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """The filling process sees the run's written pages."""
+    first = mounts.mount(
+        mounts.serve(snapshot.folder).address, "--prefetch", "none", "--state", mounts.folder / "state"
+    )
+    with first.ram_path.open("r+b") as file:
+        file.write(bytes(range(1, 251)) * (PAGES * 4096 // 250))
+        file.flush()
+        os.fsync(file.fileno())
+    written = first.status()["pages_written"]
+    first.unmount()
+    second = mounts.mount(mounts.serve(snapshot.folder).address, "--state", mounts.folder / "state", name="second")
+    wait_until(lambda: not children(second.pid), "the filling process to find little to do")
+    status = second.status()
+    assert written >= PAGES - 1
+    assert status["pages_prefetched"] <= PAGES - written
+
+
+def test_none_is_started_where_nothing_is_to_be_filled(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mounted = mounts.mount(mounts.serve(snapshot.folder).address, "--prefetch", "none")
+    assert not children(mounted.pid)
