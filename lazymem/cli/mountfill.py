@@ -9,7 +9,6 @@ from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
 from lazymem.cli.groups import cause_of
 from lazymem.errors import IdentityError, StoreError
 from lazymem.fetch.client import Client, connect
-from lazymem.fetch.crowding import Crowding
 from lazymem.fetch.fill import Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager, prepager
@@ -22,9 +21,6 @@ from lazymem.store.pristine import PristinePages
 
 REPORT_SECONDS = 0.1
 LOOK_SECONDS = 0.01
-URGENT_PAGES = 8192
-"""32 MiB of a recorded working set, first touched first: a resume waits for these even on a crowded host."""
-
 STUCK_SECONDS = 2.0
 """Nothing asked for, nothing held: a sweep ended and left pages that the server refuses, or that fail verification."""
 
@@ -72,13 +68,7 @@ async def _fill(
             sweep=order.everything,
             maybe_leaf_missing=pristine.missing_leaves,
         )
-        crowding = Crowding()
-
-        def pause_seconds() -> float:
-            is_urgent = guesses.set_is_coming and work.brought_pages < URGENT_PAGES
-            return 0.0 if is_urgent else crowding.pause_seconds()
-
-        work = Fill(client, pristine, origin.pages, guesses, last_demand, pause_seconds)
+        work = Fill(client, pristine, origin.pages, guesses, last_demand)
         pristine.wire_bytes_per_second = lambda: work.bytes_per_second
         nursery.start_soon(work.run)
         nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)

@@ -10,7 +10,7 @@ import logging
 import math
 import mmap
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import trio
@@ -39,16 +39,9 @@ class Fill:
     """Fetches what `guesses` names from `source` into `sink`. All methods belong to trio's thread."""
 
     def __init__(
-        self,
-        source: FetchStarter,
-        sink: Sink,
-        pages: int,
-        guesses: Prefetcher,
-        last_demand: LastDemand,
-        pause_seconds: Callable[[], float] = lambda: 0.0,
+        self, source: FetchStarter, sink: Sink, pages: int, guesses: Prefetcher, last_demand: LastDemand
     ) -> None:
-        """`pages`: of the whole RAM. `pause_seconds`: how long to leave the processors to others now."""
-        self._pause_seconds = pause_seconds
+        """`pages`: of the whole RAM."""
         self._source = source
         self._sink = sink
         self._guesses = guesses
@@ -100,8 +93,6 @@ class Fill:
             piece = self._window.piece_pages
             if self._window.pages - self.in_flight_pages < piece:
                 return
-            if pause := self._pause_seconds():
-                await trio.sleep(pause)
             ranges = self._gather(piece)
             if ranges:
                 self._send(ranges)
