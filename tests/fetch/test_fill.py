@@ -111,8 +111,9 @@ async def test_a_recorded_set_alone(snapshot: BuiltSnapshot, tmp_path: Path, nur
     serving = await started(nursery, snapshot.folder)
     async with filling(snapshot, serving.addresses[0], tmp_path / "cache", recorded, sweep=False) as fill:
         await until(lambda: not any(list(fill.pristine.missing_runs(pages)) for pages in recorded))
-        held = {page for page in range(PAGES) if fill.pristine.states(PageRange(page, 1)) == b"\1"}
-        assert held <= {page for pages in recorded for page in range(pages.start, pages.end)}
+        wanted = {snapshot.page(page) for pages in recorded for page in range(pages.start, pages.end)}
+        held = [page for page in range(PAGES) if fill.pristine.states(PageRange(page, 1)) == b"\1"]
+        assert all(snapshot.page(page) in wanted for page in held), "only these, and copies of them"
     nursery.cancel_scope.cancel()
 
 
