@@ -32,7 +32,7 @@ from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
 from lazymem.fs.pagecache import PageCache
 from lazymem.fs.readahead import ReadAheads
 from lazymem.fs.session import MountOptions
-from lazymem.fs.tree import MANIFEST_INODE, Tree
+from lazymem.fs.tree import DIGESTS_INODE, MANIFEST_INODE, WRITTEN_INODE, Tree
 from lazymem.fs.writeback import WritebackPace
 from lazymem.settings import MountSettings, Prefetch
 from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
@@ -244,6 +244,8 @@ async def _mount_and_serve(
         vmstate_bytes=_vmstate_bytes(client.welcome, manifest),
         has_writes=lambda: ram.written_pages > 0,
         others=options.allow_other,
+        digests_bytes=ram.run_files.tree_bytes,
+        written_bytes=ram.run_files.written_bytes,
     )
     files = _SmallFiles(client, manifest)
     xattrs: dict[bytes, Callable[[], bytes]] = {
@@ -257,7 +259,13 @@ async def _mount_and_serve(
             channel = Channel(descriptor, tree, ram, scheduler, watch.maybe_on_read, watch.maybe_on_write)
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)
             operations = Operations(
-                tree, ram, files.read, xattrs, mounted_ns=time.time_ns(), on_release=lifetime.released
+                tree,
+                ram,
+                files.read,
+                xattrs,
+                mounted_ns=time.time_ns(),
+                on_release=lifetime.released,
+                parts={DIGESTS_INODE: ram.run_files.read_tree, WRITTEN_INODE: ram.run_files.read_written},
             )
             session.attach(operations, channel.take_library_end())
             notices = manifest.resume_notices if manifest else ()

@@ -18,6 +18,8 @@ from lazymem.vm.taking import Options, Result, take_snapshot
 _EPILOG = """examples:
   lazymem snapshot /run/vm/qmp.sock /srv/snapshots/web            save the guest; the emulator ends
   lazymem snapshot /run/vm/qmp.sock /srv/snapshots/web --resume   save it and let it run on
+  lazymem snapshot /run/vm/qmp.sock /srv/snapshots/web-2 --resume --delta
+                                      it runs from a mount of .../web: keep what it wrote, to be served with that
 """
 
 
@@ -60,9 +62,14 @@ def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
         action="store_true",
         help="the guest's writable disks are saved by you, at the same moment; each resume will say so",
     )
+    parser.add_argument(
+        "--delta",
+        action="store_true",
+        help="of a guest on a mount: keep only what it wrote; lazymem-serve then needs the mounted snapshot, too",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     found = parser.parse_args(arguments)
-    return Options(found.monitor, found.target, found.resume, found.disks_handled), found.json
+    return Options(found.monitor, found.target, found.resume, found.disks_handled, found.delta), found.json
 
 
 def describe(result: Result) -> str:
@@ -72,6 +79,8 @@ def describe(result: Result) -> str:
         f"RAM         {_mib(result.ram_bytes)}, {_mib(result.ram_stored_bytes)} stored ({result.ram_way})",
         f"vmstate     {_mib(result.vmstate_bytes)}",
     ]
+    if result.parent is not None:
+        lines.append(f"parent      {result.parent[:16]}..., whose folder lazymem-serve needs, too")
     if result.pause_seconds is not None:
         lines.append(f"guest stood {result.pause_seconds * 1000:.0f} ms and runs on")
     elif result.resumed:

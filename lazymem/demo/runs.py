@@ -24,7 +24,8 @@ from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot.manifest import RAM_BLOCK
 from lazymem.vm.guests import build_guest
 from lazymem.vm.qmpclient import QmpClient
-from lazymem.vm.taking import Options, Reporter, Result, take_snapshot
+from lazymem.vm.ramways import Reporter
+from lazymem.vm.taking import Options, Result, take_snapshot
 
 _LOOK_SECONDS = 0.2
 """Between two looks at how far a guest is, for the progress bar."""

@@ -10,7 +10,7 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
@@ -36,6 +36,9 @@ class RamFile(Protocol):
 SmallFile = Callable[[int], Awaitable[bytes]]
 """Whole content of the manifest or the vmstate, by inode number."""
 
+Part = Callable[[int, int], Awaitable[bytes]]
+"""So many bytes from an offset on, which lie inside the file."""
+
 
 def _guarded(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
     """Turn our errors into an errno, and a bug into EIO for one request instead of the end of the mount."""
@@ -55,7 +58,10 @@ def _guarded(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Corout
 
 
 class Operations(pyfuse3.Operations):
-    """One snapshot's tree. `on_release` is called when a descriptor of the RAM file has gone."""
+    """One snapshot's tree. `on_release` is called when a descriptor of the RAM file has gone.
+
+    `parts`: by inode number, files that are read in parts and not whole.
+    """
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -69,6 +75,7 @@ class Operations(pyfuse3.Operations):
         *,
         mounted_ns: int,
         on_release: Callable[[], None] = lambda: None,
+        parts: Mapping[int, Part] | None = None,
     ) -> None:
         super().__init__()
         self._tree = tree
@@ -77,6 +84,7 @@ class Operations(pyfuse3.Operations):
         self._xattrs = xattrs
         self._mounted_ns = mounted_ns
         self._on_release = on_release
+        self._parts = parts or {}
         self._uid, self._gid = os.getuid(), os.getgid()
 
     # -- names and attributes
@@ -184,12 +192,16 @@ class Operations(pyfuse3.Operations):
         writes = flags & os.O_ACCMODE != os.O_RDONLY
         if writes and not node.mode & 0o222:
             raise pyfuse3.FUSEError(errno.EROFS)
-        # fh is the inode, so that a handle outlives this daemon; keep_cache, or each open would drop resident RAM.
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+        # fh is the inode, so that a handle outlives this daemon; keep_cache, or each open would drop resident RAM. What
+        # is read in parts is read as it is now, and no more than was asked for: nothing of it is kept, or read ahead.
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True, direct_io=inode in self._parts)
 
     @_guarded
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
         assert fh != RAM_INODE, "the channel's"
+        if fh in self._parts:
+            size = min(size, self._node(fh).size - off)
+            return await self._parts[fh](off, size) if size > 0 else b""
         content = await self._small_file(fh)
         return content[off : off + size]
 

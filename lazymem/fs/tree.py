@@ -16,6 +16,10 @@ RAM_INODE = 2
 RAM_NAME = "pc.ram"
 MANIFEST_INODE = 3
 VMSTATE_INODE = 4
+DIGESTS_INODE = 5
+DIGESTS_NAME = ".pc.ram.digests"
+WRITTEN_INODE = 6
+WRITTEN_NAME = ".pc.ram.written"
 
 FOREVER_SECONDS = 86400.0 * 365
 """How long the kernel may believe a name or an attribute: both never change."""
@@ -38,6 +42,9 @@ class Node(Struct, frozen=True):
 class Tree:
     """The root with `pc.ram` (read-write), and read-only `manifest.json` and `vmstate` where the snapshot has them.
 
+    Two more are there for who asks by name, and in no listing, since they are of no use beside a copy of the others:
+    the snapshot's digest tree (`digests_bytes`, if not 0), and which pages this run wrote (`written_bytes`, one each).
+
     `has_writes` is asked at each look-up: a run that has written no longer offers `vmstate`, which belongs to the RAM
     as it was (rule 6).
     """
@@ -51,6 +58,8 @@ class Tree:
         has_writes: Callable[[], bool],
         others: bool = False,
         writable: bool = True,
+        digests_bytes: int = 0,
+        written_bytes: int = 0,
     ) -> None:
         self._has_writes = has_writes
         read, write = (0o444, 0o222) if others else (0o400, 0o200)
@@ -62,7 +71,11 @@ class Tree:
         if vmstate_bytes:
             files.append(Node(VMSTATE_INODE, b"vmstate", stat.S_IFREG | read, vmstate_bytes, fleeting=True))
         self._files = tuple(files)
-        self._by_inode = {node.inode: node for node in (self.root, *files)}
+        told = ((DIGESTS_INODE, DIGESTS_NAME, digests_bytes), (WRITTEN_INODE, WRITTEN_NAME, written_bytes))
+        self._unlisted = tuple(
+            Node(inode, name.encode(), stat.S_IFREG | read, size) for inode, name, size in told if size
+        )
+        self._by_inode = {node.inode: node for node in (self.root, *files, *self._unlisted)}
 
     def children(self) -> tuple[Node, ...]:
         """The root's files, as offered now."""
@@ -74,7 +87,7 @@ class Tree:
         """The file of that name in folder `parent`, if it is offered now."""
         if parent != ROOT_INODE:
             return None
-        return next((node for node in self.children() if node.name == name), None)
+        return next((node for node in (*self.children(), *self._unlisted) if node.name == name), None)
 
     def maybe_node(self, inode: int) -> Node | None:
         """The node with that number, offered or not: an open file stays readable."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from blake3 import blake3
 from msgspec import Struct, field, to_builtins
+from msgspec.structs import replace
 
 from lazymem.digests import ROOT_BYTES
 from lazymem.errors import SnapshotError
@@ -17,10 +18,13 @@ from lazymem.pages import PAGE_SIZE
 
 FORMAT = "lazymem-snapshot"
 VERSION = 1
+DELTA_VERSION = 2
+"""Of a manifest that names a parent, so that a lazymem that knows nothing of such ones refuses it."""
 MANIFEST_NAME = "manifest.json"
 RAM_BLOCK = "pc.ram"
 RAM_NAME = "pc.ram"
 DIGESTS_NAME = "pc.ram.digests"
+DELTA_NAME = "pc.ram.delta"
 VMSTATE_NAME = "vmstate"
 
 MAX_MANIFEST_BYTES = 256 * 1024
@@ -28,6 +32,8 @@ MAX_MANIFEST_BYTES = 256 * 1024
 
 MAX_RAM_BYTES = 1 << 46
 """64 TiB: beyond any x86 guest, and small enough that page counts fit their fields."""
+
+IDENTITY_BYTES = 32
 
 _MAX_PAUSE_SECONDS = 1e9
 """30 years; a number beyond it is nonsense, and may not even fit a float."""
@@ -60,8 +66,17 @@ class VmState(Struct, frozen=True):
     digest: str
 
 
+class Parent(Struct, frozen=True):
+    """The snapshot that a delta is to be laid over. `identity`: `Manifest.identity` of it (32 bytes, hex)."""
+
+    identity: str
+
+
 class Manifest(Struct, frozen=True):
-    """A whole manifest. `ram_id` is random (16 bytes, hex); `ram_root` the digest tree's root (32 bytes, hex)."""
+    """A whole manifest. `ram_id` is random (16 bytes, hex); `ram_root` the digest tree's root (32 bytes, hex).
+
+    `parent`: only some of the pages are here, the others are that snapshot's. `ram_root` is over all of them.
+    """
 
     emulator: Emulator
     blocks: tuple[Block, ...]
@@ -73,6 +88,7 @@ class Manifest(Struct, frozen=True):
     """True: the guest had writable disks that the snapshot does not cover, and its maker said that he sees to them."""
     pause_seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    parent: Parent | None = None
 
     @property
     def ram(self) -> Block:
@@ -90,8 +106,15 @@ class Manifest(Struct, frozen=True):
 
     def to_json(self) -> bytes:
         """The text of manifest.json."""
-        document = {"format": FORMAT, "version": VERSION, **to_builtins(self)}
+        document = {"format": FORMAT, "version": DELTA_VERSION if self.parent else VERSION, **to_builtins(self)}
+        if self.parent is None:
+            del document["parent"]
         return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
+
+    def without_parent(self) -> Manifest:
+        """Of the same snapshot with all of its pages in one file: what a delta looks like once it is served."""
+        blocks = tuple(replace(block, file=RAM_NAME) if block.name == RAM_BLOCK else block for block in self.blocks)
+        return replace(self, blocks=blocks, parent=None)
 
     @property
     def identity(self) -> bytes:
@@ -120,9 +143,10 @@ def parse(text: bytes) -> Manifest:
         raise SnapshotError(f"manifest.json is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise SnapshotError(f'manifest.json is not a snapshot\'s: its "format" is not "{FORMAT}"')
-    if document.get("version") != VERSION:
+    if document.get("version") not in (VERSION, DELTA_VERSION):
         raise SnapshotError(
-            f"manifest.json has version {document.get('version')!r}, this lazymem reads {VERSION}: use a newer one"
+            f"manifest.json has version {document.get('version')!r}, this lazymem reads {VERSION} and {DELTA_VERSION}: "
+            "use a newer one"
         )
     try:
         return _build(document)
@@ -162,7 +186,14 @@ def _build(document: dict[str, Any]) -> Manifest:
         disks_handled=document.get("disks_handled", False) is True,
         pause_seconds=float(pause) if isinstance(pause, int | float) and 0 <= pause < _MAX_PAUSE_SECONDS else None,
         extra=_mapping(document.get("extra", {})),
+        parent=_maybe_parent(document),
     )
+
+
+def _maybe_parent(document: dict[str, Any]) -> Parent | None:
+    if document["version"] == VERSION:
+        return None
+    return Parent(_hex(document["parent"]["identity"], IDENTITY_BYTES, "the parent's identity"))
 
 
 def _block(entry: dict[str, Any]) -> Block:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
-import stat
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,9 +22,11 @@ from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShap
 from lazymem.errors import SnapshotError, VerificationError
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE, PageRange, PageRun
 from lazymem.snapshot import manifest as manifests
-from lazymem.snapshot.manifest import MAX_MANIFEST_BYTES, MAX_RAM_BYTES, Manifest
-from lazymem.snapshot.publishedfile import PublishedFile
-from lazymem.snapshot.vouching import FirstReadVouching, TreeVouching, zero_digests
+from lazymem.snapshot.chain import open_layers, open_ram
+from lazymem.snapshot.layers import RamFile
+from lazymem.snapshot.manifest import Manifest
+from lazymem.snapshot.opening import check_folder, manifest_bytes, maybe_open_regular
+from lazymem.snapshot.vouching import FirstReadVouching, TreeVouching, Vouching, zero_digests
 from lazymem.snapshot.workingset import WORKING_SET_NAME
 
 _LEAF_SHIFT = LEAF_PAGES.bit_length() - 1
@@ -48,7 +49,7 @@ class SmallFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = _open_regular(path, missing_is_fine=True)
+        self._fd = maybe_open_regular(path)
         self._published = self._signature()
         self.size_bytes = self._published[0]
 
@@ -87,21 +88,34 @@ class SmallFile:
 class SnapshotReader:
     """Made by `open_snapshot`. Any thread may call any method."""
 
-    def __init__(self, folder: Path, ram: PublishedFile, manifest_bytes: bytes, manifest: Manifest | None) -> None:
-        """Takes `ram` over, also when it fails."""
+    def __init__(
+        self,
+        folder: Path,
+        ram: RamFile,
+        maybe_tree: TreeVouching | None,
+        manifest_bytes: bytes,
+        manifest: Manifest | None,
+    ) -> None:
+        """Takes `ram` and `maybe_tree` (of a hashed snapshot) over, also when it fails."""
         self.folder = folder
         self.manifest = manifest
         self.manifest_bytes = manifest_bytes
         self._ram = ram
         with ExitStack() as files:
             files.callback(ram.close)
+            if maybe_tree is not None:
+                files.callback(maybe_tree.close)
             self._signature = ram.signature()
             self._settled = False
             self.ram_bytes = self._signature[2]
             self.shape = TreeShape(self.ram_bytes)
-            self._vouching = self._open_vouching()
-            self._tree = self._vouching if isinstance(self._vouching, TreeVouching) else None
-            files.callback(self._vouching.close)
+            self._tree = maybe_tree
+            self._vouching: Vouching
+            if maybe_tree is not None:
+                self._vouching = maybe_tree
+            else:
+                self._vouching = FirstReadVouching(self.total_pages, self.unchanged)
+                files.callback(self._vouching.close)
             self.vmstate = SmallFile(folder / _vmstate_name(manifest))
             files.callback(self.vmstate.close)
             self.working_set = SmallFile(folder / WORKING_SET_NAME)
@@ -109,12 +123,6 @@ class SnapshotReader:
             self._check_vmstate()
             self._files = files.pop_all()
         self.identity = self._make_identity()
-
-    def _open_vouching(self) -> TreeVouching | FirstReadVouching:
-        if self.manifest is None:
-            return FirstReadVouching(self.total_pages, self.unchanged)
-        root = bytes.fromhex(self.manifest.ram_root)
-        return TreeVouching(self.folder / manifests.DIGESTS_NAME, self.shape, root)
 
     def _make_identity(self) -> bytes:
         """An unhashed RAM file is like no other: not even the same file served by another process is known equal."""
@@ -305,27 +313,26 @@ class SnapshotReader:
         self.close()
 
 
-def open_snapshot(path: str | os.PathLike[str]) -> SnapshotReader:
+def open_snapshot(path: str | os.PathLike[str], parents: Sequence[Path] = ()) -> SnapshotReader:
     """Open the snapshot folder `path`: with a manifest, or just `pc.ram` (and perhaps `vmstate`).
+
+    A delta is opened as the whole snapshot that it makes of its parent, which is looked for among the folders
+    `parents` and then beside it; `manifest_bytes` are the whole one's.
 
     Raises:
         SnapshotError: not a snapshot, or its parts do not fit together; one line that says which.
     """
     folder = Path(path)
-    if not os.path.isdir(folder):  # not Path's: that raises for a name that is too long
-        raise SnapshotError(f"{folder} is not a folder" if os.path.exists(folder) else f"{folder} does not exist")
-    manifest_bytes = _manifest_bytes(folder / manifests.MANIFEST_NAME)
-    manifest = manifests.parse(manifest_bytes) if manifest_bytes else None
-    ram_path = folder / (manifest.ram.file if manifest else manifests.RAM_NAME)
-    fd = _open_regular(ram_path, missing_is_fine=False)
-    assert fd is not None
-    ram = PublishedFile(fd)
-    try:
-        _check_ram_size(ram_path, os.fstat(fd).st_size, manifest)
-    except SnapshotError:
-        ram.close()
-        raise
-    return SnapshotReader(folder, ram, manifest_bytes, manifest)
+    check_folder(folder)
+    text = manifest_bytes(folder)
+    if not text:
+        return SnapshotReader(folder, open_ram(folder / manifests.RAM_NAME), None, text, None)
+    manifest = manifests.parse(text)
+    ram, tree = open_layers(folder, manifest, parents)
+    if manifest.parent is not None:
+        manifest = manifest.without_parent()
+        text = manifest.to_json()
+    return SnapshotReader(folder, ram, tree, text, manifest)
 
 
 def _borders(digests: bytes) -> list[int]:
@@ -344,39 +351,5 @@ def _borders(digests: bytes) -> list[int]:
     return found
 
 
-def _check_ram_size(path: Path, size: int, manifest: Manifest | None) -> None:
-    if manifest and size != manifest.ram.size:
-        raise SnapshotError(f"{path} has {size} bytes, its manifest says {manifest.ram.size}")
-    if not 0 < size <= MAX_RAM_BYTES or size % PAGE_SIZE:
-        raise SnapshotError(f"{path} has {size} bytes, which is not a multiple of {PAGE_SIZE} above 0")
-
-
 def _vmstate_name(manifest: Manifest | None) -> str:
     return manifest.vmstate.file if manifest and manifest.vmstate else manifests.VMSTATE_NAME
-
-
-def _manifest_bytes(path: Path) -> bytes:
-    """manifest.json's bytes, empty if there is none; one byte more than allowed at most, for `parse` to refuse."""
-    fd = _open_regular(path, missing_is_fine=True)
-    if fd is None:
-        return b""
-    with os.fdopen(fd, "rb") as file:
-        text = file.read(MAX_MANIFEST_BYTES + 1)
-    if not text:
-        raise SnapshotError(f"{path} is empty")
-    return text
-
-
-def _open_regular(path: Path, *, missing_is_fine: bool) -> int | None:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not hang the open
-    except FileNotFoundError as error:
-        if missing_is_fine:
-            return None
-        raise SnapshotError(f"{path.parent} is not a snapshot: it has no {path.name}") from error
-    except OSError as error:
-        raise SnapshotError(f"cannot open {path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise SnapshotError(f"{path} is not a regular file")
-    return fd

@@ -18,7 +18,7 @@ from typing import Protocol
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, leaf_matches, root_digest
 from lazymem.errors import SnapshotError, VerificationError
 from lazymem.pages import PageRange
-from lazymem.snapshot.publishedfile import PublishedFile
+from lazymem.snapshot.layers import DigestsFile
 
 MAX_CACHED_LEAVES = 4096
 """16 MiB of digests, for 4 GiB of RAM around which clients move; a leaf that fell out costs one read of 4 KiB."""
@@ -52,19 +52,17 @@ class Vouching(Protocol):
 class TreeVouching:
     """A hashed snapshot: the page digests stand in `pc.ram.digests` and hang together up to the manifest's root."""
 
-    def __init__(self, path: Path, shape: TreeShape, root: bytes) -> None:
-        """Reads and checks the upper level only (1 MiB for 64 GiB of RAM).
+    def __init__(self, file: DigestsFile, path: Path, shape: TreeShape, root: bytes) -> None:
+        """Takes `file` over, also when it fails; `path` names it in errors. Reads and checks the upper level only
+        (1 MiB for 64 GiB of RAM).
 
         Raises:
-            SnapshotError: no such file, wrong size, or not the tree of the manifest.
+            SnapshotError: wrong size, or not the tree of the manifest.
         """
         self._shape = shape
         self._leaves: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
-        try:
-            self._file = PublishedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            raise SnapshotError(f"cannot open {path}, which manifest.json speaks of: {error.strerror}") from error
+        self._file = file
         try:
             self.upper = self._checked_upper(path, root)
         except BaseException:
@@ -72,12 +70,9 @@ class TreeVouching:
             raise
 
     def _checked_upper(self, path: Path, root: bytes) -> bytes:
-        size = self._file.signature()[2]
-        if size != self._shape.file_bytes:
-            raise SnapshotError(f"{path} has {size} bytes, a RAM of this size has {self._shape.file_bytes} of digests")
         try:
-            upper = bytes(self._file.read(self._shape.upper_offset, self._shape.upper_bytes))
-        except (OSError, VerificationError) as error:
+            upper = self._file.upper()
+        except (OSError, SnapshotError, VerificationError) as error:
             raise SnapshotError(f"cannot read {path}: {error}") from error
         if root_digest(self._shape.size_bytes, upper) != root:
             raise SnapshotError(f"{path} is not the digest tree that manifest.json names")
@@ -106,22 +101,17 @@ class TreeVouching:
         found = self._leaves.get(leaf)
         if found is not None:
             return found
-        return self._keep(leaf, self._file.read(*self._place(leaf)))
+        return self._keep(leaf, self._file.leaf(leaf))
 
     def _load_nowait(self, leaf: int) -> bool:
         """Have the leaf in memory if that needs no disk; whether it is there."""
-        data = self._file.read_nowait(*self._place(leaf))
+        data = self._file.maybe_leaf_nowait(leaf)
         if data is None:
             return False
         self._keep(leaf, data)
         return True
 
-    def _place(self, leaf: int) -> tuple[int, int]:
-        """Offset and length of a leaf's page digests in the file."""
-        return leaf * LEAF_PAGES * DIGEST_BYTES, self._shape.leaf_pages(leaf) * DIGEST_BYTES
-
-    def _keep(self, leaf: int, data: bytearray) -> bytes:
-        found = bytes(data)
+    def _keep(self, leaf: int, found: bytes) -> bytes:
         if not leaf_matches(self.upper, leaf, found):
             raise VerificationError(f"leaf {leaf} of the digest tree was changed while the snapshot is served")
         with self._lock:

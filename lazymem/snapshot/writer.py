@@ -1,11 +1,14 @@
 """Writes a snapshot folder: whole or absent.
 
 Everything goes into a sibling folder with a name of its own; its files and the folder are synced and only then renamed
-to the name that was asked for. A crash leaves at most that sibling, which no reader takes for a snapshot of that name.
+to the name that was asked for. A crash leaves at most that sibling, which no reader takes for a snapshot of that name,
+and which the next one for the same name removes: it is locked for as long as somebody writes it.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -34,14 +37,23 @@ class PendingSnapshot:
     def __init__(self, target: Path) -> None:
         self._target = Path(os.path.abspath(target))
         refuse_existing(self._target)
-        self.folder = self._target.parent / f".{self._target.name}.partial-{secrets.token_hex(4)}"
+        self._token = secrets.token_hex(4)
+        self.folder = self._sibling("partial")
+        self._lock_fd = -1
         self._kept = False
 
     def __enter__(self) -> PendingSnapshot:
+        draft = self._sibling("new")
         try:
-            self.folder.mkdir()
+            draft.mkdir()
+            self._lock_fd = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            os.rename(draft, self.folder)  # only now, since what is called so and not locked is anybody's to remove
         except OSError as error:
+            self._let_go()
+            shutil.rmtree(draft, ignore_errors=True)
             raise SnapshotError(f"cannot write into {self.folder.parent}: {error.strerror}") from error
+        _remove_abandoned(self._target, self.folder)
         return self
 
     def __exit__(
@@ -49,6 +61,15 @@ class PendingSnapshot:
     ) -> None:
         if not self._kept:
             shutil.rmtree(self.folder, ignore_errors=True)
+        self._let_go()
+
+    def _sibling(self, state: str) -> Path:
+        return self._target.parent / f".{self._target.name}.{state}-{self._token}"
+
+    def _let_go(self) -> None:
+        if self._lock_fd >= 0:
+            fd, self._lock_fd = self._lock_fd, -1
+            os.close(fd)
 
     @property
     def ram(self) -> Path:
@@ -80,6 +101,9 @@ class PendingSnapshot:
     def keep(self) -> None:
         """From here on the folder stays, come what may: it is about to hold a guest's only copy."""
         self._kept = True
+        kept = self._sibling("kept")
+        os.rename(self.folder, kept)
+        self.folder = kept
 
     def publish(self) -> None:
         """Gives the sealed folder its name.
@@ -95,6 +119,24 @@ class PendingSnapshot:
             raise SnapshotError(f"cannot give the snapshot its name {self._target}: {error.strerror}") from error
         self._kept = True
         sync(self._target.parent)
+
+
+def _remove_abandoned(target: Path, own: Path) -> None:
+    """Half snapshots for this name, of processes that were killed; not our own."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.partial-????????"):
+        if path == own:
+            continue
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:  # no folder, or somebody was faster
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:  # somebody writes it
+            continue
+        finally:
+            os.close(fd)
 
 
 def refuse_existing(target: Path) -> None:

@@ -26,6 +26,7 @@ from lazymem.store.pagemap import SET, UNSET
 from lazymem.store.pristine import PristinePages
 from lazymem.store.rangelocks import RangeLocks
 from lazymem.store.readplan import Place, plan
+from lazymem.store.runfiles import RunFiles
 from lazymem.store.source import PageDemand
 from lazymem.store.statefolder import StateFolder
 from lazymem.store.stats import StoreStatistics
@@ -59,6 +60,7 @@ class GuestRam:
         self._pristine = pristine
         self._state = state
         self._demand = demand
+        self.run_files = RunFiles(pristine, state.written if state is not None else None, demand)
         self._locks = RangeLocks()
         self._readings: set[_Reading] = set()
         self._reads = self._reads_at_hand = self._demanded_pages = 0

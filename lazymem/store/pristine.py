@@ -21,7 +21,7 @@ from operator import gt
 
 import trio
 
-from lazymem.digests import DIGEST_BYTES, ZERO_PAGE_DIGEST
+from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape
 from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
@@ -85,6 +85,8 @@ class PristinePages:
             if cache.digests.maybe_upper(origin.root) is None:
                 cache.digests.store_upper(upper)
             self._mark_zeros(self._verifier.zero_leaves())
+        self.maybe_upper = None if origin.root is None else bytes(upper)
+        """The digest tree's upper level, verified; None for an unhashed snapshot."""
         self.wire_bytes_per_second: Callable[[], float] = lambda: 0.0
         """What guesses come by: where that is slow, equal pages are copied from each other. For the owner to set."""
         self._dropped_pages = 0
@@ -115,6 +117,15 @@ class PristinePages:
     def dropped_pages(self) -> int:
         """Cached pages that did not have their digest when they were read back."""
         return self._dropped_pages
+
+    @property
+    def shape(self) -> TreeShape:
+        return self._origin.shape
+
+    def maybe_leaf(self, leaf: int) -> bytes | None:
+        """The page digests of a leaf, verified, if they are here. Hashed snapshots only."""
+        pages = PageRange(leaf * LEAF_PAGES, self.shape.leaf_pages(leaf))
+        return None if self._verifier.missing_leaves(pages) else self._verifier.digests_of(pages)
 
     def states(self, pages: PageRange) -> bytes:
         """One byte a page: what the cache's map says."""

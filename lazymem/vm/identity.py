@@ -146,6 +146,8 @@ def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[
         return
     if run is not None and run.identity != manifest.identity.hex():
         raise IdentityError(f"{ram} is RAM of another snapshot than the manifest beside it")
+    if manifest.parent is not None:
+        raise IdentityError(f"{ram} is a delta's, which is not all of the RAM: run guests from a lazymem-mount of it")
     _check_stream(manifest, stream)
     entry = next(entry for entry in manifest.blocks if entry.name == block)
     if run is None and _changed_since(ram):

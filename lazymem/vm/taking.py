@@ -10,37 +10,25 @@ from __future__ import annotations
 import os
 import select
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from msgspec import Struct
 
 from lazymem.errors import LazymemError, MonitorError, RamFileError, SnapshotError
-from lazymem.snapshot.manifest import MANIFEST_NAME, RAM_BLOCK, RAM_NAME, Block, Emulator, Manifest
-from lazymem.snapshot.ramcopy import Copied, copy_ram, reflink
-from lazymem.snapshot.writer import PendingSnapshot, create_like, new_ram_id, vmstate_record, write_digests
+from lazymem.snapshot.deltaindex import INDEX_NAME, encode
+from lazymem.snapshot.manifest import MANIFEST_NAME, Emulator, Manifest
+from lazymem.snapshot.writer import PendingSnapshot, new_ram_id, vmstate_record
 from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
-from lazymem.vm.identity import RUN_ATTRIBUTE
+from lazymem.vm.identity import MountRun, maybe_mount_run
+from lazymem.vm.mountram import MountRam
 from lazymem.vm.qmpclient import CommandError, QmpClient
+from lazymem.vm.ramways import FileCopy, Made, MountCopy, MountDelta, RamWay, Reporter, hashed
 from lazymem.vm.savestate import SaveRefusedError, abandon, let_go_on, ram_left_out, save_device_state
 
 _EXIT_SECONDS = 60.0
-_PREREAD_BYTES = 4 << 20
-
-
-class Reporter(Protocol):
-    """Whoever wants to know how far it is: one phase after the other, each with a number of bytes or without."""
-
-    def phase(self, text: str, total_bytes: int | None = None) -> None:
-        """A new phase begins; the one before is over."""
-        ...
-
-    def advance(self, count_bytes: int) -> None:
-        """So many bytes of the phase are done."""
-        ...
 
 
 class Options(Struct, frozen=True):
@@ -50,10 +38,11 @@ class Options(Struct, frozen=True):
     target: Path
     resume: bool = False
     disks_handled: bool = False
+    delta: bool = False
 
 
 class Result(Struct, frozen=True):
-    """What was made. `ram_way`: reflink, copy or move.
+    """What was made. `ram_way`: reflink, copy, move or delta. `parent`: a delta's, its identity (hex).
 
     `pause_seconds`: how long the guest stood; None unless it ran before and runs on.
     """
@@ -67,12 +56,14 @@ class Result(Struct, frozen=True):
     total_seconds: float
     resumed: bool
     uncovered_disks: tuple[str, ...]
+    parent: str | None = None
 
 
 class _Guest(Struct, frozen=True):
     """The guest before it is touched."""
 
     ram: RamBacking
+    mount: MountRun | None
     was_running: bool
     made_by: Emulator
     disks: tuple[str, ...]
@@ -87,18 +78,19 @@ def take_snapshot(options: Options, reporter: Reporter) -> Result:
     started = time.monotonic()
     with PendingSnapshot(options.target) as pending, QmpClient(options.monitor) as qmp:
         guest = _look(qmp, options)
-        way, pause = _Taking(options, reporter, qmp, guest, pending).run()
+        way, pause, manifest = _Taking(options, reporter, qmp, guest, pending).run()
     folder = Path(os.path.abspath(options.target))
     return Result(
         directory=str(folder),
         ram_bytes=guest.ram.size_bytes,
-        ram_stored_bytes=(folder / RAM_NAME).stat().st_blocks * 512,
+        ram_stored_bytes=(folder / manifest.ram.file).stat().st_blocks * 512,
         vmstate_bytes=(folder / "vmstate").stat().st_size,
         ram_way=way,
         pause_seconds=pause,
         total_seconds=time.monotonic() - started,
         resumed=options.resume,
         uncovered_disks=guest.disks,
+        parent=manifest.parent.identity if manifest.parent else None,
     )
 
 
@@ -109,7 +101,15 @@ def _look(qmp: QmpClient, options: Options) -> _Guest:
     ram = emulator.ram_backing(qmp)
     if not ram.share:
         raise RamFileError(f"the guest maps {ram.path} with share=off, so its RAM is not in that file: use share=on")
-    if not on_lazymem_mount(ram.path) and (ram.path.parent / MANIFEST_NAME).exists():
+    mount = maybe_mount_run(ram.path)
+    if mount is not None and mount.template:
+        raise RamFileError(
+            f"the guest maps the template {ram.path} with share=on, and what it wrote is kept nowhere: "
+            "it needs a lazymem-mount of its own"
+        )
+    if mount is None and options.delta:
+        raise RamFileError(f"{ram.path} is on no lazymem mount, so nobody knows what was written: leave --delta out")
+    if mount is None and (ram.path.parent / MANIFEST_NAME).exists():
         raise RamFileError(
             f"the guest runs directly on the RAM of the snapshot {ram.path.parent} and has changed it: that snapshot "
             "is no more what its manifest says. Run guests from a lazymem-mount of it, or from a copy of its pc.ram"
@@ -120,16 +120,7 @@ def _look(qmp: QmpClient, options: Options) -> _Guest:
             f"the guest has writable disks that a snapshot does not cover: {', '.join(disks)}. Save them yourself at "
             "the same moment and say --disks-handled"
         )
-    return _Guest(ram, state == "running", emulator.describe(qmp), disks)
-
-
-def on_lazymem_mount(path: Path) -> bool:
-    """Whether a file lies on a lazymem mount: its own run's pages then, not a snapshot's."""
-    try:
-        os.getxattr(path, RUN_ATTRIBUTE)
-    except OSError:
-        return False
-    return True
+    return _Guest(ram, mount, state == "running", emulator.describe(qmp), disks)
 
 
 class _Taking:
@@ -147,7 +138,7 @@ class _Taking:
         self._begun = False
         self._times: dict[str, float] = {}
 
-    def run(self) -> tuple[str, float | None]:
+    def run(self) -> tuple[str, float | None, Manifest]:
         """As `_run`; a guest that ran runs again after any failure or interrupt within."""
         try:
             return self._run()
@@ -161,29 +152,39 @@ class _Taking:
                         let_go_on(self._qmp)
             raise
 
-    def _run(self) -> tuple[str, float | None]:
-        """Returns how the RAM file was taken, and the guest's pause in seconds when it runs on."""
-        ram = self._guest.ram
-        moving = self._may_move()
-        source = _open_ram(ram.path)
-        try:
-            self._warm_up(source, moving)
+    def _run(self) -> tuple[str, float | None, Manifest]:
+        """Returns how the RAM file was taken, the guest's pause in seconds when it runs on, and the manifest."""
+        with ExitStack() as undo:
+            source = _open_ram(self._guest.ram.path)
+            undo.callback(os.close, source)
+            moving = self._may_move()
+            way = self._way(source, moving, undo)
+            way.warm_up()
             with ram_left_out(self._qmp):
                 self._reporter.phase("saving device state")
                 self._save()
                 if moving:
                     os.fsync(source)
-                    return self._end_moving(), None
-                copied = self._copy(source)
+                    return self._end_moving()
+                copied = way.copy()
                 self._check_it_stood()
                 pause = self._resume() if self._options.resume else None
-        finally:
-            os.close(source)
-        self._seal(self._pending.ram, pause)
+            manifest = self._seal(way.finish(), pause)
         self._pending.publish()
         if not self._options.resume:
             self._quit()
-        return copied.way, pause
+        return copied.way, pause, manifest
+
+    def _way(self, source: int, moving: bool, undo: ExitStack) -> RamWay:
+        ram = self._guest.ram
+        if self._guest.mount is None:
+            return FileCopy(ram, source, self._pending, self._reporter, moving=moving)
+        mounted = MountRam(ram.path, ram.size_bytes, self._guest.mount, source)
+        if not self._options.delta:
+            return MountCopy(mounted, source, self._pending, self._reporter)
+        if not mounted.tells_what_was_written:
+            raise RamFileError(f"the mount of {ram.path} does not tell what was written: leave --delta out")
+        return MountDelta(mounted, source, self._pending, self._reporter, undo)
 
     def _save(self) -> None:
         self._qmp.take_events()
@@ -213,32 +214,6 @@ class _Taking:
             not self._options.resume and exact and self._qmp.peer_pid is not None and self._pending.can_move(ram.path)
         )
 
-    def _warm_up(self, source: int, moving: bool) -> None:
-        """While the guest still runs: what would otherwise have to wait for a disk or a network in its pause."""
-        ram = self._guest.ram
-        if on_lazymem_mount(ram.path):
-            self._reporter.phase("reading the RAM through its mount", ram.size_bytes)
-            for offset in range(0, ram.size_bytes, _PREREAD_BYTES):
-                self._reporter.advance(len(os.pread(source, _PREREAD_BYTES, offset)))
-        elif not moving:
-            # A reflink has to write out what is dirty first; this one does that for nearly all of it.
-            trial = self._pending.folder / "trial"
-            file = create_like(trial, os.fstat(source))
-            try:
-                reflink(source, file)
-            finally:
-                os.close(file)
-                trial.unlink()
-
-    def _copy(self, source: int) -> Copied:
-        size = self._guest.ram.size_bytes
-        self._reporter.phase("copying the RAM (the guest stands)", size)
-        target = create_like(self._pending.ram, os.fstat(source))
-        try:
-            return copy_ram(source, target, size, self._reporter.advance)
-        finally:
-            os.close(target)
-
     def _resume(self) -> float | None:
         """Lets the guest run on; how long it stood, by the emulator's own events."""
         if not self._guest.was_running:
@@ -248,30 +223,30 @@ class _Taking:
         times = self._times | {event.name: event.seconds for event in self._qmp.take_events()}
         return times["RESUME"] - times["STOP"] if {"RESUME", "STOP"} <= set(times) else None
 
-    def _seal(self, ram: Path, pause: float | None) -> None:
-        size = self._guest.ram.size_bytes
-        self._reporter.phase("digests", size)
-        root = write_digests(ram, size, self._pending.digests, self._reporter.advance)
+    def _seal(self, made: Made, pause: float | None) -> Manifest:
         vmstate = self._pending.vmstate
         os.chmod(vmstate, self._guest.ram.path.stat().st_mode & 0o666 | 0o600)
         self._reporter.phase("writing out")
-        self._pending.seal(
-            Manifest(
-                emulator=self._guest.made_by,
-                blocks=(Block(RAM_BLOCK, RAM_NAME, size),),
-                ram_id=self._ram_id,
-                ram_root=root,
-                vmstate=vmstate_record(vmstate),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                disks_handled=bool(self._guest.disks),
-                pause_seconds=pause,
-            )
+        manifest = Manifest(
+            emulator=self._guest.made_by,
+            blocks=(made.block,),
+            ram_id=self._ram_id,
+            ram_root=made.root,
+            vmstate=vmstate_record(vmstate),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            disks_handled=bool(self._guest.disks),
+            pause_seconds=pause,
+            parent=made.parent,
         )
+        if made.index is not None:
+            (self._pending.folder / INDEX_NAME).write_bytes(encode(made.index, manifest.identity))
+        self._pending.seal(manifest)
+        return manifest
 
-    def _end_moving(self) -> str:
+    def _end_moving(self) -> tuple[str, None, Manifest]:
         """The guest ends here, so its RAM file becomes the snapshot's. All that can fail comes before it ends."""
-        ram = self._guest.ram.path
-        self._seal(ram, None)
+        ram = self._guest.ram
+        manifest = self._seal(hashed(ram.path, ram.size_bytes, self._pending, self._reporter), None)
         self._check_it_stood()
         pid = self._qmp.peer_pid
         process = os.pidfd_open(pid) if pid else None
@@ -279,11 +254,11 @@ class _Taking:
         try:
             self._reporter.phase("ending the emulator")
             self._quit()
-            return self._take_over(ram, process)
+            return self._take_over(process), None, manifest
         except (OSError, LazymemError, KeyboardInterrupt) as error:
             raise SnapshotError(
                 f"the guest has ended, and its snapshot is in {self._pending.folder} but could not be completed there "
-                f"(RAM file: {ram}): {error}"
+                f"(RAM file: {ram.path}): {error}"
             ) from error
         finally:
             if process is not None:
@@ -298,15 +273,16 @@ class _Taking:
         except MonitorError:
             return
 
-    def _take_over(self, ram: Path, process: int | None) -> str:
+    def _take_over(self, process: int | None) -> str:
+        ram = self._guest.ram
         way = "move"
         if process is not None and select.select([process], [], [], _EXIT_SECONDS)[0]:
-            self._pending.move_ram(ram)
+            self._pending.move_ram(ram.path)
         else:
             # It does not end (a debugger, a stuck disk); its vCPUs stand, so a copy is right where a move is not.
-            source = _open_ram(ram)
+            source = _open_ram(ram.path)
             try:
-                way = self._copy(source).way
+                way = FileCopy(ram, source, self._pending, self._reporter, moving=True).copy().way
             finally:
                 os.close(source)
         self._pending.publish()

@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.WARNING if options.quiet else logging.INFO
     logging.basicConfig(stream=sys.stderr, level=level, format="lazymem-serve: %(message)s")
     try:
-        with Catalog(options.snapshot) as catalog, Listeners() as listeners:
+        with Catalog(options.snapshot, options.parent) as catalog, Listeners() as listeners:
             adopted = listeners.adopt()
             if options.listen or not adopted:
                 listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
@@ -270,6 +270,8 @@ _EPILOG = """examples:
   lazymem-serve --listen 0.0.0.0:7411 /var/lib/lazymem/web db=/srv/snapshots/db-3
   lazymem-serve --learn /var/lib/lazymem/learned /var/lib/lazymem/web
                                       what the first resume touches is fetched first by the next ones
+  lazymem-serve --parent /srv/snapshots/web /srv/deltas/web-2
+                                      a delta (lazymem snapshot --delta), served as all that it makes of its parent
 """
 
 
@@ -299,6 +301,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="take a recording from the first client of a snapshot that has no working-set, keep it in DIR, and give "
         "it to later ones: whoever may connect may so decide what is fetched first",
+    )
+    parser.add_argument(
+        "--parent",
+        action="append",
+        default=[],
+        metavar="DIR",
+        type=Path,
+        help="the snapshot that a delta was made over, where it is not beside the delta; may be repeated",
     )
     parser.add_argument("--json", action="store_true", help="print the line that says it is ready as JSON")
     parser.add_argument("--quiet", action="store_true", help="log only what went wrong")

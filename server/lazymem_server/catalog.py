@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +16,9 @@ from lazymem.wire.rules import name_problem
 class Catalog:
     """Open snapshots. Closes them at the end of its `with` block."""
 
-    def __init__(self, specs: Iterable[str | Path]) -> None:
-        """Open each of `specs`: a folder, published by its base name, or ``NAME=FOLDER``.
+    def __init__(self, specs: Iterable[str | Path], parents: Sequence[Path] = ()) -> None:
+        """Open each of `specs`: a folder, published by its base name, or ``NAME=FOLDER``. A delta's parent is
+        looked for among `parents`, then beside it.
 
         Raises:
             UsageError: a name occurs twice or cannot be one, or there is no snapshot at all.
@@ -29,7 +30,7 @@ class Catalog:
                 name, folder = parse_spec(spec)
                 if name in self._readers:
                     raise UsageError(f"two snapshots are called {name!r}: give one another name with NAME={folder}")
-                self._readers[name] = files.enter_context(open_snapshot(folder))
+                self._readers[name] = files.enter_context(open_snapshot(folder, parents))
             if not self._readers:
                 raise UsageError("there is no snapshot to serve")
             self._files = files.pop_all()
