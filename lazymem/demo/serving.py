@@ -24,9 +24,10 @@ _HASTY_SECONDS = 5.0
 
 
 @contextmanager
-def served(folders: list[Path], log: Path) -> Iterator[str]:
+def served(folders: list[Path], log: Path, *options: str) -> Iterator[str]:
     """lazymem-serve over `folders` on a free port of this host; its address. Ended on the way out."""
-    command = [sys.executable, "-m", "lazymem_server.app", "--json", "--listen", "127.0.0.1:0", *map(str, folders)]
+    command = [sys.executable, "-m", "lazymem_server.app", "--json", "--listen", "127.0.0.1:0", *options]
+    command += map(str, folders)
     with child(command, log) as process:
         yield _announced_address(process, log)
 

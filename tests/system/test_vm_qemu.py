@@ -123,6 +123,32 @@ def test_resumes_from_a_mount_and_only_once(
         assert "mount the snapshot anew" in capfd.readouterr().err
 
 
+def test_a_delta_of_what_it_wrote_is_resumed_elsewhere(saved: Saved, tmp_path: Path, sockets: Path) -> None:
+    """Its pages lie over those of the snapshot that it ran from, most of which were never here."""
+    (tmp_path / "delta").mkdir()
+    delta = tmp_path / "delta" / "second"
+    checksum = saved.checksum
+    for folder, parent in ((saved.folder, saved.folder), (delta, saved.folder)):
+        place = tmp_path / folder.name
+        place.mkdir()
+        (place / "mnt").mkdir()
+        options = ("--cache", str(place / "cache"), "--prefetch", "none")
+        with (
+            served([folder], place / "serve.log", "--parent", str(parent)) as address,
+            mounted(address, place / "mnt", place / "mount.log", *options) as here,
+            vm(place / "log", str(here.ram), "-incoming", f"file:{here.vmstate}", *DEVICE, sockets=sockets) as guest,
+        ):
+            guest.wait_running()
+            if folder == delta:
+                assert guest.serial.ask("sum", "sum") == checksum
+                break
+            checksum = guest.serial.ask("write here", "written")
+            assert checksum != saved.checksum
+            assert here.status()["pages_held"] < here.status()["pages_total"]
+            assert snapshot.main([str(guest.monitor), str(delta), "--delta"]) == 0
+            assert guest.process.wait(60) == 0
+
+
 def test_many_from_one_image_which_stays_as_it_was(saved: Saved, tmp_path: Path, sockets: Path) -> None:
     ram = saved.folder / "pc.ram"
     before = ram.stat().st_mtime_ns
