@@ -148,7 +148,10 @@ class LinkSettings(Struct, frozen=True):
 
 
 class MountSettings(Struct, frozen=True):
-    """Everything that a mount was told. `state_dir` None: the run's pages go at unmount."""
+    """Everything that a mount was told. `state_dir` None: the run's pages go at unmount.
+
+    `template`: many map the file privately, and its bytes never change.
+    """
 
     server: ServerAddress
     mountpoint: Path
@@ -158,12 +161,15 @@ class MountSettings(Struct, frozen=True):
     prefetch: Prefetch = Prefetch.NONE
     record_file: Path | None = None
     record_seconds: float = DEFAULT_RECORD_SECONDS
+    template: bool = False
     link: LinkSettings = field(default_factory=LinkSettings)
 
     def __post_init__(self) -> None:
         if self.deadline_seconds is not None:
             check_seconds("--deadline", self.deadline_seconds)
         check_seconds("--record-seconds", self.record_seconds)
+        if self.state_dir is not None and self.template:
+            raise UsageError("--template and --state: nobody writes to a template, so there is nothing to keep")
         if self.state_dir is not None:
             _check_apart(self.cache_dir.absolute(), self.state_dir.absolute())
 

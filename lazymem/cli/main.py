@@ -18,6 +18,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "serve": Command("lazymem_server.app", "publish snapshots (the same as lazymem-serve)"),
     "mount": Command("lazymem.cli.mount", "mount a published snapshot's RAM (the same as lazymem-mount)"),
+    "template": Command("lazymem.cli.template", "keep a mount ready that many guests run from"),
     "vm": Command("lazymem.cli.vm", "run or resume a guest in the built-in emulator (the same as lazymem-vm)"),
     "snapshot": Command("lazymem.cli.snapshot", "save a running guest into a folder"),
     "status": Command("lazymem.cli.status", "show what a mount holds, fetches, and waits for"),

@@ -51,7 +51,11 @@ LOCK_WAIT_SECONDS = 30.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    found = _parser().parse_args(arguments)
+    return mount(_parser().parse_args(arguments))
+
+
+def mount(found: argparse.Namespace) -> int:
+    """Mount what the command line, as `_parser` reads it, says; returns the command's exit code."""
     if found.log:
         found.log = found.log.absolute()  # a daemon works in another folder
     try:
@@ -77,8 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("server", metavar="HOST:PORT[/NAME]", help="lazymem-serve's address, or unix:PATH[:/NAME]")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
-    parser.add_argument("--cache", metavar="DIR", type=Path, help=f"fetched pages (default: {default_cache_dir()})")
     parser.add_argument("--state", metavar="DIR", type=Path, help="this run's written pages (default: gone at unmount)")
+    parser.add_argument(
+        "--template", action="store_true", help="for many guests, which map it privately: nothing is ever written to it"
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    return add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What `lazymem template` has, too."""
+    parser.add_argument("--cache", metavar="DIR", type=Path, help=f"fetched pages (default: {default_cache_dir()})")
     parser.add_argument("-o", dest="options", metavar="OPT[,OPT...]", action="append", default=[], help="mount options")
     parser.add_argument(
         "--deadline",
@@ -102,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in front")
     parser.add_argument("--log", metavar="FILE", type=Path, help="log file (default: stderr with -f, else syslog)")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser.add_argument("--version", action="version", version=_version())
     return parser
 
 
@@ -122,6 +134,7 @@ def _settings(found: argparse.Namespace) -> MountSettings:
         prefetch=Prefetch(found.prefetch),
         record_file=_record_file(found.record) if found.record else None,
         record_seconds=found.record_seconds,
+        template=found.template,
     )
 
 

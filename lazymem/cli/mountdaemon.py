@@ -158,7 +158,7 @@ async def _serve(
             client,
             scheduler,
             ram,
-            lambda: coarse_map(origin.pages, pristine.held_at, pristine.given_at, state.written.states_at),
+            lambda: coarse_map(origin.pages, pristine.held_at, pristine.given_at, ram.written_at),
             page_cache,
             touches if recorded else None,
             maybe_filler,
@@ -176,23 +176,28 @@ async def _close(ram: GuestRam) -> None:
         await ram.close()
 
 
-async def _open_store(client: Client, settings: MountSettings, origin: RamOrigin) -> tuple[PristinePages, StateFolder]:
+async def _open_store(
+    client: Client, settings: MountSettings, origin: RamOrigin
+) -> tuple[PristinePages, StateFolder | None]:
     cache = await trio.to_thread.run_sync(open_cache, settings.cache_dir, origin)
 
-    def open_run() -> StateFolder:
+    def maybe_open_run() -> StateFolder | None:
+        if settings.template:
+            return None
         if settings.state_dir is None:
             return open_private_state(settings.cache_dir, origin)
         return open_state(settings.state_dir, origin, wait_seconds=STATE_WAIT_SECONDS)
 
-    state = await trio.to_thread.run_sync(open_run)
+    state = await trio.to_thread.run_sync(maybe_open_run)
     try:
         upper = b""
         if origin.root is not None:
             upper = cache.digests.maybe_upper(origin.root) or await client.fetch_upper()
-        return PristinePages(origin, cache, upper, state.written), state
+        return PristinePages(origin, cache, upper, state.written if state is not None else None), state
     except BaseException:
         cache.close()
-        state.close()
+        if state is not None:
+            state.close()
         raise
 
 
@@ -265,6 +270,7 @@ async def _mount_and_serve(
                 xattrs,
                 mounted_ns=time.time_ns(),
                 on_release=lifetime.released,
+                template=ram.template,
                 parts={DIGESTS_INODE: ram.run_files.read_tree, WRITTEN_INODE: ram.run_files.read_written},
             )
             session.attach(operations, channel.take_library_end())

@@ -64,6 +64,7 @@ class MountStatus:
                 "snapshot": self._client.welcome.name,
                 "identity": self._client.identity.hex(),
                 "hashed": self._client.welcome.hashed,
+                "template": self._ram.template,
                 "cache": str(self._settings.cache_dir),
                 "state": str(self._settings.state_dir) if self._settings.state_dir else None,
                 "pages_total": store.total_pages,

@@ -87,7 +87,7 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("snapshot", f"{status['snapshot']} {status['identity'][:16]} from {status['server']}"),
         ("connection", status["connection"]),
         ("held", _pages(status["pages_held"], total)),
-        ("written", _pages(status["pages_written"], total)),
+        ("written", _pages(status["pages_written"], total) if not status.get("template") else "never: a template"),
         ("in flight", _pages(status["pages_in_flight"], total)),
         ("demand faults", f"{status['demand_faults']}, waited {_waits(status)}"),
         *([("working set", _working_set(status["working_set"]))] if status.get("working_set") else []),

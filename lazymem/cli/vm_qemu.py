@@ -198,9 +198,11 @@ def _run(options: VmOptions, wanted: Wanted, state: bytes | None, locked: int) -
         feed = None if state is None else undo.enter_context(contextlib.closing(Feed(state)))
         # The lock on the RAM file is the child's, too: it lasts as long as anybody maps the file.
         inherited = [its.fileno(), locked] + ([] if feed is None else [feed.far_end.fileno()])
-        huge_pages_off = wanted.ram_bytes if maybe_mount_run(wanted.ram.path) is not None else None
+        mount = maybe_mount_run(wanted.ram.path)
+        huge_pages_off = wanted.ram_bytes if mount is not None else None
+        maybe_template = wanted.ram.path if mount is not None and mount.template else None
         child = undo.enter_context(
-            Child(say).started(with_control(command(wanted), its.fileno()), inherited, huge_pages_off)
+            Child(say).started(with_control(command(wanted), its.fileno()), inherited, huge_pages_off, maybe_template)
         )
         its.close()
         if feed is not None:

@@ -23,6 +23,12 @@ from lazymem.pages import PAGE_SIZE
 STATUS_XATTR = b"user.lazymem.status"
 RUN_XATTR = b"user.lazymem.run"
 
+PRIVATE_XATTR = b"user.lazymem.private"
+"""Set by a process on a template's RAM: its next open for writing is for a private map (see `Operations.open`)."""
+
+MAX_PROMISES = 1024
+"""Processes that said so and have not opened it yet; of more, the oldest are forgotten, which costs only time."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -60,7 +66,10 @@ def _guarded(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Corout
 class Operations(pyfuse3.Operations):
     """One snapshot's tree. `on_release` is called when a descriptor of the RAM file has gone.
 
-    `parts`: by inode number, files that are read in parts and not whole.
+    `parts`: by inode number, files that are read in parts and not whole. `template`: the RAM is for private maps only,
+    so what opens it for writing gets direct I/O: then the kernel refuses a shared map, whose writes others would see.
+    It drops its cache of the file, too, at each private one; so who promises that his will be private
+    (`PRIVATE_XATTR`) is believed.
     """
 
     supports_dot_lookup = True
@@ -76,6 +85,7 @@ class Operations(pyfuse3.Operations):
         mounted_ns: int,
         on_release: Callable[[], None] = lambda: None,
         parts: Mapping[int, Part] | None = None,
+        template: bool = False,
     ) -> None:
         super().__init__()
         self._tree = tree
@@ -85,6 +95,8 @@ class Operations(pyfuse3.Operations):
         self._mounted_ns = mounted_ns
         self._on_release = on_release
         self._parts = parts or {}
+        self._template = template
+        self._promised: dict[int, None] = {}
         self._uid, self._gid = os.getuid(), os.getgid()
 
     # -- names and attributes
@@ -155,6 +167,16 @@ class Operations(pyfuse3.Operations):
         return value()
 
     @_guarded
+    async def setxattr(
+        self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
+    ) -> None:
+        if not (self._template and inode == RAM_INODE and name == PRIVATE_XATTR):
+            raise pyfuse3.FUSEError(errno.EPERM)
+        self._promised[ctx.pid] = None
+        if len(self._promised) > MAX_PROMISES:
+            del self._promised[next(iter(self._promised))]
+
+    @_guarded
     async def listxattr(self, inode: pyfuse3.InodeT, ctx: pyfuse3.RequestContext) -> Sequence[pyfuse3.XAttrNameT]:
         # Not listed: a tool that copies attributes along with a file should not copy these.
         return ()
@@ -194,7 +216,11 @@ class Operations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EROFS)
         # fh is the inode, so that a handle outlives this daemon; keep_cache, or each open would drop resident RAM. What
         # is read in parts is read as it is now, and no more than was asked for: nothing of it is kept, or read ahead.
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True, direct_io=inode in self._parts)
+        direct = inode in self._parts
+        if self._template and inode == RAM_INODE and writes:
+            direct = ctx.pid not in self._promised
+            self._promised.pop(ctx.pid, None)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True, direct_io=direct)
 
     @_guarded
     async def read(self, fh: pyfuse3.FileHandleT, off: int, size: int) -> bytes:
@@ -233,5 +259,5 @@ def _refuse(name: str) -> Callable[..., Awaitable[Any]]:
 
 
 # Whatever would change the tree is EPERM (rule 11), not the library's ENOSYS.
-for _name in ("create", "mkdir", "mknod", "rename", "rmdir", "unlink", "link", "symlink", "setxattr", "removexattr"):
+for _name in ("create", "mkdir", "mknod", "rename", "rmdir", "unlink", "link", "symlink", "removexattr"):
     setattr(Operations, _name, _refuse(_name))

@@ -89,6 +89,10 @@ class GuestRam:
     def written_pages(self) -> int:
         return self._state.written.count if self._state else 0
 
+    def written_at(self, pages: range) -> bytes:
+        """One byte for each page number of `pages`, 0: the guest did not write it."""
+        return self._state.written.states_at(pages) if self._state else bytes(len(pages))
+
     def statistics(self) -> StoreStatistics:
         return StoreStatistics(
             total_pages=self.total_pages,

@@ -5,16 +5,22 @@
   2 MiB ahead of one touch, which on a mount whose pages come from another host is 2 MiB over the wire. A seccomp filter
   answers that one call (this advice, exactly as long as RAM) with EINVAL, as a kernel without huge pages does; QEMU
   goes on. PR_SET_THP_DISABLE does not help: the read-ahead looks at the advice alone (Linux 6.18).
+- Of a template it promises to map it privately. QEMU before 8.2 opens the file for writing all the same, and of others
+  who do the mount believes nothing (`fs/operations`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import signal
 import struct
 from collections.abc import Callable
+from pathlib import Path
+
+PRIVATE_ATTRIBUTE = "user.lazymem.private"
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
@@ -38,8 +44,11 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def preparation(no_huge_pages_bytes: int | None) -> Callable[[], None]:
-    """For Popen's preexec_fn, in a process without threads. None: huge pages may be (RAM is not on a mount)."""
+def preparation(no_huge_pages_bytes: int | None, maybe_template: Path | None = None) -> Callable[[], None]:
+    """For Popen's preexec_fn, in a process without threads. None: huge pages may be (RAM is not on a mount).
+
+    `maybe_template`: the RAM file, where it is a template's.
+    """
     libc = ctypes.CDLL(None)
     parent = os.getpid()
     code = None if no_huge_pages_bytes is None or platform.machine() != "x86_64" else filter_code(no_huge_pages_bytes)
@@ -48,6 +57,9 @@ def preparation(no_huge_pages_bytes: int | None) -> Callable[[], None]:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(128 + signal.SIGTERM)
+        if maybe_template is not None:
+            with contextlib.suppress(OSError):  # then it starts all the same, only slower
+                os.setxattr(maybe_template, PRIVATE_ATTRIBUTE, b"1")
         if code is not None:
             _refuse_advice(libc, code)
 

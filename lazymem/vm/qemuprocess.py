@@ -6,6 +6,7 @@ import contextlib
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 from lazymem.errors import EnvironmentRefusedError, MonitorError
@@ -28,13 +29,19 @@ class Child:
         self._signals: list[int] = []
 
     @contextlib.contextmanager
-    def started(self, words: Sequence[str], inherited: Sequence[int], huge_pages_off: int | None) -> Iterator[Child]:
-        """Ended on the way out, if it has not by itself."""
+    def started(
+        self,
+        words: Sequence[str],
+        inherited: Sequence[int],
+        huge_pages_off: int | None,
+        maybe_template: Path | None = None,
+    ) -> Iterator[Child]:
+        """Ended on the way out, if it has not by itself. The last two: `qemuchild.preparation`'s."""
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # nohup's word holds
         heard = [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
         before = {number: signal.signal(number, self._forward) for number in heard}
         try:
-            self._process = self._start(words, inherited, huge_pages_off)
+            self._process = self._start(words, inherited, preparation(huge_pages_off, maybe_template))
             for number in self._signals:
                 self._process.send_signal(number)
             yield self
@@ -44,10 +51,10 @@ class Child:
                 signal.signal(number, handler)
 
     def _start(
-        self, words: Sequence[str], inherited: Sequence[int], huge_pages_off: int | None
+        self, words: Sequence[str], inherited: Sequence[int], prepare: Callable[[], None]
     ) -> subprocess.Popen[bytes]:
         try:
-            return subprocess.Popen(words, pass_fds=inherited, preexec_fn=preparation(huge_pages_off))
+            return subprocess.Popen(words, pass_fds=inherited, preexec_fn=prepare)
         except OSError as error:
             raise EnvironmentRefusedError(f"cannot run {words[0]}: {error.strerror}") from error
 

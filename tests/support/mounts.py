@@ -69,13 +69,15 @@ class Server:
 class Mounted:
     """A live mount made by `lazymem-mount`. Its log is `log`."""
 
+    MODULE = "lazymem.cli.mount"
+
     def __init__(self, source: str, path: Path, *arguments: object, cache: Path, check: bool = True) -> None:
         path.mkdir(exist_ok=True)
         self.path = path
         self.ram_path = path / "pc.ram"
         self.log = path.with_name(f"{path.name}.log")
         self.result = subprocess.run(
-            command("lazymem.cli.mount", source, path, "--cache", cache, "--log", self.log, *arguments),
+            command(self.MODULE, source, path, "--cache", cache, "--log", self.log, *arguments),
             capture_output=True,
             text=True,
             timeout=WAIT_SECONDS,
