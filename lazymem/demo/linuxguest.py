@@ -44,12 +44,13 @@ while read -r command argument; do
         read) echo "read $argument $(head -c $((argument * 1048576)) /tmp/data | checksum)";;
         tick) count=$((count + 1)); echo "tick $count";;
         write) echo "$argument" >>/tmp/data; sync; echo "written $(checksum </tmp/data)";;
+        show) echo "show $(tr -s ' \\n' '  ' <"$argument")";;
         poweroff) echo "bye"; poweroff -f;;
         *) echo "unknown $command";;
     esac
 done
 """
-"""Commands, one a line: `sum`, `read MIB`, `tick`, `write TEXT`, `poweroff`; each is answered by one line."""
+"""Commands, one a line: `sum`, `read MIB`, `tick`, `write TEXT`, `show FILE`, `poweroff`; answered by a line each."""
 
 
 @dataclass(frozen=True, slots=True)

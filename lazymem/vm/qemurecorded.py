@@ -3,6 +3,9 @@
 A manifest comes from another host, and QEMU's options can name this host's files, devices and programs. So an option is
 repeated by itself only when it is of a kind that cannot, and looks like one of its kind; the others (devices above all)
 are named to the user, who repeats them.
+
+One device is repeated: a generation id (vmgenid), with a new id each time. A guest that looks at it learns so that it
+goes on from a saved state, which others may go on from, too (docs/vmm.md).
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ _REPEATED = {
 
 _FIXED = ("-smp", "-vga")
 """Of these, what a user may only repeat, not change: a state of other hardware does not load, or crashes its guest."""
+
+_GENERATION = "vmgenid"
+_FRESH_GENERATION = ("-device", f"{_GENERATION},guid=auto")
 
 _SWITCH = re.compile(r"[a-z0-9-]+=(?:on|off|auto|split)")
 """Properties of a machine that are carried over. All that name a file or an object take another kind of value."""
@@ -69,6 +75,8 @@ def read(made_by: Emulator) -> Recorded:
             words += [option] if option in _ALONE else []
         elif re.fullmatch(_REPEATED.get(option, ""), value):
             words += [option, value]
+        elif _is_generation(option, value):
+            words += _FRESH_GENERATION
         elif option in (*_REPEATED, "-device") or (option == "-m" and "," in value):
             left_out.append(f"{option} {value}")
     return Recorded(
@@ -101,8 +109,9 @@ def check_agrees(recorded: Recorded, machine: str | None, more: Sequence[str]) -
 def without(words: Sequence[str], more: Sequence[str]) -> list[str]:
     """`words` without the options that `more` has, too: the user's come once, as he said them."""
     kept: list[str] = []
+    own_generation = any(_is_generation(option, value) for option, value in _pairs(more))
     for option, value in _pairs(words):
-        if not has(more, option) or option == "-global":
+        if not own_generation if option == "-device" else not has(more, option) or option == "-global":
             kept += [option] if value is None else [option, value]
     return kept
 
@@ -120,6 +129,10 @@ def given(words: Sequence[str], *options: str) -> str | None:
 
 def has(words: Sequence[str], *options: str) -> bool:
     return any(option in options for option, _ in _pairs(words))
+
+
+def _is_generation(option: str, value: str | None) -> bool:
+    return option == "-device" and (value or "").partition(",")[0].removeprefix("driver=") == _GENERATION
 
 
 def machine_type(value: str) -> str | None:

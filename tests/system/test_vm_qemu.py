@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -22,7 +24,7 @@ from lazymem.cli.vm import main
 from lazymem.demo.linuxguest import build
 from lazymem.demo.processes import child, open_monitor, tail
 from lazymem.demo.serialline import SerialLine
-from lazymem.demo.serving import mounted, served
+from lazymem.demo.serving import mounted, served, unmount
 from lazymem.errors import IdentityError
 from tests.support.qemu import RAM_BYTES
 from tests.support.vmprocess import wait_until
@@ -65,8 +67,16 @@ def sockets() -> Iterator[Path]:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
+    """`generation`: the guest's id when it was saved."""
+
     folder: Path
     checksum: str
+    generation: UUID
+
+
+GENERATION = ("-device", "vmgenid,guid=auto")
+EVENTS = "/sys/firmware/acpi/interrupts/gpe05"
+"""How often the guest's kernel was told of a new generation id: that event is this device's in QEMU's ACPI tables."""
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +87,30 @@ def saved(tmp_path_factory: pytest.TempPathFactory, sockets: Path) -> Saved:
     os.truncate(folder / "ram", RAM_BYTES)
     guest = build(folder, random_mib=2, text_mib=2)
     boot = ("-kernel", str(guest.kernel), "-append", guest.append)
-    more = ("--", "-initrd", str(guest.initrd), "-device", "virtio-rng-pci", "-no-reboot", "-accel", "tcg")
+    more: tuple[str, ...] = (
+        "--",
+        "-initrd",
+        str(guest.initrd),
+        "-device",
+        "virtio-rng-pci",
+        "-no-reboot",
+        "-accel",
+        "tcg",
+    )
+    more = (*more, *GENERATION)
     with vm(folder / "log", str(folder / "ram"), *boot, *more, sockets=sockets) as source:
         checksum = source.serial.expect("lazymem ready", 100)
         assert source.serial.ask("tick", "tick") == "1"
-        open_monitor(source.monitor, source.process, source.log).close()
+        generation = generation_of(source)
+        assert int(source.serial.ask(f"show {EVENTS}", "show").split()[0]) == 0
         assert snapshot.main([str(source.monitor), str(folder / "snap")]) == 0
         assert source.process.wait(60) == 0
-    return Saved(folder / "snap", checksum)
+    return Saved(folder / "snap", checksum, generation)
+
+
+def generation_of(guest: Vm) -> UUID:
+    with open_monitor(guest.monitor, guest.process, guest.log) as qmp:
+        return UUID(qmp.command("query-vm-generation-id")["guid"])
 
 
 @pytest.fixture
@@ -95,6 +121,9 @@ def local(saved: Saved, tmp_path: Path) -> Path:
 
 
 DEVICE = ("--", "-device", "virtio-rng-pci")
+"""What the user has to repeat; the generation id's device is repeated by itself where there is a manifest."""
+
+BOTH = (*DEVICE, *GENERATION)
 
 
 def test_resumes_from_a_mount_and_only_once(
@@ -162,11 +191,58 @@ def test_many_from_one_image_which_stays_as_it_was(saved: Saved, tmp_path: Path,
     assert ram.stat().st_mtime_ns == before
 
 
+def test_clones_of_a_template_have_generations_of_their_own(saved: Saved, tmp_path: Path, sockets: Path) -> None:
+    """QEMU writes each one's new id into its memory while it loads the state, and tells the guest's kernel."""
+    ram_bytes = (saved.folder / "pc.ram").read_bytes()
+    places = [at.start() for at in re.finditer(re.escape(saved.generation.bytes_le), ram_bytes)]
+    places = [at for at in places if at % 4096 == 40]  # where the ACPI tables point into the page that is its
+    assert places
+    found = {saved.generation}
+    (tmp_path / "mnt").mkdir()
+    with templated(saved.folder, tmp_path / "mnt", "--cache", str(tmp_path / "cache")) as mount:
+        words = (f"{mount}/pc.ram,share=off", "-incoming", f"file:{mount}/vmstate", *DEVICE)
+        for number in range(2):
+            with vm(tmp_path / f"log{number}", *words, sockets=sockets) as guest:
+                guest.wait_running()
+                assert guest.serial.ask("sum", "sum") == saved.checksum
+                assert int(guest.serial.ask(f"show {EVENTS}", "show").split()[0]) == 1
+                own = generation_of(guest)
+                assert own.bytes_le in [memory_at(guest, place) for place in places]
+                found.add(own)
+        assert len(found) == 3
+        assert (mount / "pc.ram").read_bytes() == ram_bytes
+
+
+@contextmanager
+def templated(folder: Path, mount: Path, *options: str) -> Iterator[Path]:
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "lazymem.cli.template",
+        folder,
+        mount,
+        "--log",
+        mount.with_name("mount.log"),
+    ]
+    subprocess.run([*command, *options], check=True, timeout=60)
+    try:
+        yield mount
+    finally:
+        unmount(mount)
+
+
+def memory_at(guest: Vm, address: int) -> bytes:
+    """16 bytes of the guest's memory."""
+    with open_monitor(guest.monitor, guest.process, guest.log) as qmp:
+        said = qmp.command("human-monitor-command", **{"command-line": f"xp /16xb {address:#x}"})
+    return bytes(int(word, 16) for word in re.findall(r"0x([0-9a-f]{2})\b", str(said)))
+
+
 def test_a_state_that_comes_over_a_socket_to_a_guest_that_shall_stand(
     saved: Saved, local: Path, tmp_path: Path, sockets: Path
 ) -> None:
     stream = sockets / "stream"
-    words = ("-incoming", f"unix:{stream}", "-S", *DEVICE)
+    words = ("-incoming", f"unix:{stream}", "-S", *BOTH)
     with vm(tmp_path / "log", str(local / "pc.ram"), *words, sockets=sockets) as guest:
         wait_until(lambda: stream.exists() or guest.process.poll() is not None, "somebody to take the state")
         with socket.socket(socket.AF_UNIX) as sender:
@@ -203,7 +279,7 @@ def test_a_missing_device_is_named_and_qemu_says_no(saved: Saved, tmp_path: Path
 def test_what_qemu_refuses_it_says_itself(local: Path, sockets: Path, more: tuple[str, ...], reason: str) -> None:
     """No manifest, so nobody but QEMU can know."""
     before = (local / "pc.ram").stat().st_mtime_ns
-    words = ("-incoming", f"file:{local}/vmstate", *DEVICE, *more)
+    words = ("-incoming", f"file:{local}/vmstate", *BOTH, *more)
     with vm(local / "log", str(local / "pc.ram"), *words, sockets=sockets) as guest:
         assert guest.process.wait(60) == 1
     assert reason in tail(local / "log")
@@ -214,7 +290,7 @@ def test_a_cut_state(local: Path, sockets: Path) -> None:
     """In the middle. (QEMU 7.2 runs a guest whose state lacks only the description at its end.)"""
     data = (local / "vmstate").read_bytes()
     (local / "cut").write_bytes(data[: len(data) // 2])
-    words = ("-incoming", f"file:{local}/cut", *DEVICE)
+    words = ("-incoming", f"file:{local}/cut", *BOTH)
     with vm(local / "log", str(local / "pc.ram"), *words, sockets=sockets) as guest:
         assert guest.process.wait(60) == 1
     assert "load of migration failed" in tail(local / "log")

@@ -105,6 +105,17 @@ def test_options_come_once_but_for_those_that_add_up() -> None:
     assert without(words, ["-smp", "2", "-global", "d.e=f"]) == ["-nodefaults", "-global", "a.b=c"]
 
 
+def test_a_generation_id_is_a_new_one_each_time() -> None:
+    """Whatever the snapshot's was: whoever resumes it again gets another. The user's own word holds."""
+    for told in ("vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", "vmgenid", "driver=vmgenid,guid=auto,id=x"):
+        found = read(made_by("-device", told, "-device", "e1000"))
+        assert found.words == ("-device", "vmgenid,guid=auto")
+        assert found.left_out == ("-device e1000",)
+        assert without(found.words, ["-device", "e1000"]) == ["-device", "vmgenid,guid=auto"]
+        assert without(found.words, ["--device", "vmgenid,guid=none"]) == []
+    assert read(made_by("-device", "vmgenid-like,file=/x")).words == ()
+
+
 def test_reading_a_command_line() -> None:
     words = ["-machine", "pc", "-S", "-M", "q35", "--cpu", "max"]
     assert given(words, "-machine", "-M") == "q35"
