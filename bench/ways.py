@@ -108,14 +108,14 @@ def _serve_lazymem(image: Image, folder: Path, *options: str) -> Iterator[Server
         yield Server(json.loads(lines[0])["listening"][0], process.pid)
 
 
-def mount_lazymem(*options: str) -> MountIt:
-    """A mount with these options, with a cache folder of its own that is empty."""
+def mount_lazymem(*options: str, module: str = "lazymem.cli.mount") -> MountIt:
+    """A mount with these options, with a cache folder of its own that is empty. `module`: the command that makes it."""
 
     @contextmanager
     def mount(through: Through, image: Image, folder: Path) -> Iterator[Mount]:
         point, cache = folder / "mnt", folder / "cache"
         point.mkdir()
-        command = [sys.executable, "-m", "lazymem.cli.mount", through.address, str(point)]
+        command = [sys.executable, "-m", module, through.address, str(point)]
         command += ["--cache", str(cache), "--log", str(folder / "lazymem-mount.log"), *options]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -282,6 +282,12 @@ def copy_sparse(source: Path, target: Path) -> None:
 LAZYMEM = Way("lazymem", "lazymem", serve_lazymem, mount_lazymem("--prefetch", "all"))
 LAZYMEM_NONE = Way("lazymem-none", "lazymem, guessing off", serve_lazymem, mount_lazymem("--prefetch", "none"))
 LAZYMEM_RECORDED = Way("lazymem-recorded", "lazymem, recorded", serve_recorded, mount_lazymem("--prefetch", "all"))
+LAZYMEM_TEMPLATE = Way(
+    "lazymem-template",
+    "lazymem, a template",
+    serve_lazymem,
+    mount_lazymem("--prefetch", "all", module="lazymem.cli.template"),
+)
 NBDFUSE = Way("nbdfuse", "nbdfuse", serve_nbdkit, mount_nbdfuse)
 QSD = Way("qsd", "qemu-storage-daemon", serve_nbdkit, mount_qsd)
 COPY = Way("copy", "copy, then start", serve_nbdkit, mount_copied)
@@ -289,4 +295,6 @@ LOCAL = Way("local", "local", serve_nothing, mount_local)
 
 POSTCOPY = Way("postcopy", "QEMU post-copy", serve_nothing, mount_nothing)
 
-WAYS = {way.name: way for way in (LAZYMEM, LAZYMEM_NONE, LAZYMEM_RECORDED, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)}
+_ALL = (LAZYMEM, LAZYMEM_NONE, LAZYMEM_RECORDED, LAZYMEM_TEMPLATE, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)
+
+WAYS = {way.name: way for way in _ALL}

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from bench.context import Measure
-from bench.measures import background, clients, fill, linux, memory, ready, relay, rewrite, stream, touch, writes
+from bench.measures import (
+    background,
+    clients,
+    clones,
+    fill,
+    linux,
+    memory,
+    ready,
+    relay,
+    rewrite,
+    stream,
+    touch,
+    writes,
+)
 
 MEASURES: dict[str, Measure] = {
     measure.name: measure
@@ -20,6 +33,8 @@ MEASURES: dict[str, Measure] = {
         ready.READY,
         ready.SPARSE,
         clients.MEASURE,
+        clones.VM,
+        clones.QEMU,
         rewrite.MEASURE,
         relay.MEASURE,
     )
