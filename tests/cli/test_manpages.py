@@ -15,6 +15,7 @@ COMMANDS = {
     "lazymem-vm": "lazymem.cli.vm",
     "lazymem-snapshot": "lazymem.cli.snapshot",
     "lazymem-status": "lazymem.cli.status",
+    "lazymem-template": "lazymem.cli.template",
     "lazymem-umount": "lazymem.cli.umount",
     "lazymem-guest": "lazymem.cli.guest",
     "lazymem-demo": "lazymem.cli.demo",

@@ -2,7 +2,17 @@
 
 import stat
 
-from lazymem.fs.tree import MANIFEST_INODE, RAM_INODE, ROOT_INODE, VMSTATE_INODE, Tree
+from lazymem.fs.tree import (
+    DIGESTS_INODE,
+    DIGESTS_NAME,
+    MANIFEST_INODE,
+    RAM_INODE,
+    ROOT_INODE,
+    VMSTATE_INODE,
+    WRITTEN_INODE,
+    WRITTEN_NAME,
+    Tree,
+)
 
 
 def _tree(*, written: bool = False, others: bool = False, writable: bool = True) -> Tree:
@@ -52,3 +62,16 @@ def test_modes() -> None:
 def test_no_names_below_files() -> None:
     assert _tree().maybe_child(RAM_INODE, b"pc.ram") is None
     assert _tree().maybe_node(99) is None
+
+
+def test_what_is_in_no_listing_is_found_by_its_name() -> None:
+    tree = Tree(
+        ram_bytes=8192, manifest_bytes=0, vmstate_bytes=0, has_writes=lambda: True, digests_bytes=48, written_bytes=2
+    )
+    assert [node.name for node in tree.children()] == [b"pc.ram"]
+    for name, inode, size in ((DIGESTS_NAME, DIGESTS_INODE, 48), (WRITTEN_NAME, WRITTEN_INODE, 2)):
+        node = tree.maybe_child(ROOT_INODE, name.encode())
+        assert node is not None
+        assert (node.inode, node.size, stat.S_IMODE(node.mode)) == (inode, size, 0o400)
+        assert tree.maybe_node(inode) == node
+    assert _tree().maybe_child(ROOT_INODE, DIGESTS_NAME.encode()) is None

@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
+from lazymem.errors import SnapshotError
 from lazymem.pages import PageRange
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ClientConnection
 from lazymem.wire.messages import Goodbye, Hello, Message, Welcome
+from tests.support.deltas import make_delta
 from tests.support.snapshots import make_snapshot
 from tests.support.wireclient import connected
 
@@ -185,3 +187,17 @@ def test_pages_never_reach_the_log(tmp_path: Path) -> None:
         _, log = process.communicate(timeout=20)
         assert "page 0 of web is not what it was" in log
         assert "secret" not in log
+
+
+def test_a_delta_is_served_with_its_parent_or_not_at_all(tmp_path: Path) -> None:
+    parent = make_snapshot(tmp_path / "parent" / "web")
+    (tmp_path / "deltas").mkdir()
+    delta = tmp_path / "deltas" / "web-2"
+    make_delta(delta, parent.folder, {3: b"new!" * 1024}, (parent.folder,))
+    with running(delta, "--listen", "127.0.0.1:0") as process:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == SnapshotError.exit_code
+        assert said.count("\n") == 1
+        assert "is not beside it: name its folder with --parent" in said
+    with running(delta, "--parent", parent.folder, "--listen", "127.0.0.1:0", "--json") as process:
+        assert ready(process)["snapshots"] == ["web-2"]

@@ -255,3 +255,24 @@ def test_a_copy_is_readable_by_nobody_who_could_not_read_the_ram(tmp_path: Path)
         target = tmp_path / f"copy{mode}"
         os.close(create_like(target, ram.stat()))
         assert target.stat().st_mode & 0o777 == expected
+
+
+def test_what_a_killed_one_left_goes_with_the_next_of_that_name(tmp_path: Path) -> None:
+    """Not what somebody still writes, and not what may be a guest's only copy, nor anything of another name."""
+    killed, others = tmp_path / ".s[1].partial-0a1b2c3d", tmp_path / ".s[1]2.partial-0a1b2c3d"
+    for folder in (killed, others):
+        folder.mkdir()
+        (folder / "pc.ram").write_bytes(b"half")
+    with PendingSnapshot(tmp_path / "s[1]") as first, PendingSnapshot(tmp_path / "s[1]") as second:
+        assert not killed.exists()
+        assert others.exists()
+        assert first.folder.exists()
+        assert second.folder.exists()
+        second.keep()
+        kept = second.folder
+        assert (second.folder.name, first.folder.name) != (first.folder.name, second.folder.name)
+    assert kept.exists()
+    with PendingSnapshot(tmp_path / "s[1]") as third:
+        third.seal(fill(third))
+        third.publish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([kept.name, others.name, "s[1]"])
