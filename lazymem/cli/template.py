@@ -31,7 +31,7 @@ _EPILOG = """examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     found = _parser().parse_args(arguments)
-    found.state, found.template, found.no_supervisor = None, True, False
+    found.state, found.template = None, True
     folder = Path(found.server)
     try:
         if not os.path.isdir(folder):

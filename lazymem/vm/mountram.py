@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ WRITTEN_NAME = ".pc.ram.written"
 DIGESTS_NAME = ".pc.ram.digests"
 
 _PIECE_BYTES = 8 << 20
+
+_WHOLE = ctypes.c_int64(0)
+_WRITE_AND_WAIT = 7
+"""SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE and _WAIT_AFTER (linux/fs.h); from 0 on, for 0 bytes: all of the file."""
 
 
 class MountRam:
@@ -56,7 +61,7 @@ class MountRam:
             raise IdentityError(f"{self.path} is RAM of another snapshot than the manifest beside it")
         return found
 
-    def open_tree(self, manifest: Manifest) -> TreeVouching:
+    def open_tree(self, manifest: Manifest) -> MountTree:
         """The digest tree of the snapshot that is mounted; what is not here is fetched when it is asked for.
 
         Raises:
@@ -67,9 +72,9 @@ class MountRam:
         try:
             file = PublishedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         shape = TreeShape(self.size_bytes)
-        return TreeVouching(WholeDigests(file, shape), path, shape, bytes.fromhex(manifest.ram_root))
+        return MountTree(TreeVouching(WholeDigests(file, shape), path, shape, bytes.fromhex(manifest.ram_root)), self)
 
     def written(self) -> list[PageRange]:
         """The pages that the guest has written so far, in ascending runs; all of them where the mount does not tell.
@@ -86,17 +91,20 @@ class MountRam:
             with open(self.path.parent / WRITTEN_NAME, "rb", buffering=0) as file:
                 states = b"".join(iter(lambda: file.read(_PIECE_BYTES), b""))
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         if len(states) != self.pages:
             raise RamFileError(f"the mount of {self.path} told of {len(states)} pages, and there are {self.pages}")
         return list(_set_runs(states))
 
     def write_out(self) -> None:
-        """What is dirty in the kernel reaches the mount. Raises RamFileError."""
-        try:
-            os.fsync(self._source)
-        except OSError as error:
-            raise self._failed(error) from error
+        """What is dirty in the kernel reaches the mount, which has it in a file then; no disk is waited for.
+
+        Raises:
+            RamFileError: the mount did not take it.
+        """
+        # Not fsync: the mount would sync its own file, and the guest stands meanwhile.
+        if ctypes.CDLL(None, use_errno=True).sync_file_range(self._source, _WHOLE, _WHOLE, _WRITE_AND_WAIT):
+            raise self.failed(OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno())))
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the RAM; missing pages are waited for.
@@ -107,13 +115,39 @@ class MountRam:
         try:
             data = os.pread(self._source, length, offset)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         if len(data) != length:
             raise RamFileError(f"{self.path} ended at {offset + len(data)} bytes while it was read")
         return data
 
-    def _failed(self, error: OSError) -> RamFileError:
+    def failed(self, error: OSError) -> RamFileError:
+        """What to say of a mount that refused something."""
         return RamFileError(f"cannot read {self.path} through its mount (whose log says why): {error.strerror}")
+
+
+class MountTree:
+    """The digest tree of the snapshot that is mounted, verified. `upper`: 16 bytes a leaf."""
+
+    def __init__(self, tree: TreeVouching, ram: MountRam) -> None:
+        """Takes `tree` over."""
+        self._tree = tree
+        self._ram = ram
+        self.upper = tree.upper
+
+    def leaf(self, leaf: int) -> bytes:
+        """The page digests of a leaf; waits for the server where they are not here.
+
+        Raises:
+            RamFileError: they do not come.
+            VerificationError: they are not the snapshot's.
+        """
+        try:
+            return self._tree.leaf(leaf)
+        except OSError as error:
+            raise self._ram.failed(error) from error
+
+    def close(self) -> None:
+        self._tree.close()
 
 
 def _set_runs(states: bytes) -> Iterator[PageRange]:

@@ -128,6 +128,7 @@ class MountCopy:
             _Copying(self._ram, self._source, target, self._reporter).run()
         finally:
             os.close(target)
+        self._ram.write_out()
 
     def copy(self) -> Copied:
         runs = self._ram.written()

@@ -99,10 +99,12 @@ def _look(qmp: QmpClient, options: Options) -> _Guest:
     state = emulator.run_state(qmp)
     emulator.refuse_other_migration(qmp)
     ram = emulator.ram_backing(qmp)
-    if not ram.share:
-        raise RamFileError(f"the guest maps {ram.path} with share=off, so its RAM is not in that file: use share=on")
     mount = maybe_mount_run(ram.path)
-    if mount is not None and mount.template:
+    template = mount is not None and mount.template
+    if not ram.share:
+        instead = "a guest that shall be saved needs a lazymem-mount of its own" if template else "use share=on"
+        raise RamFileError(f"the guest maps {ram.path} with share=off, so its RAM is not in that file: {instead}")
+    if template:
         raise RamFileError(
             f"the guest maps the template {ram.path} with share=on, and what it wrote is kept nowhere: "
             "it needs a lazymem-mount of its own"

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from lazymem.errors import IdentityError, LazymemError, RamFileError, SnapshotError
 from lazymem.pages import PAGE_SIZE
 from lazymem.vm.identity import RUN_ATTRIBUTE, check_may_share, check_state_belongs
+from tests.support.deltas import make_delta
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 STATE = b"the state that belongs to it"
@@ -203,3 +204,14 @@ class TestAlone:
         other.write_bytes(snapshot.ram)
         check_may_share(other, "pc.ram")
         check_state_belongs(other, "pc.ram", b"any", lambda line: pytest.fail(line))
+
+
+def test_nothing_runs_on_a_deltas_own_file(tmp_path: Path) -> None:
+    """It is not all of the RAM. Shared it is a snapshot's own file, as any; privately, too, it is refused."""
+    parent = make_snapshot(tmp_path / "parent", pages=PAGES)
+    make_delta(tmp_path / "delta", parent.folder, {5: b"new!" * 1024}, vmstate=b"device state")
+    ram = tmp_path / "delta" / "pc.ram.delta"
+    with pytest.raises(RamFileError, match="is a snapshot's own"):
+        check_may_share(ram, "pc.ram")
+    with pytest.raises(IdentityError, match="is a delta's, which is not all of the RAM"):
+        check_state_belongs(ram, "pc.ram", b"device state", pytest.fail)
