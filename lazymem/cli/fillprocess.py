@@ -42,6 +42,8 @@ class FillOrder(msgspec.Struct, frozen=True):
     size_bytes: int
     root: bytes
     everything: bool
+    template: bool = False
+    """Nothing is ever written, so there is no map of it."""
 
 
 class FillReport(msgspec.Struct, frozen=True):
@@ -118,11 +120,12 @@ class FillProcess:
         """Whether it has its order and has not ended."""
         return self._begun and self._pid > 0
 
-    def begin(self, order: FillOrder, recorded: Sequence[PageRange], written_fd: int) -> None:
-        """Once. `written_fd` stays the caller's."""
+    def begin(self, order: FillOrder, recorded: Sequence[PageRange], maybe_written_fd: int | None) -> None:
+        """Once. `maybe_written_fd`: the run's written map, which stays the caller's; None for a template."""
         with os.fdopen(os.memfd_create("recorded"), "wb") as file:  # a message has no room for it
             file.write(b"".join(_RUN.pack(pages.start, pages.count) for pages in recorded))
             file.flush()
+            written_fd = file.fileno() if maybe_written_fd is None else maybe_written_fd  # two, in any case
             with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
                 socket.send_fds(self._end, [msgspec.msgpack.encode(order)], [written_fd, file.fileno()])
         self.latest = FillReport(set_is_coming=bool(recorded))

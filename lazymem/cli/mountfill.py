@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import trio
 from msgspec import structs
 
@@ -53,14 +55,18 @@ async def _fill(
     last_demand: LastDemand,
 ) -> None:
     origin = RamOrigin(order.identity, order.size_bytes, order.root)
-    written = PageMap(written_fd, origin.pages)
+    maybe_written = None
+    if order.template:
+        os.close(written_fd)
+    else:
+        maybe_written = PageMap(written_fd, origin.pages)
     cache = open_cache(settings.cache_dir, origin)
     async with trio.open_nursery() as nursery:
         client = await connect(nursery, settings.server, settings.link)
         if client.identity != order.identity:
             raise IdentityError(f"{settings.server} publishes another snapshot now")
         upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
-        pristine = PristinePages(origin, cache, upper, written)
+        pristine = PristinePages(origin, cache, upper, maybe_written)
         guesses = prepager(
             pristine.next_missing,
             origin.pages,
