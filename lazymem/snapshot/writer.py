@@ -100,10 +100,10 @@ class PendingSnapshot:
 
     def keep(self) -> None:
         """From here on the folder stays, come what may: it is about to hold a guest's only copy."""
-        self._kept = True
         kept = self._sibling("kept")
-        os.rename(self.folder, kept)
+        os.rename(self.folder, kept)  # a name that no later one takes for abandoned
         self.folder = kept
+        self._kept = True
 
     def publish(self) -> None:
         """Gives the sealed folder its name.

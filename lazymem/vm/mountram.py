@@ -49,7 +49,7 @@ class MountRam:
         """Of the snapshot that is mounted.
 
         Raises:
-            SnapshotError: nobody hashed it, so no page of it is known.
+            SnapshotError: nobody hashed it, so no page of it is known; or it is larger than the guest's RAM.
             IdentityError: it is not that of this mount.
         """
         found = maybe_manifest_in(self.path.parent)
@@ -59,6 +59,10 @@ class MountRam:
             )
         if found.identity.hex() != self.run.identity:
             raise IdentityError(f"{self.path} is RAM of another snapshot than the manifest beside it")
+        if found.ram.size != self.size_bytes:
+            raise SnapshotError(
+                f"{self.path} has {found.ram.size} bytes, the guest's RAM {self.size_bytes}: leave --delta out"
+            )
         return found
 
     def open_tree(self, manifest: Manifest) -> MountTree:
@@ -92,9 +96,9 @@ class MountRam:
                 states = b"".join(iter(lambda: file.read(_PIECE_BYTES), b""))
         except OSError as error:
             raise self.failed(error) from error
-        if len(states) != self.pages:
+        if len(states) < self.pages:
             raise RamFileError(f"the mount of {self.path} told of {len(states)} pages, and there are {self.pages}")
-        return list(_set_runs(states))
+        return list(_set_runs(states[: self.pages]))  # a file may be longer than the RAM
 
     def write_out(self) -> None:
         """What is dirty in the kernel reaches the mount, which has it in a file then; no disk is waited for.
