@@ -27,7 +27,7 @@ def drops_what_is_cached(path: Path) -> bool:
 def maybe_place(*before: Path) -> Path | None:
     """A folder on a disk that this user may write to: of `before`, else the checkout or /var/tmp."""
     for place in (*before, Path(__file__).parents[2], Path("/var/tmp")):
-        with contextlib.suppress(PermissionError), tempfile.NamedTemporaryFile(prefix=".pages-", dir=place) as probe:
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(prefix=".pages-", dir=place) as probe:
             probe.write(bytes(PAGE_SIZE))
             probe.flush()
             if drops_what_is_cached(Path(probe.name)):
