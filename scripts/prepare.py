@@ -78,7 +78,7 @@ NEEDS = (
     Need("mounts without root", program("fusermount3"), ("fuse3",)),
     Need("an assembler for the guests", program("as", "ld"), ("binutils",)),
     Need("QEMU", program("qemu-system-x86_64"), ("qemu-system-x86",)),
-    Need("memtest86+, a guest", lambda: any(Path("/boot").glob("memtest86+*")), ("memtest86+",)),
+    Need("memtest86+, a guest", Path("/boot/memtest86+x64.bin").exists, ("memtest86+",)),
     Need("systemd, to check and start its units", program("systemd-analyze"), ("systemd",)),
 )
 

@@ -2,12 +2,14 @@
 
 import os
 import signal
+from collections.abc import Generator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import skips
 from tests.support.asroot import hand_over
-from tests.support.privileges import maybe_as_root
+from tests.support.privileges import maybe_as_own_root
 
 # How long one example takes says how busy the machine is, and nothing about the code: a test that is stuck meets
 # pytest-timeout.
@@ -22,4 +24,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.hookimpl(trylast=True)  # when it is known which of them will run
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0 and any(item.get_closest_marker("needs_root") for item in items):
-        hand_over(items, maybe_as_root())
+        hand_over(items, maybe_as_own_root())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    skips.judge(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    skips.judge(report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in skips.stand_ins(report for reports in terminalreporter.stats.values() for report in reports):
+        terminalreporter.write_line(line)

@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import skips
 from tests.support.mounts import wait_until
 
 CONFTEST = """
 import sys
 sys.path.insert(0, {checkout!r})
-from tests.support import asroot
+from tests.support import asroot, skips
 
 def pytest_collection_modifyitems(items):
     if "no:cacheprovider" not in sys.argv:  # a command that changes nothing stands for sudo, so the child must know
         asroot.hand_over(items, {root!r})
+
+def pytest_terminal_summary(terminalreporter):
+    for reports in terminalreporter.stats.values():
+        terminalreporter.write_line("\\n".join(skips.stand_ins(reports)))
 """
 
 TESTS = """
@@ -43,9 +48,10 @@ def test_fails():
 def test_must_not_skip():
     pytest.skip("no such thing here")
 
-@pytest.mark.needs_root("it may", may_skip=True)
-def test_may_skip():
-    pytest.skip("nor here")
+@pytest.mark.needs_root("it shows something", else_in_place=True)
+def test_in_place_or_told_of(request):
+    from tests.support import skips
+    skips.stood_in(request.node, "a lamp")
 
 def test_waits(tmp_path):
     try:
@@ -96,15 +102,22 @@ def test_what_fails_or_skips_there_fails_here(project: Path) -> None:
     assert "the child's own words" in report
     assert "test_it.py::test_must_not_skip FAILED" in report
     assert "root may not skip it" in report
-    assert "as root: nor here" in report
-    assert "2 failed, 1 skipped, 2 deselected" in report
+    assert "2 failed, 3 deselected" in report
 
 
 def test_without_sudo_it_is_skipped_and_says_why(project: Path) -> None:
     report = _report(project, "test_passes", None)
-    assert "neither root nor a sudo that asks for no password, and it is the only one" in report
+    assert f"{skips.OWN_ROOT}: it is the only one" in report
     assert "1 skipped, 4 deselected" in report
     assert not (project / "ran").exists()
+
+
+@pytest.mark.parametrize("root", [("nice", "-n", "0"), None])
+def test_what_it_tells_of_is_told_here(project: Path, root: tuple[str, ...] | None) -> None:
+    """Also where it runs in place, since there is no root."""
+    report = _report(project, "in_place", root)
+    assert "stand-in: a lamp\n" in report
+    assert "1 passed, 4 deselected" in report
 
 
 def test_an_interrupted_one_takes_down_what_it_made(project: Path) -> None:

@@ -2,14 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lazymem.errors import EnvironmentRefusedError, MountError
 from lazymem.fs import checks, mountinfo
-from tests.support.privileges import maybe_own_mount_namespace
+from tests.support.ownnamespace import own_mount_namespace
 
 
 @pytest.mark.parametrize("release", ["5.4.0-1-amd64", "6.18.44", "10.0"])
@@ -49,24 +48,18 @@ def test_our_own_namespace_is_fine(tmp_path: Path) -> None:
 CODE = "import sys; from lazymem.fs import checks; checks.check_namespace(sys.argv[1])"
 
 
-def in_own_namespace(propagation: str, *command: str) -> subprocess.CompletedProcess[str]:
-    alone = maybe_own_mount_namespace(propagation)
-    if alone is None:
-        pytest.skip("no mount namespace: neither root, nor sudo without a password, nor user namespaces")
-    return subprocess.run([*alone, *command], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("propagation", ["private", "slave"])
-def test_a_namespace_to_oneself_is_refused(tmp_path: Path, propagation: str) -> None:
-    alone = in_own_namespace(propagation, sys.executable, "-c", CODE, str(tmp_path))
-    assert alone.returncode != 0
-    assert "mount namespace to itself" in alone.stderr
+def test_a_namespace_to_oneself_is_refused(tmp_path: Path, propagation: str, request: pytest.FixtureRequest) -> None:
+    alone = own_mount_namespace(request.node, propagation, CODE)
+    done = subprocess.run([*alone, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "mount namespace to itself" in done.stderr
 
 
-def test_a_namespace_with_a_shell_in_it_is_fine(tmp_path: Path) -> None:
+def test_a_namespace_with_a_shell_in_it_is_fine(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The shell that started it is there too, and will use the mount."""
-    shell = ("sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", CODE, str(tmp_path))
-    done = in_own_namespace("private", *shell)
+    alone = own_mount_namespace(request.node, "private", CODE, shell=True)
+    done = subprocess.run([*alone, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import skips
 from tests.support.privileges import maybe_own_network
 from tests.support.snapshots import make_snapshot
 
@@ -37,15 +38,46 @@ with subprocess.Popen([*COMMAND, sys.argv[1], "--json"], stdout=subprocess.PIPE,
 """Runs in a network of its own, where the port is free whatever the machine does."""
 
 
-def test_it_listens_there_and_nowhere_else(tmp_path: Path) -> None:
+BOUND = """
+import socket, sys
+from lazymem_server import app
+
+bind = socket.socket.bind
+
+def bind_elsewhere(self, address):
+    print(*address, flush=True)
+    bind(self, (address[0], 0))
+
+socket.socket.bind = bind_elsewhere
+sys.exit(app.main())
+"""
+"""On the machine's own network, where the port may be another's: what it would listen on, and a port that is free."""
+
+
+def test_it_listens_there_and_nowhere_else(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     alone = maybe_own_network()
-    if alone is None:
-        pytest.skip("no network of its own: neither root, nor sudo without a password, nor user namespaces")
     folder = make_snapshot(tmp_path / "web").folder
+    if alone is None:
+        skips.stood_in(request.node, f"another port, for a network of its own: {skips.OWN_ROOT}")
+        binds_one(folder)
+        return
     command = [*alone, sys.executable, "-c", SERVED, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [["127.0.0.1:7411"], [f"0100007F:{7411:04X}"], []]
+
+
+def binds_one(folder: Path) -> None:
+    command = [sys.executable, "-c", BOUND, str(folder), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "127.0.0.1 7411\n"
+            (where,) = json.loads(server.stdout.readline())["listening"]
+            assert where.startswith("127.0.0.1:")
+        finally:
+            server.terminate()
+        assert server.stdout.read() == "", "nothing else was bound"
 
 
 def test_help_says_so() -> None:

@@ -1,4 +1,7 @@
-"""Tests that only root can do (`needs_root`): root does them in place; others' each go to a pytest that sudo starts."""
+"""Tests that only root can do (`needs_root`): root does them in place; others' each go to a pytest of a root's own.
+
+That root is the machine's, by sudo, or a user namespace's.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from tests.support import skips
+
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "CI")
 """All else of the user's is kept from root: files would get into his folders that he cannot remove."""
 
 _LAST_LINE = re.compile(r"^1 (passed|skipped)(, \d+ warnings?)? in ", re.MULTILINE)
-_SKIPPED = re.compile(r"^SKIPPED \[1\] \S+: (.*)$", re.MULTILINE)
 
 
 class AsRoot(pytest.Item):
@@ -41,14 +45,8 @@ class AsRoot(pytest.Item):
         if code or last is None:
             pytest.fail(f"as root it ended with {code}:\n{output}", pytrace=False)
         if last[1] == "skipped":
-            self._skipped(output)
-
-    def _skipped(self, output: str) -> None:
-        marker = self._test.get_closest_marker("needs_root")
-        reason = _SKIPPED.search(output)
-        if marker is None or not marker.kwargs.get("may_skip") or reason is None:
             pytest.fail(f"root may not skip it:\n{output}", pytrace=False)
-        pytest.skip(f"as root: {reason[1]}")
+        skips.stood_in_elsewhere(self, output)
 
     def _run(self, folder: Path) -> tuple[int, str]:
         """Exit code and all that it printed: to a file, since a pipe ends only with all who hold it."""
@@ -67,7 +65,8 @@ class AsRoot(pytest.Item):
                 code = process.wait()
             finally:
                 if process.poll() is None:
-                    subprocess.run([*self._root, "kill", "-INT", str(process.pid)], check=False)
+                    # The shell's: a minimal Debian has no program of that name.
+                    subprocess.run([*self._root, "sh", "-c", f"kill -INT {process.pid}"], check=False)
                     process.wait()
         return code, log.read_text(errors="replace")
 
@@ -91,14 +90,16 @@ class AsRoot(pytest.Item):
 
 
 def hand_over(items: list[pytest.Item], root: tuple[str, ...] | None) -> None:
-    """Those of `items` that need root get it by `root`, put before a command; None: they are skipped, and say why."""
+    """Those of `items` that need root get it by `root`, put before a command.
+
+    None: they are skipped and say why, but those that say `else_in_place`, which show without root what can be shown.
+    """
     for place, item in enumerate(items):
         marker = item.get_closest_marker("needs_root")
-        if marker is None:
+        if marker is None or (root is None and marker.kwargs.get("else_in_place")):
             continue
         if root is None:
-            why = f"neither root nor a sudo that asks for no password, and {marker.args[0]}"
-            item.add_marker(pytest.mark.skip(reason=why))
+            item.add_marker(pytest.mark.skip(reason=f"{skips.OWN_ROOT}: {marker.args[0]}"))
         else:
             assert item.parent is not None
             items[place] = AsRoot.from_parent(item.parent, name=item.name, test=item, root=root)

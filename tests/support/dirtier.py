@@ -1,4 +1,7 @@
-"""A process that dirties pages of a mapped file, over and over, as a guest does: `python dirtier.py FILE SECONDS`.
+"""A process that dirties pages of a mapped file, over and over, as a guest: `python dirtier.py FILE SECONDS [HOLDS]`.
+
+Two passes at least. With HOLDS it lets go of all of the file's memory whenever it has dirtied so many bytes: stored,
+then reclaimed by the kernel, as for want of memory.
 
 Prints, at the end, `passes pages longest_step_seconds steps_over_50_ms`. Imports nothing of ours: it is to be small.
 """
@@ -9,6 +12,7 @@ import sys
 import time
 
 PAGE = 4096
+PAGEOUT = 21  # MADV_PAGEOUT: since Linux 5.4
 STEP_PAGES = 256
 
 
@@ -19,10 +23,12 @@ def stamp(number: int, count: int) -> bytes:
 
 def main() -> None:
     descriptor = os.open(sys.argv[1], os.O_RDWR)
-    view = memoryview(mmap.mmap(descriptor, os.fstat(descriptor).st_size))
+    mapped = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+    view = memoryview(mapped)
+    holds = int(sys.argv[3]) if len(sys.argv) > 3 else 0
     end = time.monotonic() + float(sys.argv[2])
     passes, longest, long_steps = 0, 0.0, 0
-    while not passes or time.monotonic() < end:
+    while passes < 2 or time.monotonic() < end:
         passes += 1
         what = stamp(passes, STEP_PAGES)
         for at in range(0, len(view), STEP_PAGES * PAGE):
@@ -31,6 +37,9 @@ def main() -> None:
             part[:] = what[: len(part)]
             took = time.monotonic() - started
             longest, long_steps = max(longest, took), long_steps + (took > 0.05)
+            if holds and (at + STEP_PAGES * PAGE) % holds == 0:
+                mapped.flush()
+                mapped.madvise(PAGEOUT)
     print(passes, len(view) // PAGE, f"{longest:.4f}", long_steps)
 
 

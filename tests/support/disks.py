@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from lazymem.pages import PAGE_SIZE
 from tests.support.residency import cached_pages
 
@@ -26,19 +24,23 @@ def drops_what_is_cached(path: Path) -> bool:
     return cached_pages(path) == 0
 
 
+def maybe_place(*before: Path) -> Path | None:
+    """A folder on a disk that this user may write to: of `before`, else the checkout or /var/tmp."""
+    for place in (*before, Path(__file__).parents[2], Path("/var/tmp")):
+        with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(prefix=".pages-", dir=place) as probe:
+            probe.write(bytes(PAGE_SIZE))
+            probe.flush()
+            if drops_what_is_cached(Path(probe.name)):
+                return place
+    return None
+
+
 @contextlib.contextmanager
-def folder_on_disk(tmp_path: Path) -> Iterator[Path]:
-    """A new one: /tmp may be memory, as from Debian 13 on; the checkout or /var/tmp is not, then. Else it skips."""
-    for place in (tmp_path, Path(__file__).parents[2], Path("/var/tmp")):
-        with contextlib.ExitStack() as stack:
-            try:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".pages-", dir=place)))
-            except PermissionError:
-                continue
-            probe = folder / "probe"
-            probe.write_bytes(bytes(PAGE_SIZE))
-            if drops_what_is_cached(probe):
-                probe.unlink()
-                yield folder
-                return
-    pytest.skip("no file system here lets go of what it caches")
+def folder_on_disk(tmp_path: Path) -> Iterator[Path | None]:
+    """A new one: /tmp may be memory, as from Debian 13 on; the checkout or /var/tmp is not, then. Else None."""
+    place = maybe_place(tmp_path)
+    if place is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix=".pages-", dir=place) as folder:
+        yield Path(folder)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lazymem.fs import mountinfo
 
@@ -49,27 +52,45 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(name: str) -> Iterator[MemoryGroup | str]:
-    """A new group directly below the root of what is mounted here; a text where there can be none, and why."""
-    reason = "no memory control group is mounted"
+    """A new group directly below the root of what is or can be mounted here; a text where there can be none: why."""
+    with ExitStack() as stack:
+        reason = "no memory control group is mounted, and none can be"
+        for root, legacy in chain(_mounted(), _mountable(stack)):
+            folder = root / f"{name}-{os.getpid()}"
+            try:
+                if not legacy:
+                    (root / "cgroup.subtree_control").write_text("+memory")
+                folder.mkdir()
+                stack.callback(_remove, folder)
+                break
+            except OSError as error:
+                reason = f"no control group can be made in {root}: {error.strerror}"
+        else:
+            yield reason
+            return
+        yield MemoryGroup(folder, legacy=legacy)
+
+
+def _mounted() -> Iterator[tuple[Path, bool]]:
+    """Roots that have memory groups, and whether they are version 1's."""
     for mount in mountinfo.current():
-        legacy = mount.fs_type == "cgroup" and "memory" in Path(mount.path).name.split(",")
         root = Path(mount.path)
-        if not legacy and (mount.fs_type != "cgroup2" or "memory" not in (root / "cgroup.controllers").read_text()):
+        if mount.fs_type == "cgroup" and "memory" in root.name.split(","):
+            yield root, True
+        elif mount.fs_type == "cgroup2" and "memory" in (root / "cgroup.controllers").read_text():
+            yield root, False
+
+
+def _mountable(stack: ExitStack) -> Iterator[tuple[Path, bool]]:
+    """The same, mounted for as long as `stack` stands: in a container the others are often read-only."""
+    folder = stack.enter_context(TemporaryDirectory(prefix="lazymem-cgroup-"))
+    for words in (("cgroup", "-o", "memory"), ("cgroup2",)):
+        if subprocess.run(["mount", "-t", *words, "cgroup", folder], capture_output=True, check=False).returncode:
             continue
-        folder = root / f"{name}-{os.getpid()}"
-        try:
-            if not legacy:
-                (root / "cgroup.subtree_control").write_text("+memory")
-            folder.mkdir()
-        except OSError as error:
-            reason = f"no control group can be made in {root}: {error.strerror}"
-            continue
-        try:
-            yield MemoryGroup(folder, legacy=legacy)
-        finally:
-            _remove(folder)
-        return
-    yield reason
+        stack.callback(subprocess.run, ["umount", folder], check=True)
+        legacy = len(words) > 1
+        if legacy or "memory" in (Path(folder) / "cgroup.controllers").read_text():
+            yield Path(folder), legacy
 
 
 def _remove(folder: Path) -> None:

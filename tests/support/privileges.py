@@ -25,6 +25,44 @@ def user_namespaces() -> bool:
     return subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
 
 
+@functools.cache
+def maybe_as_own_root() -> tuple[str, ...] | None:
+    """What to put before a command so that it is root where it may mount, with a `/run` of its own: this machine's, or
+    that of a user namespace, whose root does to a FUSE mount what the other does, and turns no knob in `/sys`.
+
+    None where neither goes.
+    """
+    root = maybe_as_root()
+    if root is not None:
+        return root
+    if not user_namespaces():
+        return None
+    script = 'mount -t tmpfs tmpfs /run && exec "$@"'
+    return ("unshare", "-rm", "--propagation", "slave", "sh", "-c", script, "sh")
+
+
+_MOUNTS = """
+cd /mnt
+mount -t tmpfs tmpfs .
+cd /mnt
+mkdir upper work root groups
+mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
+mount -t cgroup2 cgroup groups
+mkdir "groups/$0"
+rmdir "groups/$0"
+"""
+
+
+@functools.cache
+def root_may_mount() -> bool:
+    """Whether root can mount, an overlay over all of this machine too, and make control groups of version 2."""
+    root = maybe_as_root()
+    if root is None:
+        return False
+    command = [*root, "unshare", "-m", "--propagation", "private", "sh", "-ec", _MOUNTS, f"lazymem-{os.getpid()}"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 _NO_BYTE_CODE = ("env", "PYTHONDONTWRITEBYTECODE=1")
 """Root's byte code in a user's checkout would be in the user's way."""
 

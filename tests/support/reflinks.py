@@ -1,14 +1,19 @@
-"""A file system with reflinks, on a loop device; and where on it a file's pages are."""
+"""A file system with reflinks, on a loop device; where on it a file's pages are; what stands in where there is none."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import os
 import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from lazymem.pages import PAGE_SIZE
 from tests.support.privileges import maybe_as_root
@@ -16,6 +21,9 @@ from tests.support.privileges import maybe_as_root
 _IMAGE_BYTES = 1 << 30
 """Sparse; more than all that the tests write."""
 
+_STEP_BYTES = 8 << 20
+
+_FICLONE = 0x40049409
 _FIEMAP = 0xC020660B
 _SYNC = 1
 _HEAD_BYTES, _EXTENT_BYTES = 32, 56
@@ -86,3 +94,41 @@ def stored_pages(path: Path) -> set[tuple[int, int]]:
                 start = logical + length
             if not count or flags & _LAST:
                 return found
+
+
+class CloneStandIn:
+    """FICLONE on any file system, by a copy: below `folder` it succeeds, into and out of it it does not, as on others.
+
+    `digests`: of each file that was made so, by its inode.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ioctl = fcntl.ioctl
+        self.digests: dict[int, str] = {}
+
+    def ioctl(self, file: Any, request: int, *arguments: Any) -> Any:
+        """Instead of `fcntl.ioctl`."""
+        if request != _FICLONE:
+            return self._ioctl(file, request, *arguments)
+        (source,) = arguments
+        if not all(Path(f"/proc/self/fd/{each}").resolve().is_relative_to(self._folder) for each in (file, source)):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        os.ftruncate(file, os.fstat(source).st_size)
+        for at in range(0, os.fstat(source).st_size, _STEP_BYTES):
+            os.pwrite(file, os.pread(source, _STEP_BYTES, at), at)
+        self.digests[os.fstat(file).st_ino] = digest(Path(f"/proc/self/fd/{file}"))
+        return 0
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def clone_stand_in(folder: Path) -> Iterator[CloneStandIn]:
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in = CloneStandIn(folder.resolve())
+        patch.setattr(fcntl, "ioctl", stand_in.ioctl)
+        yield stand_in

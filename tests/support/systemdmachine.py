@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 
-from tests.support import machineroot
+from tests.support import machineroot, skips
 from tests.support.mounts import WAIT_SECONDS
 from tests.support.privileges import maybe_as_root
 
@@ -84,7 +83,7 @@ def started() -> Iterator[SystemdMachine]:
     """Skips the test where nobody may start one: without root, or in a container that may not mount."""
     root = maybe_as_root()
     if root is None:
-        pytest.skip("to start a systemd needs root, or a sudo that asks for no password")
+        skips.skip_without(skips.ROOT, "it starts a systemd")
     with tempfile.TemporaryDirectory(prefix="lazymem-machine-") as folder:
         process = subprocess.Popen(
             [*root, *_ROOT, sys.executable, machineroot.__file__, folder, *_binds()],
@@ -97,7 +96,7 @@ def started() -> Iterator[SystemdMachine]:
             line = process.stdout.readline()
             assert line, "the machine did not start; why stands above"
             if "refused" in (answer := json.loads(line)):
-                pytest.skip(f"no systemd can be started here: {answer['refused']}")
+                skips.skip_without(skips.MOUNTS, answer["refused"])
             yield SystemdMachine(process)
         finally:
             process.communicate()  # the end of its input is its end

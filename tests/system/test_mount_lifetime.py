@@ -13,7 +13,7 @@ import pytest
 
 from lazymem.fs import mountinfo
 from tests.support.mounts import Mounted, Stage, command, wait_until
-from tests.support.privileges import maybe_own_mount_namespace
+from tests.support.ownnamespace import own_mount_namespace
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = pytest.mark.system
@@ -129,14 +129,14 @@ def test_a_broken_manifest_is_not_believed(mounts: Stage, snapshot: BuiltSnapsho
     assert "outside the snapshot's folder" in result.stderr
 
 
-def test_a_namespace_that_nobody_else_sees(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
-    alone = maybe_own_mount_namespace("slave")
-    if alone is None:
-        pytest.skip("no mount namespace: neither root, nor sudo without a password, nor user namespaces")
+def test_a_namespace_that_nobody_else_sees(
+    mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    alone = own_mount_namespace(request.node, "slave", "from lazymem.cli.mount import run; run()")
     (tmp_path / "mnt").mkdir()
     address = mounts.serve(snapshot.folder).address
     result = subprocess.run(
-        [*alone, *command("lazymem.cli.mount", address, tmp_path / "mnt")],
+        [*alone, address, tmp_path / "mnt"],
         capture_output=True,
         text=True,
         check=False,

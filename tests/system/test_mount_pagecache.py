@@ -12,6 +12,7 @@ import pytest
 
 from lazymem.fs.pagecache import FILLED
 from lazymem.pages import PAGE_SIZE
+from tests.support import skips
 from tests.support.disks import folder_on_disk
 from tests.support.mounts import Mounted, Stage, drop_kernel_cache, stage, wait_until
 from tests.support.residency import cached_pages
@@ -84,6 +85,8 @@ def test_a_second_mount_fills_from_the_cache_without_a_server(mounts: Stage, sna
 def cached_on_disk(tmp_path: Path) -> Iterator[Stage]:
     """Mounts whose cache is not in memory."""
     with folder_on_disk(tmp_path) as folder, stage(tmp_path) as made:
+        if folder is None:
+            skips.skip_without(skips.DISK)
         made.cache = folder / "cache"
         yield made
 

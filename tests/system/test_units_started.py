@@ -122,9 +122,16 @@ def test_a_guest_goes_on_starts_over_and_ends(machine: SystemdMachine, snapshot:
     assert not mounted(machine)
 
 
+def filters(status: str) -> int:
+    """How many system call filters a process has (Linux 5.10). Within a container pid 1 has some already."""
+    found = re.search(r"^Seccomp_filters:\s+(\d+)$", status, re.M)
+    assert found is not None
+    return int(found[1])
+
+
 def test_guest_and_server_are_shut_in_and_the_mount_is_not(machine: SystemdMachine) -> None:
     machine.shell(commands("start"))
-    ours = machine.shell("readlink /proc/1/ns/mnt")
+    ours, first = machine.shell("readlink /proc/1/ns/mnt"), machine.shell("cat /proc/1/status")
     groups = {}
     for unit, user in ((VM, "lazymem-vm"), (SERVER, "lazymem-serve"), (MOUNT, "root")):
         pid = machine.show(unit, "MainPID")
@@ -135,7 +142,7 @@ def test_guest_and_server_are_shut_in_and_the_mount_is_not(machine: SystemdMachi
         assert (machine.shell(f"readlink /proc/{pid}/ns/mnt") != ours) is hardened
         assert bool(re.search(r"^NoNewPrivs:\s+1$", status, re.M)) is hardened
         assert bool(re.search(r"^CapBnd:\s+0+$", status, re.M)) is hardened
-        assert bool(re.search(r"^Seccomp:\s+2$", status, re.M)) is hardened
+        assert (filters(status) > filters(first)) is hardened
     assert "lazymem-guests.slice" in groups[VM]
     assert "lazymem-guests.slice" not in groups[MOUNT]
 
