@@ -173,9 +173,11 @@ def test_an_address_in_use(tmp_path: Path) -> None:
 def test_pages_never_reach_the_log(tmp_path: Path) -> None:
     snapshot = make_snapshot(tmp_path / "web", pages=4)
     secret = b"a secret of the guest "
-    (snapshot.folder / "pc.ram").write_bytes((secret * 1000)[: 4 * 4096])  # not what the digests say
     with running("--listen", "127.0.0.1:0", "--json", snapshot.folder) as process:
-        stream, connection = plain_client(ready(process)["listening"][0])
+        address = ready(process)["listening"][0]
+        # Not what the digests say. Before the start it could be taken for a file that lay there long since.
+        (snapshot.folder / "pc.ram").write_bytes((secret * 1000)[: 4 * 4096])
+        stream, connection = plain_client(address)
         from lazymem.wire.messages import Error, Fetch
 
         with stream:
