@@ -18,23 +18,32 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fetch": BASE | {"wire"},
     "fs": BASE | {"store"},
     "vm": BASE | {"snapshot"},
+    "handover": BASE | {"wire", "snapshot", "vm"},
     # The demo's guest and processes: a QEMU from outside, looked at through vm's monitor client.
     "demo": BASE | {"vm", "snapshot"},
     "lazymem_server": BASE | {"wire", "snapshot"},
 }
 """Room to the rooms (or base modules) it may import besides itself. `cli` may import anything; nothing imports it."""
 
-PURE = ("lazymem.wire", "lazymem.fetch.plan", "lazymem.fs.tree", "lazymem.pages", "lazymem.digests")
+PURE = (
+    "lazymem.wire",
+    "lazymem.handover.states",
+    "lazymem.handover.messages",
+    "lazymem.fetch.plan",
+    "lazymem.fs.tree",
+    "lazymem.pages",
+    "lazymem.digests",
+)
 """No event loop, sockets, files or clocks in these. (A lock or a thread-local is no such thing.)"""
 
 NOT_PURE = {"trio", "socket", "os", "time", "select", "subprocess", "pyfuse3", "random", "asyncio"}
 
-ONLY_IN = {
+ONLY_IN: dict[str, str | tuple[str, ...]] = {
     "unicorn": "lazymem.vm",
     "pyfuse3": "lazymem.fs",
     "rich": "lazymem.cli",
     "argparse": "lazymem.cli",
-    "lazymem_server": "lazymem_server",
+    "lazymem_server": ("lazymem_server", "lazymem.cli"),
 }
 """Foreign package to the room that may know of it. (argparse and rich: also the server's command.)"""
 

@@ -21,6 +21,8 @@ COMMANDS = {
     "template": Command("lazymem.cli.template", "keep a mount ready that many guests run from"),
     "vm": Command("lazymem.cli.vm", "run or resume a guest in the built-in emulator (the same as lazymem-vm)"),
     "snapshot": Command("lazymem.cli.snapshot", "save a running guest into a folder"),
+    "send": Command("lazymem.cli.send", "hand a running guest over to another host"),
+    "receive": Command("lazymem.cli.receive", "take a running guest over from another host"),
     "status": Command("lazymem.cli.status", "show what a mount holds, fetches, and waits for"),
     "umount": Command("lazymem.cli.umount", "end a mount, or say who holds it"),
     "doctor": Command("lazymem.cli.doctor", "say what this host lacks for a mount, and how to mend it"),
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command is None:
         print(f"lazymem: there is no command {words[0]!r}; try 'lazymem --help'", file=sys.stderr)
         return 2
-    with quick_imports(trio=words[0] == "serve"):
+    with quick_imports(trio=words[0] in ("serve", "send", "receive")):
         module = importlib.import_module(command.module)
     return int(module.main(words[1:]))
 

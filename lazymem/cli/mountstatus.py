@@ -100,6 +100,7 @@ class MountStatus:
                 "identity": self._client.identity.hex(),
                 "written_pages": self._ram.written_pages,
                 "template": self._ram.template,
+                "whole": self._ram.is_whole,
                 "hashed": self._client.welcome.hashed,
             }
         ).encode()

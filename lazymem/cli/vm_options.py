@@ -54,6 +54,7 @@ VALUED = {
     "--engine",
     "--incoming",
     "--kernel",
+    "--made-by",
     "--mem-file",
     "--pcram-file",
     "--qemu",
@@ -89,6 +90,7 @@ class VmOptions(Struct, frozen=True):
     engine: str = "unicorn"
     qemu: str | None = None
     print_command: bool = False
+    made_by: Path | None = None
     more: tuple[str, ...] = ()
 
 
@@ -123,6 +125,7 @@ def parse_command_line(arguments: Sequence[str]) -> VmOptions:
         engine=found.engine,
         qemu=found.qemu,
         print_command=found.print,
+        made_by=found.made_by,
         more=tuple(more or ()),
     )
 
@@ -136,8 +139,8 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _check_engine(found: argparse.Namespace, more: list[str] | None) -> None:
-    if found.engine != "qemu" and (found.print or found.qemu is not None or more is not None):
-        raise UsageError("--print, --qemu and options after -- are QEMU's: say --engine qemu")
+    if found.engine != "qemu" and (found.print or found.qemu or found.made_by or more is not None):
+        raise UsageError("--print, --qemu, --made-by and options after -- are QEMU's: say --engine qemu")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -191,6 +194,12 @@ def make_parser() -> argparse.ArgumentParser:
         "after -- goes as it is",
     )
     add("--qemu", metavar="PROGRAM", help="that QEMU (default: the qemu-system-x86_64 on the PATH)")
+    add(
+        "--made-by",
+        metavar="FILE",
+        type=Path,
+        help="which QEMU the state comes from: a snapshot's manifest.json, where none lies beside the RAM",
+    )
     add("--print", action="store_true", help="print QEMU's command line, checked but not run")
     add("--version", action="version", version=f"lazymem-vm {lazymem.__version__}")
     return parser

@@ -11,13 +11,14 @@ import os
 import shlex
 import socket
 import sys
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from lazymem.cli.servicemanager import tell_ready
 from lazymem.cli.vm_options import VmOptions
-from lazymem.errors import MonitorError, RamFileError, UsageError
-from lazymem.snapshot.manifest import RAM_BLOCK, Manifest
+from lazymem.errors import MonitorError, RamFileError, SnapshotError, UsageError
+from lazymem.snapshot.manifest import MAX_MANIFEST_BYTES, RAM_BLOCK, Emulator, parse_made_by
 from lazymem.vm import qemukvm, qemurecorded
 from lazymem.vm.identity import check_may_share, check_state_belongs, check_unwritten, maybe_manifest, maybe_mount_run
 from lazymem.vm.qemucommand import Wanted, check_more, command, named_machine, pinning, with_control
@@ -48,9 +49,9 @@ def run(options: VmOptions) -> int:
         undo.callback(search.close)
         locked = open_file(ram, options.ram_bytes)
         undo.callback(os.close, locked)
-        manifest = maybe_manifest(ram.path.resolve(), RAM_BLOCK) if options.incoming is not None else None
+        made_by = _maybe_made_by(options, ram) if options.incoming is not None else None
         qemu = search.result()
-        wanted = _wanted(options, ram, manifest, qemu)
+        wanted = _wanted(options, ram, made_by, qemu)
         if options.print_command:
             print(shlex.join(command(wanted)))
             return 0
@@ -70,8 +71,27 @@ def _ram(options: VmOptions) -> MemFile:
     return ram
 
 
-def _wanted(options: VmOptions, ram: MemFile, manifest: Manifest | None, qemu: Qemu) -> Wanted:
-    recorded = None if manifest is None else qemurecorded.read(manifest.emulator)
+def _maybe_made_by(options: VmOptions, ram: MemFile) -> Emulator | None:
+    """
+    Raises:
+        SnapshotError: whoever says it does so in a broken file.
+    """
+    if options.made_by is not None:
+        return _read_made_by(options.made_by)
+    manifest = maybe_manifest(ram.path.resolve(), RAM_BLOCK)
+    return None if manifest is None else manifest.emulator
+
+
+def _read_made_by(path: Path) -> Emulator:
+    try:
+        with path.open("rb") as file:
+            return parse_made_by(file.read(MAX_MANIFEST_BYTES))
+    except (OSError, SnapshotError) as error:
+        raise SnapshotError(f"--made-by {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _wanted(options: VmOptions, ram: MemFile, made_by: Emulator | None, qemu: Qemu) -> Wanted:
+    recorded = None if made_by is None else qemurecorded.read(made_by)
     accelerator, why = _accelerator(options, recorded)
     machine = _machine(options, recorded, qemu)
     if recorded is not None and (missing := qemurecorded.missing(recorded, options.more)):

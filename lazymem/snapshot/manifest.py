@@ -154,6 +154,29 @@ def parse(text: bytes) -> Manifest:
         raise SnapshotError(f"manifest.json lacks or misuses a field: {error}") from error
 
 
+def parse_made_by(text: bytes) -> Emulator:
+    """The emulator that a manifest names; everything else in it is left alone.
+
+    Raises:
+        SnapshotError: it names none.
+    """
+    try:
+        return emulator_of(json.loads(text)["emulator"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SnapshotError(f"it does not say which emulator a state comes from: {error}") from error
+
+
+def emulator_of(entry: dict[str, Any]) -> Emulator:
+    """Checks the record; SnapshotError, KeyError, TypeError or AttributeError where it is none."""
+    return Emulator(
+        name=_text(entry["name"]),
+        version=_text(entry["version"]),
+        machine=_maybe_text(entry.get("machine")),
+        cpu=_maybe_text(entry.get("cpu")),
+        options=tuple(_text(option) for option in entry.get("options", ())),
+    )
+
+
 def _build(document: dict[str, Any]) -> Manifest:
     blocks = tuple(_block(entry) for entry in document["blocks"])
     names = [block.name for block in blocks]
@@ -161,17 +184,10 @@ def _build(document: dict[str, Any]) -> Manifest:
         raise SnapshotError("manifest.json names a block twice")
     if RAM_BLOCK not in names:
         raise SnapshotError(f"manifest.json has no block {RAM_BLOCK}")
-    emulator = document["emulator"]
     vmstate = document["vmstate"]
     pause = document.get("pause_seconds")
     return Manifest(
-        emulator=Emulator(
-            name=_text(emulator["name"]),
-            version=_text(emulator["version"]),
-            machine=_maybe_text(emulator.get("machine")),
-            cpu=_maybe_text(emulator.get("cpu")),
-            options=tuple(_text(option) for option in emulator.get("options", ())),
-        ),
+        emulator=emulator_of(document["emulator"]),
         blocks=blocks,
         ram_id=_hex(document["ram_id"], 16, "ram_id"),
         ram_root=_hex(document["ram_root"], ROOT_BYTES, "ram_root"),

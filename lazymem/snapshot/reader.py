@@ -47,9 +47,10 @@ class VouchedRun(Struct, frozen=True):
 class SmallFile:
     """vmstate or working-set: opened once, its size fixed. `size_bytes` 0 stands for: there is none."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, absent: bool = False) -> None:
+        """`absent`: there is none, whatever lies at `path`."""
         self.path = path
-        self._fd = maybe_open_regular(path)
+        self._fd = None if absent else maybe_open_regular(path)
         self._published = self._signature()
         self.size_bytes = self._published[0]
 
@@ -95,8 +96,13 @@ class SnapshotReader:
         maybe_tree: TreeVouching | None,
         manifest_bytes: bytes,
         manifest: Manifest | None,
+        *,
+        ram_alone: bool = False,
     ) -> None:
-        """Takes `ram` and `maybe_tree` (of a hashed snapshot) over, also when it fails."""
+        """Takes `ram` and `maybe_tree` (of a hashed snapshot) over, also when it fails.
+
+        `ram_alone`: nothing else in `folder` belongs to it.
+        """
         self.folder = folder
         self.manifest = manifest
         self.manifest_bytes = manifest_bytes
@@ -116,9 +122,9 @@ class SnapshotReader:
             else:
                 self._vouching = FirstReadVouching(self.total_pages, self.unchanged)
                 files.callback(self._vouching.close)
-            self.vmstate = SmallFile(folder / _vmstate_name(manifest))
+            self.vmstate = SmallFile(folder / _vmstate_name(manifest), absent=ram_alone)
             files.callback(self.vmstate.close)
-            self.working_set = SmallFile(folder / WORKING_SET_NAME)
+            self.working_set = SmallFile(folder / WORKING_SET_NAME, absent=ram_alone)
             files.callback(self.working_set.close)
             self._check_vmstate()
             self._files = files.pop_all()
@@ -148,6 +154,10 @@ class SnapshotReader:
     def unchanged(self) -> bool:
         """Whether the RAM file's stat signature is still the one that it was opened with."""
         return self._ram.signature() == self._signature
+
+    def serves(self, *, background: bool) -> bool:
+        """Whether pages may be answered now, demanded or guessed ones; else requests wait. Asked once a step."""
+        return True
 
     def untouched(self) -> bool:
         """Whether what was read before this call needs no digest to be believed: nobody wrote to the file.

@@ -93,6 +93,11 @@ class GuestRam:
         """One byte for each page number of `pages`, 0: the guest did not write it."""
         return self._state.written.states_at(pages) if self._state else bytes(len(pages))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no page is missing any more. Looks at a byte a page up to the first one that is."""
+        return self._pristine.next_missing(0, 1) is None
+
     def statistics(self) -> StoreStatistics:
         return StoreStatistics(
             total_pages=self.total_pages,

@@ -123,10 +123,32 @@ class QmpClient:
                 return None
             raise
 
+    def patience(self, seconds: float) -> None:
+        """How long each answer may take from now on."""
+        self._timeout_seconds = seconds
+
     def take_events(self) -> list[Event]:
         """The events that came in with the answers since the last call, oldest first."""
         taken, self._events = self._events, []
         return taken
+
+    def next_event(self, timeout_seconds: float) -> Event | None:
+        """The oldest event that was not taken; waits for one to come. None: none came in time.
+
+        Raises:
+            MonitorError: the emulator ended the connection.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while not self._events:
+                message = self._next_message(deadline)
+                if "event" in message:
+                    self._keep_event(message)
+        except TimeoutError:
+            return None
+        except OSError as error:
+            raise MonitorError(f"the monitor {self._path} went away: {error}") from error
+        return self._events.pop(0)
 
     def wait_status(self, wanted: Callable[[str], bool], timeout_seconds: float = 60) -> str:
         """Asks for the run state until `wanted` says yes to it; returns that state."""

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,23 @@ SWITCH_SECONDS = 0.0005
 """After so long a session's thread gives another one its turn (Python's own 5 ms would be a whole fault's waiting)."""
 
 
+Divert = Callable[[trio.SocketStream], Awaitable[bool]]
+"""Gets a connection that nothing was read from. True: it speaks something else, and was served to its end."""
+
+
 class Serving:
     """A server that runs. What `serve` hands to the one that started it."""
 
     def __init__(
-        self, catalog: Catalog, listeners: Listeners, limits: ServerLimits, maybe_learning: Learning | None = None
+        self,
+        catalog: Catalog,
+        listeners: Listeners,
+        limits: ServerLimits,
+        maybe_learning: Learning | None = None,
+        maybe_divert: Divert | None = None,
     ) -> None:
+        """`maybe_divert`: looks at each connection first."""
+        self._maybe_divert = maybe_divert
         self._ended = Counters()
         self._catalog = catalog
         self._limits = limits
@@ -93,6 +104,11 @@ class Serving:
         for session in self._sessions:
             session.stop(reason)
 
+    def look_again(self) -> None:
+        """A snapshot serves more, or less, than a moment ago (`SnapshotReader.serves`)."""
+        for session in self._sessions:
+            session.look_again()
+
     async def run(self, *, task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`, or until cancelled."""
         with self._disks:
@@ -104,6 +120,9 @@ class Serving:
                 nursery.cancel_scope.deadline = trio.current_time() + self._limits.goodbye_seconds
 
     async def _client(self, stream: trio.SocketStream) -> None:
+        if self._maybe_divert is not None and await self._maybe_divert(stream):
+            await trio.aclose_forcefully(stream)
+            return
         host, peer = _peer(stream)
         tune(stream, self._limits.socket_unsent_bytes)
         if self._is_full(host):

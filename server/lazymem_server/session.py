@@ -142,6 +142,10 @@ class Session:
         self._stop_reason = reason
         self._wake()
 
+    def look_again(self) -> None:
+        """The snapshot's word on whether it serves has changed: requests may have waited for it."""
+        self._wake()
+
     def cut(self) -> None:
         """End at once, whatever is open."""
         self._is_cut = True
@@ -436,8 +440,12 @@ class Session:
         unsent, cold, limits = self._outlet.unsent_bytes, self._cold, self._limits
         if unsent >= limits.max_unsent_bytes or len(cold) >= limits.max_cold_reads:
             return False, False
-        background = unsent < limits.max_background_unsent_bytes and not any(job.background for job in cold.values())
-        return self._queue.has_demand, background and self._queue.has_background
+        reader = self._reader
+        assert reader is not None, "there is no request before the greeting"
+        demand = self._queue.has_demand and reader.serves(background=False)
+        if unsent >= limits.max_background_unsent_bytes or not reader.serves(background=True):
+            return demand, False
+        return demand, self._queue.has_background and not any(job.background for job in cold.values())
 
     def _step(self) -> None:
         """One step of the job whose turn it is."""

@@ -14,6 +14,8 @@ COMMANDS = {
     "lazymem-mount": "lazymem.cli.mount",
     "lazymem-vm": "lazymem.cli.vm",
     "lazymem-snapshot": "lazymem.cli.snapshot",
+    "lazymem-send": "lazymem.cli.send",
+    "lazymem-receive": "lazymem.cli.receive",
     "lazymem-status": "lazymem.cli.status",
     "lazymem-template": "lazymem.cli.template",
     "lazymem-umount": "lazymem.cli.umount",

@@ -170,7 +170,13 @@ def test_written_ram_is_told_to_emulators(mounts: Stage, snapshot: BuiltSnapshot
 
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     told = json.loads(os.getxattr(mount.ram_path, "user.lazymem.run"))
-    assert told == {"identity": snapshot.identity.hex(), "written_pages": 0, "template": False, "hashed": True}
+    assert told == {
+        "identity": snapshot.identity.hex(),
+        "written_pages": 0,
+        "template": False,
+        "hashed": True,
+        "whole": False,
+    }
     assert (mount.path / "vmstate").exists()
     _write(mount.ram_path, 0, b"x" * PAGE_SIZE)
     assert json.loads(os.getxattr(mount.path, "user.lazymem.run"))["written_pages"] == 1

@@ -1,0 +1,41 @@
+"""A hand-over's figures, for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """One fact a line. What a figure is not known of is left out."""
+    rows = [
+        ("guest stood", _milliseconds(report.get("downtime_seconds"))),
+        ("all of it there after", _seconds(report.get("total_seconds"))),
+        ("RAM", _mib(report.get("ram_bytes"))),
+        ("device state", _mib(report.get("state_bytes"))),
+        ("pages over the wire", _mib(report.get("wire_received_bytes"))),
+        ("faults", _faults(report)),
+    ]
+    known = [(name, value) for name, value in rows if value]
+    width = max((len(name) for name, _ in known), default=0)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in known)
+
+
+def _faults(report: dict[str, Any]) -> str:
+    count = report.get("demand_faults")
+    if not isinstance(count, int):
+        return ""
+    middle, high = report.get("wait_p50_seconds"), report.get("wait_p99_seconds")
+    waited = f", waited p50 {_milliseconds(middle)}, p99 {_milliseconds(high)}" if middle and high else ""
+    return f"{count}{waited}"
+
+
+def _milliseconds(value: object) -> str:
+    return f"{value * 1000:.1f} ms" if isinstance(value, int | float) else ""
+
+
+def _seconds(value: object) -> str:
+    return f"{value:.2f} s" if isinstance(value, int | float) else ""
+
+
+def _mib(value: object) -> str:
+    return f"{value / (1 << 20):.1f} MiB" if isinstance(value, int) else ""

@@ -1,0 +1,114 @@
+"""One address for all of a hand-over: page clients go to the page server, the receiver to the sender."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack
+
+import trio
+from lazymem_server.app import Serving
+from lazymem_server.catalog import Catalog
+from lazymem_server.limits import ServerLimits
+from lazymem_server.listeners import Listeners
+
+from lazymem.errors import LazymemError, RemoteProtocolError
+from lazymem.handover import messages
+from lazymem.handover.channel import first_bytes
+from lazymem.handover.receivers import Receivers
+from lazymem.snapshot.liveram import LiveRam
+from lazymem.snapshot.reader import SnapshotReader
+
+_FIRST_SECONDS = 10.0
+"""For a connection to say what it is."""
+
+_MAX_CONNECTIONS = 32
+"""Of receivers: one is taken, and a few may ask at a time and be told no."""
+
+_MARK = messages.CONTROL[:2]
+"""What no page client's first frame begins with: its length is under 512, so its second byte is 0 or 1."""
+
+
+class LiveCatalog(Catalog):
+    """What is handed over now, under the hand-over's id."""
+
+    def __init__(self) -> None:
+        self._readers = {}
+        self._current: tuple[str, SnapshotReader] | None = None
+        self._opened = ExitStack()
+
+    def publish(self, name: str, ram: LiveRam) -> None:
+        self._opened.enter_context(ram)  # those before it may still be read from
+        self._current = name, ram
+
+    def find(self, name: str) -> tuple[str, SnapshotReader] | None:
+        current = self._current
+        return current if current is not None and current[0] == name else None
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+class HandoverServer:
+    """Fits `handover.sending.PageServer`. `receivers` is set before `run`."""
+
+    def __init__(self, listeners: Listeners) -> None:
+        self._catalog = LiveCatalog()
+        self.receivers: Receivers | None = None
+        self._serving = Serving(self._catalog, listeners, ServerLimits(), maybe_divert=self._divert)
+        self._connections = 0
+
+    @property
+    def address(self) -> str:
+        return self._serving.addresses[0]
+
+    def publish(self, name: str, ram: LiveRam) -> None:
+        self._catalog.publish(name, ram)
+
+    def look_again(self) -> None:
+        self._serving.look_again()
+
+    async def run(self, *, task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            await self._serving.run(task_status=task_status)
+        finally:
+            self._catalog.close()
+
+    async def _divert(self, stream: trio.SocketStream) -> bool:
+        with trio.move_on_after(_FIRST_SECONDS):
+            if not await _is_receiver(stream):
+                return False
+            if self._connections >= _MAX_CONNECTIONS:
+                return True
+        self._connections += 1
+        try:
+            await self._serve(stream)
+        except (LazymemError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # it ended, or talked nonsense: its own affair
+        finally:
+            self._connections -= 1
+        return True
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        assert self.receivers is not None
+        if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        kind = await first_bytes(stream, messages.MAGIC_BYTES)
+        if kind == messages.CONTROL:
+            await self.receivers.serve(stream)
+        elif kind == messages.STATE:
+            handover = (await first_bytes(stream, messages.ID_BYTES)).hex()
+            await self.receivers.keep_for_state(stream, handover)
+        else:
+            raise RemoteProtocolError("a connection that says nothing known")
+
+
+async def _is_receiver(stream: trio.SocketStream) -> bool:
+    """By its first two bytes, which stay to be read."""
+    try:
+        while True:
+            head = await stream.socket.recv(len(_MARK), socket.MSG_PEEK)
+            if len(head) != 1 or not _MARK.startswith(head):
+                return head == _MARK
+            await trio.sleep(0.01)  # the second one is on its way, and nothing tells of it while the first is there
+    except OSError:
+        return False

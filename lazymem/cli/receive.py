@@ -1,0 +1,264 @@
+"""`lazymem receive`: takes a guest over from `lazymem send`: mounts its RAM, starts its emulator, runs it here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from lazymem.cli.groups import cause_of
+from lazymem.cli.handoverreport import as_text
+from lazymem.cli.receivehost import ReceiveHost, Wanted
+from lazymem.errors import BusyError, GuestCrashError, IdentityError, LazymemError, ServerRefusedError, StoreError
+from lazymem.fs import checks, mountinfo
+from lazymem.handover import requests
+from lazymem.handover.arriving import ArrivingGuest, maybe_arrived
+from lazymem.handover.journal import Journal, default_folder
+from lazymem.handover.receiving import Arriving, Outcome, Receiver
+from lazymem.handover.source_link import SourceLink
+from lazymem.handover.states import Destination
+from lazymem.settings import parse_endpoint
+
+PROGRAM = "lazymem receive"
+_ASK_SECONDS = 60.0
+_SHOW_SECONDS = 0.1
+
+_EPILOG = """examples:
+  lazymem receive source.example:7412 /mnt/ram -serial file:console          lazymem-vm's options follow the folder
+  lazymem receive source.example:7412 /mnt/ram -qmp unix:qmp -- -netdev user,id=n0 -device virtio-net-pci,netdev=n0
+                                                                             behind the --, QEMU's
+  lazymem receive --take /mnt/ram     the source is dead, and its decision was never heard
+"""
+
+
+def say(line: str) -> None:
+    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code: the emulator's, once the guest ran here."""
+    words = sys.argv[1:] if arguments is None else arguments
+    ours, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = _parser()
+    found, vm_words = parser.parse_known_args(ours)
+    if found.take and found.mountpoint is None:
+        found.source, found.mountpoint = None, found.source
+    if found.mountpoint is None:
+        parser.error("the folder for the guest's RAM is missing")
+    try:
+        mountpoint = Path(mountinfo.real_path(found.mountpoint))
+        options = tuple(found.options)
+        cache = None if found.cache is None else found.cache.absolute()
+        wanted = Wanted(mountpoint, cache, options, tuple(vm_words), tuple(more), found.force)
+        folder = found.journal or default_folder("receive", str(mountpoint))
+        return _run(found, wanted, folder.absolute())
+    except LazymemError as error:
+        say(str(error))
+        return error.exit_code
+    except OSError as error:
+        say(str(StoreError(f"{error.filename or 'this host'}: {error.strerror}")))
+        return StoreError.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage="lazymem receive HOST:PORT MOUNTPOINT [options] [lazymem-vm's options] [-- QEMU's options]",
+        description="Take a running guest over from a lazymem send. It runs here at once; its RAM follows.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="HOST:PORT", help="where lazymem send listens, or unix:PATH")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="an existing folder for the guest's RAM")
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="pages that arrive, as for lazymem-mount")
+    parser.add_argument(
+        "--mount-option", dest="options", metavar="OPT", action="append", default=[], help="lazymem-mount's -o OPT"
+    )
+    parser.add_argument("--force", action="store_true", help="although this host has little memory or disk for it")
+    parser.add_argument(
+        "--take",
+        action="store_true",
+        help="let a guest run here whose state has arrived and whose source does not answer any more and never will",
+    )
+    parser.add_argument(
+        "--journal", metavar="DIR", type=Path, help="where the decision is kept (default: one for each mount point)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    return parser
+
+
+def _run(found: argparse.Namespace, wanted: Wanted, folder: Path) -> int:
+    try:
+        journal = Journal(folder, "destination")
+    except BusyError:
+        if not found.take:
+            raise
+        answer = requests.ask(folder, "take", _ASK_SECONDS)
+        say(answer.text)
+        return 0 if answer.done else BusyError.exit_code
+    with journal:
+        before = _maybe_before(journal)
+        if before is None and found.take:
+            raise IdentityError(f"no guest waits here to be taken ({journal.folder})")
+        host = ReceiveHost(wanted.mountpoint, journal.folder)
+        try:
+            outcome = trio.run(_receive, found, wanted, journal, before, host)
+        except BaseExceptionGroup as group:
+            raise cause_of(group) from group
+    return _told(outcome)
+
+
+def _maybe_before(journal: Journal) -> Arriving | None:
+    """What an earlier process left to be done."""
+    if journal.found is None:
+        return None
+    before = msgspec.convert(journal.found.details, Arriving)
+    return None if before.over else before
+
+
+async def _receive(
+    found: argparse.Namespace, wanted: Wanted, journal: Journal, before: Arriving | None, host: ReceiveHost
+) -> Outcome:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            coming = _Coming(found, wanted, journal, host)
+            nursery.start_soon(_watch_signals, signals, coming, nursery.cancel_scope)
+            nursery.start_soon(_show, host)
+            outcome = await (coming.anew() if before is None else coming.again(before))
+            nursery.cancel_scope.cancel()
+    host.show()
+    return outcome
+
+
+class _Coming:
+    """One guest on its way here."""
+
+    def __init__(self, found: argparse.Namespace, wanted: Wanted, journal: Journal, host: ReceiveHost) -> None:
+        self._found = found
+        self._wanted = wanted
+        self._journal = journal
+        self.host = host
+        self.receiver: Receiver | None = None
+
+    async def anew(self) -> Outcome:
+        began = time.monotonic()
+        link = SourceLink(parse_endpoint(self._found.source), say)
+        try:
+            receiver, incoming = await self._prepare(link, began)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self.host.clean_up)
+            raise
+        return await self._to_the_end(receiver, incoming)
+
+    async def _prepare(self, link: SourceLink, began: float) -> tuple[Receiver, tuple[trio.SocketStream, Path]]:
+        """Everything that can fail before the source is told to begin."""
+        checks.check_mount_point(str(self._wanted.mountpoint))
+        offer = await link.first()
+        host, wanted = self.host, self._wanted
+        host.check(offer, wanted)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.keep_alive)
+            await trio.to_thread.run_sync(host.mount, link.endpoint, offer, wanted)
+            guest = await trio.to_thread.run_sync(host.start, offer, wanted)
+            socket = host.sockets / "state"
+            await trio.to_thread.run_sync(guest.listen, socket)
+            state = await link.open_state()
+            nursery.cancel_scope.cancel()
+        arriving = Arriving(
+            source=str(link.endpoint),
+            mountpoint=str(wanted.mountpoint),
+            monitor=str(host.monitor),
+            sockets=str(host.sockets),
+            emulator_pid=host.pid,
+            emulator_began=host.began,
+            ram_bytes=offer.ram_bytes,
+        )
+        return self._receiver(link, guest, arriving, Destination.ASKED, began), (state, socket)
+
+    async def again(self, before: Arriving) -> Outcome:
+        found = self._journal.found
+        assert found is not None
+        self.host.adopt(before.emulator_pid, before.emulator_began, Path(before.monitor), Path(before.sockets))
+        link = SourceLink(parse_endpoint(before.source), say, found.handover)
+        alive = self.host.maybe_exit_code() is None
+        guest = await trio.to_thread.run_sync(maybe_arrived, Path(before.monitor)) if alive else None
+        receiver = self._receiver(link, guest, before, Destination(found.state), time.monotonic())
+        return await self._to_the_end(receiver, None)
+
+    def _receiver(
+        self, link: SourceLink, guest: ArrivingGuest | None, arriving: Arriving, state: Destination, began: float
+    ) -> Receiver:
+        return Receiver(
+            self._journal, link, guest, arriving, self.host, say, self._print_report, state=state, began=began
+        )
+
+    def _print_report(self, report: dict[str, Any]) -> None:
+        print(json.dumps(report) if self._found.json else as_text(report), flush=True)
+
+    async def _to_the_end(self, receiver: Receiver, incoming: tuple[trio.SocketStream, Path] | None) -> Outcome:
+        self.receiver = receiver
+        async with trio.open_nursery() as nursery:
+            if self._found.take:
+                nursery.start_soon(_take, receiver)
+            outcome = await receiver.run(incoming)
+            nursery.cancel_scope.cancel()
+        whole = outcome.state in (Destination.WHOLE, Destination.DONE)
+        if outcome.state is not Destination.YIELDED:
+            await trio.to_thread.run_sync(lambda: self.host.clean_up(whole=whole))
+        return outcome
+
+
+async def _take(receiver: Receiver) -> None:
+    done, text = await receiver.take_when_alone()
+    say(text)
+    if not done:
+        raise BusyError("the guest is not taken")
+
+
+async def _show(host: ReceiveHost) -> None:
+    while True:
+        host.show()
+        await trio.sleep(_SHOW_SECONDS)
+
+
+async def _watch_signals(signals: AsyncIterator[int], coming: _Coming, scope: trio.CancelScope) -> None:
+    """The first ends what can be ended in order; the next leaves it as it stands in the journal."""
+    count = 0
+    async for number in signals:
+        count += 1
+        receiver = coming.receiver
+        if receiver is None:  # nothing was begun: whatever is there is cleared away on the way out
+            raise KeyboardInterrupt
+        if receiver.interrupt():
+            continue
+        coming.host.signal(number)
+        if count > 1:
+            scope.cancel()
+
+
+def _told(outcome: Outcome) -> int:
+    if outcome.state is Destination.REFUSED:
+        raise ServerRefusedError(f"{outcome.text or 'refused'}; the guest does not run here")
+    if outcome.state is Destination.YIELDED:
+        raise IdentityError(f"{outcome.text}; its emulator and its mount are left as they are")
+    if outcome.state is Destination.MINE:
+        raise GuestCrashError(
+            f"the emulator ended with status {outcome.exit_code} before all of its guest's RAM was here"
+        )
+    return outcome.exit_code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""`lazymem send`: hands a running guest over to another host, and serves its RAM until all of it is there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+from lazymem_server.listeners import Listeners, parse_listen
+
+from lazymem.cli.groups import cause_of
+from lazymem.cli.handoverreport import as_text
+from lazymem.cli.handoverserver import HandoverServer
+from lazymem.errors import BusyError, IdentityError, LazymemError, MonitorError, StoreError
+from lazymem.handover import requests
+from lazymem.handover.arriving import boot_id
+from lazymem.handover.journal import Journal, default_folder
+from lazymem.handover.leaving import LeavingGuest
+from lazymem.handover.sending import Leaving, Outcome, Sender
+from lazymem.handover.states import Source
+
+PROGRAM = "lazymem send"
+DEFAULT_LISTEN = "127.0.0.1:7412"
+
+_ASK_SECONDS = 60.0
+"""For a running lazymem send to do what is asked of it."""
+
+_BACK_SECONDS = 5.0
+"""For a destination that lives to come back to a new lazymem send: it tries each two seconds."""
+
+_EPILOG = """examples:
+  lazymem send --qmp /run/vm/qmp.sock --listen 10.0.0.1:7412    then there: lazymem receive 10.0.0.1:7412 /mnt/ram
+  lazymem send --qmp /run/vm/qmp.sock                           again, after it was killed: it goes on where it was
+  lazymem send --qmp /run/vm/qmp.sock --reclaim                 the other host is dead, and took its decision along
+"""
+
+
+def say(line: str) -> None:
+    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    found = _parser().parse_args(arguments)
+    found.qmp = Path(os.path.abspath(str(found.qmp).removeprefix("unix:")))
+    folder = found.journal or default_folder("send", str(found.qmp))
+    try:
+        return _run(found, folder.absolute())
+    except LazymemError as error:
+        say(str(error))
+        return error.exit_code
+    except OSError as error:
+        say(str(StoreError(f"{error.filename or folder}: {error.strerror}")))
+        return StoreError.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Hand a running guest (QEMU >= 7.2 or lazymem-vm) whose RAM is a file over to a lazymem receive.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--qmp", metavar="SOCKET", required=True, type=Path, help="the emulator's monitor")
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        default=DEFAULT_LISTEN,
+        help="for the receiver, or unix:PATH; whoever can connect can take the guest (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--disks-handled", action="store_true", help="the guest's writable disks are at the destination, too"
+    )
+    parser.add_argument(
+        "--reclaim",
+        action="store_true",
+        help="take back a guest that was given to a destination which does not answer any more and never will",
+    )
+    parser.add_argument(
+        "--journal", metavar="DIR", type=Path, help="where the decision is kept (default: one for each monitor)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    return parser
+
+
+def _run(found: argparse.Namespace, folder: Path) -> int:
+    try:
+        journal = Journal(folder, "source")
+    except BusyError:
+        if not found.reclaim:
+            raise
+        answer = requests.ask(folder, "reclaim", _ASK_SECONDS)
+        say(answer.text)
+        return 0 if answer.done else BusyError.exit_code
+    with journal:
+        return _with_journal(found, journal)
+
+
+def _with_journal(found: argparse.Namespace, journal: Journal) -> int:
+    before = _maybe_before(journal)
+    if found.reclaim and (before is None or journal.found is None or journal.found.state != Source.GIVEN.value):
+        raise IdentityError(f"nothing was given away that could be taken back ({journal.folder})")
+    with ExitStack() as undo:
+        guest = _maybe_guest(found.qmp, before)
+        if guest is not None:
+            undo.callback(guest.close)
+        listeners = undo.enter_context(Listeners())
+        listeners.open([parse_listen(before.address if before is not None else found.listen)])
+        try:
+            outcome, leaving = trio.run(_send, found, journal, before, guest, listeners)
+        except BaseExceptionGroup as group:
+            raise cause_of(group) from group
+    return _told(outcome, leaving, as_json=found.json, reclaimed=found.reclaim)
+
+
+def _maybe_before(journal: Journal) -> Leaving | None:
+    """What an earlier process left to be done."""
+    if journal.found is None:
+        return None
+    before = msgspec.convert(journal.found.details, Leaving)
+    if before.over:
+        return None
+    state = Source(journal.found.state)
+    if before.boot_id != boot_id():
+        if state is Source.GIVEN:
+            say("this host was started anew since the guest was given away: its RAM here is gone")
+        return None
+    return before
+
+
+def _maybe_guest(monitor: Path, before: Leaving | None) -> LeavingGuest | None:
+    """
+    Raises:
+        MonitorError: nobody is there, and nothing can be done without the guest.
+    """
+    try:
+        guest = LeavingGuest(monitor)
+    except MonitorError:
+        if before is None:
+            raise
+        say("the guest's emulator is gone; what is left of it is its RAM")
+        return None
+    if before is not None and before.emulator_pid not in (None, guest.pid):
+        guest.close()
+        raise IdentityError(
+            f"the emulator at {monitor} is another one than the one whose guest was handed over; if that is right, "
+            "name another --journal"
+        )
+    return guest
+
+
+async def _send(
+    found: argparse.Namespace,
+    journal: Journal,
+    before: Leaving | None,
+    guest: LeavingGuest | None,
+    listeners: Listeners,
+) -> tuple[Outcome, Leaving]:
+    server = HandoverServer(listeners)
+    if before is None:
+        assert guest is not None
+        look = await trio.to_thread.run_sync(lambda: guest.look(disks_handled=found.disks_handled))
+        before = Leaving(
+            server.address,
+            str(found.qmp),
+            str(look.ram.path),
+            look.ram.size_bytes,
+            look.emulator,
+            look.was_running,
+            boot_id(),
+            guest.pid,
+        )
+        resumed = False
+    else:
+        resumed = True
+    sender = Sender(journal, guest, before, server, say, restarted=resumed)
+    server.receivers = sender.receivers
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.run)
+            nursery.start_soon(_watch_signals, signals, sender, nursery.cancel_scope)
+            if found.reclaim:
+                nursery.start_soon(_reclaim, sender)
+            _announce(server.address, sender, as_json=found.json)
+            try:
+                outcome = await sender.run()
+            finally:
+                sender.close()
+                nursery.cancel_scope.cancel()
+    return outcome, before
+
+
+def _announce(address: str, sender: Sender, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"listening": address}), flush=True)
+    elif sender.state is Source.OURS:
+        print(f"waiting on {address} for lazymem receive", flush=True)
+
+
+async def _watch_signals(signals: AsyncIterator[int], sender: Sender, scope: trio.CancelScope) -> None:
+    told = False
+    async for _ in signals:
+        if sender.interrupt():
+            continue
+        if told:
+            scope.cancel()
+            return
+        told = True
+        say(
+            "the guest was given away and its RAM is still served: once more ends this all the same, and the same "
+            "command goes on later"
+        )
+
+
+async def _reclaim(sender: Sender) -> None:
+    done, text = await sender.reclaim(_BACK_SECONDS)
+    say(text)
+    if not done:
+        raise BusyError("the guest is not taken back")
+
+
+def _told(outcome: Outcome, leaving: Leaving, *, as_json: bool, reclaimed: bool) -> int:
+    result: dict[str, Any] = {"state": outcome.state.value, "reason": outcome.text, **outcome.report}
+    result.setdefault("state_bytes", leaving.state_bytes)
+    if as_json:
+        print(json.dumps(result), flush=True)
+    elif outcome.report:
+        print(as_text(outcome.report), flush=True)
+    if outcome.state is Source.RELEASED:
+        return 0
+    say(f"{outcome.text or 'broken off'}; the guest goes on here")
+    if reclaimed:
+        return 0
+    return 130 if outcome.text == "interrupted" else MonitorError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

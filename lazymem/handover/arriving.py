@@ -1,0 +1,113 @@
+"""The guest at the destination: an emulator that waits, gets its device state, and runs when it is told. Blocking."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from lazymem.errors import MonitorError
+from lazymem.vm.qmpclient import CommandError, QmpClient
+
+_POLL_SECONDS = 0.001
+"""Between two looks at a load: some 0.1 ms of the emulator's time each."""
+
+_PATIENT_SECONDS = 1e9
+"""The emulator's monitor is silent while a device's load waits for a page of RAM, as long as the source is away."""
+
+WAITS = "inmigrate"
+
+
+class ArrivingGuest:
+    """One emulator's monitor. One thread at a time, but for `close`, which ends what waits."""
+
+    def __init__(self, monitor: Path) -> None:
+        """
+        Raises:
+            MonitorError: nobody is there (yet).
+        """
+        self._qmp = QmpClient(monitor, timeout_seconds=30)
+
+    def close(self) -> None:
+        self._qmp.close()
+
+    def status(self) -> str:
+        return str(self._qmp.command("query-status")["status"])
+
+    def listen(self, path: Path, seconds: float = 30) -> None:
+        """Have it wait for its state on the unix socket `path`; it listens there when this returns.
+
+        Raises:
+            MonitorError: refused.
+        """
+        self._qmp.command("migrate-incoming", uri=f"unix:{path}")
+        deadline = time.monotonic() + seconds
+        while not path.exists():
+            self._refuse_failed()
+            if time.monotonic() > deadline:
+                raise MonitorError(f"the emulator does not wait for its state on {path}")
+            time.sleep(_POLL_SECONDS)
+
+    def wait_loaded(self) -> None:
+        """Until it has its state, and stands.
+
+        Raises:
+            MonitorError: it could not load it; QEMU ends then, its reason on its own stderr.
+        """
+        self._qmp.patience(_PATIENT_SECONDS)
+        while (status := self.status()) == WAITS:
+            self._refuse_failed()
+            time.sleep(_POLL_SECONDS)
+        if status == "running":
+            raise MonitorError("the emulator runs the guest without being told to: was it started with -S?")
+
+    def _refuse_failed(self) -> None:
+        answer = self._qmp.command("query-migrate") or {}
+        if answer.get("status") == "failed":
+            raise MonitorError(f"the emulator could not load its state: {answer.get('error-desc', 'no reason given')}")
+
+    def run(self) -> float:
+        """Let the guest run, if it does not; when it began, by the emulator's clock (Unix time).
+
+        Raises:
+            MonitorError: the emulator is gone, or says no.
+        """
+        self._qmp.take_events()
+        if self.status() != "running":
+            self._qmp.command("cont")
+        self.status()
+        began = [event.seconds for event in self._qmp.take_events() if event.name == "RESUME"]
+        return began[-1] if began else time.time()
+
+    def stop(self) -> None:
+        self._qmp.command("stop")
+
+    def quit(self) -> None:
+        with suppress(MonitorError):
+            self._qmp.command("quit")
+
+    @property
+    def emulator_pid(self) -> int | None:
+        return self._qmp.peer_pid
+
+
+def maybe_arrived(monitor: Path) -> ArrivingGuest | None:
+    """The monitor of an emulator that an earlier process started, if it still answers."""
+    with suppress(MonitorError):
+        return ArrivingGuest(monitor)
+    return None
+
+
+def has_state(guest: ArrivingGuest) -> bool:
+    """Whether a load that an earlier process began was ended, all of it."""
+    with suppress(MonitorError, CommandError):
+        return guest.status() in ("paused", "running")
+    return False
+
+
+def boot_id() -> str:
+    """Which boot of which host this is."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{os.uname().nodename}"

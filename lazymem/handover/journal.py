@@ -1,0 +1,190 @@
+"""A side's decision on the disk: written whole or not at all, and there before anybody acts on it. Blocking.
+
+One file of two slots that are written in turn, each with a digest over it: a write that is cut leaves the other slot.
+Both are there from the start, synced together with their folder, so a decision is an overwrite of blocks that the file
+has already, and fdatasync(2) waits for no other file's data (the guest's RAM file may lie on the same disk, with
+gigabytes unwritten).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from msgspec import Struct
+
+from lazymem.errors import BusyError, StoreError
+
+FORMAT = "lazymem-handover"
+VERSION = 1
+
+NAME = "decision"
+_LOCK_NAME = "lock"
+
+_SLOT_BYTES = 16 * 1024
+"""A record has some paths and numbers, under 2 KiB."""
+
+_DIGEST_BYTES = 32
+
+
+class Record(Struct, frozen=True):
+    """What a restarted process needs. `state`: a recorded state's value; `details`: this side's own, JSON."""
+
+    role: str
+    handover: str
+    state: str
+    details: dict[str, Any]
+
+
+class Journal:
+    """The folder of one hand-over's one side, locked while this is open.
+
+    Raises:
+        BusyError: another process has it.
+        StoreError: it cannot be made or read, or others could write to it.
+    """
+
+    def __init__(self, folder: Path, role: str) -> None:
+        self.folder = folder
+        self._role = role
+        self._sequence = 0
+        self._file = -1
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_ours(folder)
+            self._lock = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StoreError(f"cannot keep a decision in {folder}: {error.strerror}") from error
+        try:
+            self._take_lock()
+            self.found = self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another process is at this hand-over ({self.folder})") from error
+
+    def _open(self) -> Record | None:
+        path = self.folder / NAME
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if os.fstat(self._file).st_size < 2 * _SLOT_BYTES:
+                os.pwrite(self._file, bytes(2 * _SLOT_BYTES), 0)
+            os.fsync(self._file)
+            _sync(self.folder)
+            _sync(self.folder.parent)
+            slots = _slots(os.pread(self._file, 2 * _SLOT_BYTES, 0))
+        except OSError as error:
+            raise StoreError(f"cannot keep a decision in {path}: {error.strerror}") from error
+        if not slots:
+            return None
+        self._sequence, record = max(slots, key=lambda slot: slot[0])
+        if record.role != self._role:
+            raise StoreError(f"{self.folder} is the {record.role}'s of a hand-over, not the {self._role}'s")
+        return record
+
+    def write(self, handover: str, state: str, details: dict[str, Any]) -> Record:
+        """On the disk when this returns.
+
+        Raises:
+            StoreError: the disk refused; the decision before it stands.
+        """
+        record = Record(self._role, handover, state, details)
+        sequence = self._sequence + 1
+        text = _encode(sequence, record)
+        try:
+            os.pwrite(self._file, text.ljust(_SLOT_BYTES, b"\0"), sequence % 2 * _SLOT_BYTES)
+            os.fdatasync(self._file)
+        except OSError as error:
+            raise StoreError(f"cannot write a decision to {self.folder / NAME}: {error.strerror}") from error
+        self._sequence = sequence
+        return record
+
+    def close(self) -> None:
+        for descriptor in (self._file, self._lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._lock = -1
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(folder: Path) -> Record | None:
+    """What stands in a journal that another process may have open; None where there is none."""
+    try:
+        slots = _slots((folder / NAME).read_bytes()[: 2 * _SLOT_BYTES])
+    except OSError:
+        return None
+    return max(slots, key=lambda slot: slot[0])[1] if slots else None
+
+
+def default_folder(role: str, name: str) -> Path:
+    """Where a side keeps its decision when nobody says: the same for the same `name` (a monitor, a mount point)."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not base.startswith("/"):
+        home = os.environ.get("HOME", "")
+        base = os.path.join(home, ".local/state") if home.startswith("/") else "/var/lib"
+    return Path(base, "lazymem", f"{role}-{blake3(os.fsencode(name)).hexdigest(8)}")
+
+
+def _encode(sequence: int, record: Record) -> bytes:
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "sequence": sequence,
+        "role": record.role,
+        "handover": record.handover,
+        "state": record.state,
+        "details": record.details,
+    }
+    text = json.dumps(document).encode()
+    whole = blake3(text).digest(_DIGEST_BYTES) + text
+    if len(whole) > _SLOT_BYTES:
+        raise StoreError(f"a hand-over's record has {len(text)} bytes, more than fit: name shorter paths and options")
+    return whole
+
+
+def _slots(data: bytes) -> list[tuple[int, Record]]:
+    found = []
+    for start in (0, _SLOT_BYTES):
+        slot = data[start : start + _SLOT_BYTES].rstrip(b"\0") if not data.startswith(b"\0", start) else b""
+        # A digest may end in zeros, the text never does.
+        text = slot[_DIGEST_BYTES:]
+        if not text or blake3(text).digest(_DIGEST_BYTES) != slot[:_DIGEST_BYTES]:
+            continue
+        document = json.loads(text)
+        if document["version"] != VERSION:
+            raise StoreError(f"a hand-over's record has version {document['version']}, this lazymem knows {VERSION}")
+        record = Record(document["role"], document["handover"], document["state"], document["details"])
+        found.append((int(document["sequence"]), record))
+    return found
+
+
+def _check_ours(folder: Path) -> None:
+    """Who can write here decides where a guest runs."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise StoreError(f"{folder} is not a folder")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise StoreError(f"{folder} belongs to others, or they can write to it: name another one")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,200 @@
+"""The guest at the source: what is refused, how its device state leaves, and how it goes on or ends. Blocking.
+
+The emulator sends while the guest runs, so the blocks that no file backs go before the stop; it stops the guest itself
+for the last pass and the devices. To QEMU 300 ms of a pass after the stop are good enough; here it begins with 10 ms
+and allows more only when a guest that writes to such a block (a framebuffer) would never be done otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, to_builtins
+
+from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, SnapshotError
+from lazymem.snapshot.manifest import MANIFEST_NAME
+from lazymem.vm import emulator
+from lazymem.vm.emulator import RamBacking
+from lazymem.vm.qmpclient import CommandError, QmpClient
+from lazymem.vm.savestate import CAPABILITY, abandon
+from lazymem.vm.taking import on_lazymem_mount
+
+_EVENTS = "events"
+"""QEMU's capability to tell of a migration's end by itself; lazymem-vm always does."""
+
+_DOWNTIME_LIMITS_MS = ((0.0, 10), (5.0, 50), (15.0, 300))
+"""From so many seconds after the begin on, a last pass of so long is good enough. 300 is QEMU's own."""
+
+_LOOK_SECONDS = 0.5
+"""Between two looks at a migration that tells nothing."""
+
+STALLED_SECONDS = 120.0
+"""A state of some MiB that takes longer will never be done: the guest stands, or writes faster than the link takes."""
+
+_ENDED = ("failed", "cancelled")
+
+
+class Look(Struct, frozen=True):
+    """The guest before it is touched. `emulator`: as in a snapshot's manifest."""
+
+    ram: RamBacking
+    was_running: bool
+    emulator: dict[str, Any]
+
+
+class LeavingGuest:
+    """One guest at its monitor, which is this object's alone. One thread at a time."""
+
+    def __init__(self, monitor: Path) -> None:
+        """
+        Raises:
+            MonitorError: nobody is there, or it is busy with another client.
+        """
+        self.monitor = monitor
+        self._qmp = QmpClient(monitor)
+        self._before: dict[str, bool] = {}
+        self._limit_before: int | None = None
+
+    def close(self) -> None:
+        self._qmp.close()
+
+    @property
+    def peer_uid(self) -> int:
+        return self._qmp.peer_uid
+
+    def look(self, *, disks_handled: bool) -> Look:
+        """Everything that can be refused is refused here, before the guest notices anything.
+
+        Raises:
+            LazymemError: with the reason.
+        """
+        state = emulator.run_state(self._qmp)
+        emulator.refuse_other_migration(self._qmp)
+        self._refuse_incapable()
+        ram = emulator.ram_backing(self._qmp)
+        _check_ram(ram)
+        disks = emulator.writable_disks(self._qmp)
+        if disks and not disks_handled:
+            raise SnapshotError(
+                f"the guest has writable disks, which do not move with it: {', '.join(disks)}. If the destination has "
+                "them, too (shared storage), say --disks-handled"
+            )
+        return Look(ram, state == "running", to_builtins(emulator.describe(self._qmp)))
+
+    def _refuse_incapable(self) -> None:
+        known = {entry["capability"] for entry in self._qmp.maybe_command("query-migrate-capabilities") or []}
+        if CAPABILITY not in known:
+            raise EnvironmentRefusedError(
+                f"this emulator cannot leave RAM that is a file out of what it sends ({CAPABILITY}): use QEMU 7.2 or "
+                "newer"
+            )
+
+    def send(self, uri: str, on_stopped: Callable[[float], None]) -> float:
+        """Let it send its state to `uri`; returns once all is sent and the guest stands. `on_stopped` is called as soon
+        as it stands, with that moment by the emulator's clock; that is also what is returned.
+
+        Raises:
+            MonitorError: it did not, with the reason; the guest may stand, see `go_on`.
+        """
+        self._qmp.take_events()
+        self._prepare()
+        self._qmp.command("migrate", uri=uri)
+        begun = time.monotonic()
+        stopped: float | None = None
+        while True:
+            event = self._qmp.next_event(_LOOK_SECONDS)
+            if event is not None and event.name == "STOP" and stopped is None:
+                stopped = event.seconds
+                on_stopped(stopped)
+            if event is None or event.name == "MIGRATION":
+                status = str(event.data.get("status")) if event is not None else self._status()
+                if status == "completed":
+                    break
+                if status in _ENDED:
+                    raise MonitorError(f"the emulator could not send its state: {self._reason()}")
+                if event is None and time.monotonic() - begun > STALLED_SECONDS:
+                    raise MonitorError(f"the emulator's state was not sent within {STALLED_SECONDS:.0f} s")
+                self._allow_longer(time.monotonic() - begun)
+        self._qmp.command("query-status")
+        for event in self._qmp.take_events():
+            if event.name == "STOP" and stopped is None:
+                stopped = event.seconds
+        if stopped is None:
+            stopped = time.time()
+        on_stopped(stopped)
+        return stopped
+
+    def _prepare(self) -> None:
+        entries = self._qmp.maybe_command("query-migrate-capabilities") or []
+        states = {entry["capability"]: bool(entry["state"]) for entry in entries}
+        wanted = [name for name in (CAPABILITY, _EVENTS) if name in states]
+        self._before = {name: states[name] for name in wanted}
+        self._set(dict.fromkeys(wanted, True))
+        parameters = self._qmp.maybe_command("query-migrate-parameters") or {}
+        self._limit_before = parameters.get("downtime-limit")
+        self._allow_longer(0.0)
+
+    def _set(self, states: dict[str, bool]) -> None:
+        capabilities = [{"capability": name, "state": state} for name, state in states.items()]
+        self._qmp.command("migrate-set-capabilities", capabilities=capabilities)
+
+    def _allow_longer(self, seconds: float) -> None:
+        if self._limit_before is None:
+            return  # lazymem-vm: one pass while the guest runs, and a comparison when it stands
+        limit = max(allowed for since, allowed in _DOWNTIME_LIMITS_MS if since <= seconds)
+        self._qmp.command("migrate-set-parameters", downtime_limit=limit)
+
+    def _status(self) -> str:
+        return str((self._qmp.command("query-migrate") or {}).get("status"))
+
+    def _reason(self) -> str:
+        answer = self._qmp.command("query-migrate") or {}
+        return str(answer.get("error-desc", answer.get("status", "it does not say why")))
+
+    @property
+    def pid(self) -> int | None:
+        return self._qmp.peer_pid
+
+    def go_on(self, *, run: bool) -> None:
+        """As it was before: no migration, its settings restored, and (`run`) the guest runs.
+
+        One that stands for another reason than a migration goes on standing.
+
+        Raises:
+            MonitorError: the emulator is gone, or says no.
+        """
+        abandon(self._qmp)
+        with suppress(CommandError):
+            self._restore()
+        if run and self._qmp.command("query-status")["status"] == "postmigrate":
+            self._qmp.command("cont")
+
+    def _restore(self) -> None:
+        off = {name: False for name, before in self._before.items() if not before}
+        if off:
+            self._set(off)
+        if self._limit_before is not None:
+            self._qmp.command("migrate-set-parameters", downtime_limit=self._limit_before)
+
+    def quit(self) -> None:
+        """End the emulator. It may end before it has answered, or be gone already."""
+        with suppress(MonitorError):
+            self._qmp.command("quit")
+
+
+def _check_ram(ram: RamBacking) -> None:
+    if not ram.share:
+        raise RamFileError(f"the guest maps {ram.path} with share=off, so its RAM is not in that file: use share=on")
+    size = os.stat(ram.path).st_size
+    if size != ram.size_bytes:
+        raise RamFileError(f"the RAM file {ram.path} has {size} bytes, the guest's RAM {ram.size_bytes}: not the same")
+    if not on_lazymem_mount(ram.path) and (ram.path.parent / MANIFEST_NAME).exists():
+        raise RamFileError(
+            f"the guest runs directly on the RAM of the snapshot {ram.path.parent} and has changed it: run guests from "
+            "a lazymem-mount of it, or from a copy of its pc.ram"
+        )

@@ -1,0 +1,392 @@
+"""The destination of a hand-over: takes the device state, decides once, and asks the source until it has let go.
+
+As at the source (`sending`), one task takes events in order and carries out what the table says. What belongs to this
+host (mount, emulator process) is behind `Host`; its emulator and its mount outlive this process, so that a restarted
+one finds them again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+from msgspec import Struct, to_builtins
+
+from lazymem.errors import (
+    LazymemError,
+    MonitorError,
+    SaveStreamError,
+)
+from lazymem.handover import messages, requests
+from lazymem.handover.arriving import ArrivingGuest, has_state
+from lazymem.handover.journal import Journal
+from lazymem.handover.polling import until
+from lazymem.handover.relay import bring_in
+from lazymem.handover.source_link import SourceLink
+from lazymem.handover.states import SAID, Destination, Effect, Event, destination
+
+_LOOK_SECONDS = 0.2
+"""Between two looks at the mount (is all here?) and at the emulator (does it live?)."""
+
+_DONE_SECONDS = 5.0
+"""After the guest's end, for the source to say that it has let go."""
+
+_TELL_SECONDS = 20.0
+"""For a source to hear that its guest is refused here; it asks as long."""
+
+_ANSWER_SECONDS = 5.0
+"""For a source that lives to answer a new lazymem receive."""
+
+_QUEUE = 256
+
+_UNDECIDED = (Destination.ASKED, Destination.LOADED, Destination.PROMISED)
+_RUNNING = (Destination.MINE, Destination.WHOLE, Destination.DONE)
+
+Say = Callable[[str], None]
+
+
+class Host(Protocol):
+    """What this host does for a hand-over. All may block, and are called from threads."""
+
+    def is_mounted(self) -> bool:
+        """Whether the mount of the RAM answers."""
+        ...
+
+    def is_whole(self) -> bool:
+        """Whether every page of the RAM is here."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Of the mount: bytes, faults, waiting."""
+        ...
+
+    def maybe_exit_code(self) -> int | None:
+        """The emulator's, once it has ended."""
+        ...
+
+    def complaint(self) -> str:
+        """The last that the emulator said."""
+        ...
+
+    def end_emulator(self) -> None: ...
+
+
+class Arriving(Struct):
+    """What stands in a destination's journal. `ran`: the guest was let run, and whoever stops it since has reasons."""
+
+    source: str
+    mountpoint: str
+    monitor: str
+    sockets: str
+    emulator_pid: int
+    emulator_began: str
+    ram_bytes: int
+    ran: bool = False
+    downtime_seconds: float | None = None
+    over: bool = False
+
+
+class Outcome(Struct, frozen=True):
+    """How it ended: the state, a reason, and the emulator's exit code where it ran the guest to its end."""
+
+    state: Destination
+    text: str
+    exit_code: int | None
+
+
+class Receiver:
+    """One guest's hand-over to here, from the moment at which its emulator waits for the state."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        link: SourceLink,
+        guest: ArrivingGuest | None,
+        arriving: Arriving,
+        host: Host,
+        say: Say,
+        report: Callable[[dict[str, Any]], None],
+        *,
+        state: Destination = Destination.ASKED,
+        began: float | None = None,
+    ) -> None:
+        """`guest` None: its emulator is gone. `state`: what a journal told. `report` gets the figures when all is here.
+
+        `began`: when the hand-over began (monotonic)."""
+        self._journal = journal
+        self._link = link
+        self._guest = guest
+        self._arriving = arriving
+        self._host = host
+        self._say = say
+        self._on_report = report
+        self._side = destination(state)
+        self._began = time.monotonic() if began is None else began
+        self._received_bytes = 0
+        self._stopped = 0.0
+        self._restarted = False
+        self._gave_up = False
+        self._reason = ""
+        self._exit_code: int | None = None
+        self._report: dict[str, Any] = {}
+        self._put, self._events = trio.open_memory_channel[tuple[Event, object]](_QUEUE)
+
+    @property
+    def state(self) -> Destination:
+        return self._side.state
+
+    # ---- life
+
+    async def run(self, incoming: tuple[trio.SocketStream, Path] | None) -> Outcome:
+        """Until the guest has ended here, or is to run elsewhere. `incoming`: the connection that brings the state, and
+        the socket on which the emulator takes it; None in a restarted process.
+
+        Raises:
+            StoreError: a decision could not be written.
+        """
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            if incoming is None:
+                await self._resume()
+            else:
+                await self._record(Destination.ASKED)
+                nursery.start_soon(self._bring_in, *incoming)
+                nursery.start_soon(self._wait_loaded)
+                await self._link.say(messages.Ready())
+            nursery.start_soon(self._link.run, self._from_source)
+            nursery.start_soon(self._watch_emulator)
+            nursery.start_soon(self._watch_requests)
+            while not self._is_over():
+                await self._take(*await self._events.receive())
+            await self._finish()
+            nursery.cancel_scope.cancel()
+        return Outcome(self.state, self._reason, self._exit_code)
+
+    def interrupt(self) -> bool:
+        """The user wants it to end. False: the guest runs here, so it is its emulator that is to end."""
+        if self.state not in _UNDECIDED:
+            return False
+        self._put_nowait(Event.FAILED, "interrupted")
+        return True
+
+    async def _resume(self) -> None:
+        self._restarted = True
+        self._say(f"going on where an earlier lazymem receive was: {self.state.value}")
+        await self._step(Event.RESTARTED)
+        if self.state is Destination.ASKED:
+            guest = self._guest
+            loaded = guest is not None and await trio.to_thread.run_sync(has_state, guest)
+            self._put_nowait(Event.LOADED if loaded else Event.FAILED, "an earlier lazymem receive ended in the middle")
+        elif self.state is Destination.MINE:
+            self._nursery.start_soon(self._watch_pages)
+
+    def _is_over(self) -> bool:
+        if self.state is Destination.REFUSED:
+            return self._link.let_go or self._gave_up
+        if self.state is Destination.YIELDED:
+            return True
+        return self.state in _RUNNING and self._exit_code is not None
+
+    async def _finish(self) -> None:
+        """The guest has ended here in good order: the source hears of it before we go."""
+        if self.state is Destination.WHOLE:
+            with trio.move_on_after(_DONE_SECONDS):
+                while self.state is Destination.WHOLE:
+                    await self._take(*await self._events.receive())
+        self._arriving.over = self.state is not Destination.YIELDED and not self._gave_up
+        await self._record(self.state)
+
+    # ---- what happens
+
+    async def _from_source(self, event: Event, message: object) -> None:
+        await self._put.send((event, message))
+
+    def _put_nowait(self, event: Event, payload: object) -> None:
+        with suppress(trio.WouldBlock):
+            self._put.send_nowait((event, payload))
+
+    async def _bring_in(self, stream: trio.SocketStream, emulator: Path) -> None:
+        def received(count: int) -> None:
+            self._received_bytes = count
+            self._nursery.start_soon(self._link.say, messages.Received(count))
+
+        try:
+            async with stream:
+                await bring_in(stream, emulator, received)
+        except* (SaveStreamError, MonitorError) as group:
+            self._put_nowait(Event.FAILED, str(group.exceptions[0]))
+
+    async def _wait_loaded(self) -> None:
+        guest = self._guest
+        assert guest is not None
+        try:
+            await trio.to_thread.run_sync(guest.wait_loaded, abandon_on_cancel=True)
+        except LazymemError as error:
+            said = await trio.to_thread.run_sync(self._host.complaint)
+            self._put_nowait(Event.FAILED, f"{error}{': ' if said else ''}{said}")
+        else:
+            await self._put.send((Event.LOADED, None))
+
+    async def _watch_emulator(self) -> None:
+        while (code := await trio.to_thread.run_sync(self._host.maybe_exit_code)) is None:  # noqa: ASYNC110
+            await trio.sleep(_LOOK_SECONDS)
+        if self.state in _UNDECIDED:
+            said = await trio.to_thread.run_sync(self._host.complaint)
+            self._put_nowait(Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}")
+        else:
+            # After a crash before all of its RAM is here the source keeps what it has, until somebody says otherwise.
+            await self._put.send((Event.OVER if code == 0 else Event.LOST, code))
+
+    async def _watch_pages(self) -> None:
+        while not await trio.to_thread.run_sync(self._host.is_whole):  # noqa: ASYNC110 (a mount tells nobody)
+            await trio.sleep(_LOOK_SECONDS)
+        await self._put.send((Event.ALL_HERE, None))
+
+    async def _watch_requests(self) -> None:
+        while True:
+            await trio.sleep(requests.LOOK_SECONDS)
+            if requests.maybe_asked(self._journal.folder) == "take":
+                done, text = await self.take()
+                requests.answer(self._journal.folder, done=done, text=text)
+
+    async def take_when_alone(self) -> tuple[bool, str]:
+        """As `take`, in a process that has just been started: the source gets its time to answer first."""
+        with trio.move_on_after(_ANSWER_SECONDS):
+            await until(lambda: self._link.connected or self.state not in (Destination.ASKED, Destination.LOADED))
+        return await self.take()
+
+    async def take(self) -> tuple[bool, str]:
+        """Let the guest run here by hand; whether, and a word."""
+        if self._link.connected:
+            return False, "the source answers, and decides by itself"
+        if self.state is not Destination.LOADED:
+            return False, f"the guest cannot be taken: it is {self.state.value!r} here"
+        await self._put.send((Event.TAKE, None))
+        await until(lambda: self.state is not Destination.LOADED)
+        return self.state in _RUNNING, f"the guest is {self.state.value!r} here"
+
+    # ---- events and effects
+
+    async def _take(self, event: Event, payload: object) -> None:
+        before = self.state
+        decides = event in (Event.GIVEN, Event.LOADED, Event.TAKE) and before in _UNDECIDED
+        if decides and not await trio.to_thread.run_sync(self._host.is_mounted):
+            event, payload = Event.FAILED, "the mount of the guest's RAM is gone"
+        if isinstance(payload, messages.Given):
+            self._stopped = payload.stopped
+        elif isinstance(payload, messages.Void) and before in _UNDECIDED:
+            self._reason = self._reason or f"the source kept its guest{': ' if payload.text else ''}{payload.text}"
+        elif event is Event.FAILED and before in _UNDECIDED:
+            self._reason = str(payload)
+        elif event in (Event.ALL_HERE, Event.OVER) and before is Destination.MINE:
+            await self._make_report()
+        if not await self._step(event) and isinstance(payload, messages.Message):
+            self._say(f"the source said {event.value!r}, which makes no sense where the guest is {before.value!r}")
+            await self._link.drop()
+        if isinstance(payload, int):
+            self._exit_code = payload
+        if before is not self.state:
+            await self._tell()
+
+    async def _give_up_later(self) -> None:
+        """A source that cannot be told in all this time is told by the next lazymem receive, or takes its guest back by
+        hand."""
+        await trio.sleep(_TELL_SECONDS)
+        self._say(
+            "the source could not be told that its guest is refused here; if it stands there: lazymem send --reclaim"
+        )
+        self._gave_up = True
+        await self._put.send((Event.LOST, None))
+
+    async def _tell(self) -> None:
+        if self.state is Destination.MINE:
+            self._say("the guest runs here; the rest of its RAM follows")
+            self._nursery.start_soon(self._watch_pages)
+        elif self.state is Destination.WHOLE and self._report:
+            self._on_report(self._report)
+        elif self.state is Destination.REFUSED:
+            self._say(self._reason)
+            self._nursery.start_soon(self._give_up_later)
+        elif self.state is Destination.YIELDED:
+            self._reason = "the source took the guest back, by hand: it stands here"
+
+    async def _make_report(self) -> None:
+        figures = await trio.to_thread.run_sync(self._host.figures)
+        self._report = {
+            "downtime_seconds": self._arriving.downtime_seconds,
+            "total_seconds": time.monotonic() - self._began,
+            "ram_bytes": self._arriving.ram_bytes,
+            "state_bytes": self._received_bytes,
+            **figures,
+        }
+
+    async def _step(self, event: Event) -> bool:
+        """Whether there is such a move."""
+        effects = self._side.maybe_step(event)
+        for effect in effects or ():
+            if effect in SAID:
+                await self._link.say(self._message(effect))
+            elif not await self._act(effect):
+                # What would have been done behind it is not: it is known that the guest never ran here.
+                return await self._step(Event.NEVER_RAN)
+        return effects is not None
+
+    async def _act(self, effect: Effect) -> bool:
+        if effect is Effect.RECORD:
+            await self._record(self.state)
+        elif effect is Effect.RUN:
+            return await self._run_guest()
+        elif effect is Effect.STOP:
+            await self._stop_guest()
+        elif effect is Effect.QUIT:
+            await trio.to_thread.run_sync(self._host.end_emulator)
+        return True
+
+    def _message(self, effect: Effect) -> messages.Message:
+        if effect is Effect.SAY_MINE:
+            return messages.Mine(self._arriving.downtime_seconds)
+        if effect is Effect.SAY_WHOLE:
+            return messages.Whole(self._report)
+        return messages.Refused(messages.short(self._reason))
+
+    async def _record(self, state: Destination) -> None:
+        details = to_builtins(self._arriving)
+        await trio.to_thread.run_sync(self._journal.write, self._link.handover, state.value, details)
+
+    async def _run_guest(self) -> bool:
+        """The last step. False: it is sure that the guest has not run.
+
+        One that was let run by a process that died since is left as it is: somebody may have stopped it for a reason.
+        """
+        if self._arriving.ran:
+            return True
+        try:
+            if self._guest is None:
+                raise MonitorError("its emulator is gone")
+            await trio.to_thread.run_sync(self._guest.status)
+        except MonitorError as error:
+            self._reason = f"the guest cannot run here: {error}"
+            self._say(self._reason)
+            return self._restarted  # it may have run under the process before
+        return await self._let_run(self._guest)
+
+    async def _let_run(self, guest: ArrivingGuest) -> bool:
+        try:
+            began = await trio.to_thread.run_sync(guest.run)
+        except MonitorError as error:
+            self._say(f"the guest was told to run, and its emulator went away: {error}")
+            return True
+        if self._stopped:
+            self._arriving.downtime_seconds = max(0.0, began + self._link.clock_ahead_seconds - self._stopped)
+        self._arriving.ran = True
+        await self._record(self.state)
+        return True
+
+    async def _stop_guest(self) -> None:
+        with suppress(MonitorError):
+            if self._guest is not None:
+                await trio.to_thread.run_sync(self._guest.stop)

@@ -1,0 +1,71 @@
+"""What the user asks of a hand-over by hand, from another process: a file in its journal's folder, and the answer.
+
+Whoever may write there may decide where the guest runs; the journal refuses a folder that others can write to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from msgspec import Struct
+
+from lazymem.errors import BusyError
+
+_REQUEST = "request"
+_ANSWER = "answer"
+_POLL_SECONDS = 0.05
+_MAX_BYTES = 8192
+
+LOOK_SECONDS = 0.2
+"""Between two looks of the process that is asked."""
+
+
+class Answer(Struct, frozen=True):
+    done: bool
+    text: str
+
+
+def ask(folder: Path, word: str, seconds: float) -> Answer:
+    """Have the process that holds the journal do it.
+
+    Raises:
+        BusyError: it does not answer.
+    """
+    with suppress(FileNotFoundError):
+        (folder / _ANSWER).unlink()
+    _put(folder / _REQUEST, word.encode())
+    deadline = time.monotonic() + seconds
+    try:
+        while time.monotonic() < deadline:
+            with suppress(OSError, ValueError, KeyError):
+                answer = json.loads((folder / _ANSWER).read_bytes()[:_MAX_BYTES])
+                return Answer(bool(answer["done"]), str(answer["text"]))
+            time.sleep(_POLL_SECONDS)
+    finally:
+        (folder / _REQUEST).unlink(missing_ok=True)
+        (folder / _ANSWER).unlink(missing_ok=True)
+    raise BusyError(f"the process that is at this hand-over ({folder}) does not answer")
+
+
+def maybe_asked(folder: Path) -> str | None:
+    """The word that somebody waits for; taken."""
+    try:
+        word = (folder / _REQUEST).read_bytes()[:_MAX_BYTES].decode(errors="replace")
+        (folder / _REQUEST).unlink()
+    except OSError:
+        return None
+    return word
+
+
+def answer(folder: Path, *, done: bool, text: str) -> None:
+    _put(folder / _ANSWER, json.dumps({"done": done, "text": text}).encode())
+
+
+def _put(path: Path, data: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(data)
+    os.rename(draft, path)

@@ -1,0 +1,402 @@
+"""The source of a hand-over: offers the guest to one receiver, lets it go, and serves its RAM until that is all there.
+
+One task takes events in the order in which they come and carries out what the table (`states`) says, each effect whole
+before the next. Connections (`receivers`), the emulator's sending, and the user's requests only put events into its
+queue.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+from blake3 import blake3
+from msgspec import Struct, field, to_builtins
+
+from lazymem.errors import IdentityError, LazymemError, MonitorError
+from lazymem.handover import messages, requests
+from lazymem.handover.channel import Channel
+from lazymem.handover.journal import Journal
+from lazymem.handover.leaving import LeavingGuest
+from lazymem.handover.polling import until
+from lazymem.handover.receivers import Receivers
+from lazymem.handover.relay import Outgoing, as_plain_socket
+from lazymem.handover.states import SAID, Effect, Event, Source, source
+from lazymem.snapshot.liveram import LiveRam, Served
+
+_STATE_SECONDS = 600.0
+"""For a state to be handed on once its emulator has told that it is sent."""
+
+_LINGER_SECONDS = 3.0
+"""For the last word to be taken; a receiver that misses it asks again, and finds nobody: it needs nothing more."""
+
+_ANSWERS_SECONDS = 5.0
+"""For a destination to answer before the guest may be taken back by hand."""
+
+_MAX_OFFERS = 200
+"""Receivers that came and left before anything was begun; each costs two descriptors until this process ends."""
+
+_QUEUE = 256
+"""Events that wait: a receiver that says more at once is not read from."""
+
+_NO_RECLAIM = {
+    Source.OURS: "the guest is here: nothing was given away",
+    Source.MOVING: "the guest is here, and on its way: end lazymem send, and it goes on",
+    Source.GONE: "the destination has said that the guest runs there, so it is not taken back. The emulator here "
+    "stands as it was at the hand-over: its monitor's cont goes on from there, once you know that the other is dead",
+    Source.RELEASED: "the destination has all of the guest, and the emulator here was ended",
+}
+
+Say = Callable[[str], None]
+
+
+class PageServer(Protocol):
+    """What serves pages, over the same address."""
+
+    def publish(self, name: str, ram: LiveRam) -> None:
+        """Under this name and no other; closes `ram` at its end."""
+        ...
+
+    def look_again(self) -> None: ...
+
+
+class Leaving(Struct):
+    """What stands in a source's journal. `stopped`: when the guest stood, by its emulator's clock. `over`: nothing is
+    left to do."""
+
+    address: str
+    monitor: str
+    ram_path: str
+    ram_bytes: int
+    emulator: dict[str, Any]
+    was_running: bool
+    boot_id: str
+    emulator_pid: int | None = None
+    signature: list[int] = field(default_factory=list)
+    stopped: float = 0.0
+    state_bytes: int = 0
+    over: bool = False
+
+
+class Outcome(Struct, frozen=True):
+    """How it ended. `report`: the receiver's figures."""
+
+    state: Source
+    text: str
+    report: dict[str, Any] = {}
+
+
+class Sender:
+    """One guest's hand-over from here."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        guest: LeavingGuest | None,
+        leaving: Leaving,
+        pages: PageServer,
+        say: Say,
+        *,
+        restarted: bool = False,
+    ) -> None:
+        """`guest` None: its emulator is gone, only its RAM is left to serve. `restarted`: go on as the journal says."""
+        self._journal = journal
+        self._guest = guest
+        self._leaving = leaving
+        self._pages = pages
+        self._say = say
+        found = journal.found if restarted else None
+        self._restarted = found is not None
+        self._side = source(Source(found.state) if found is not None else Source.OURS)
+        self.handover = found.handover if found is not None else ""
+        self._void = set[str]()
+        self._told = False
+        self._ram: LiveRam | None = None
+        self._offers = 0
+        self._outgoing: Outgoing | None = None
+        self._migration_over = trio.Event()
+        self._migration_over.set()
+        self._sent_bytes: int | None = None
+        self._received_bytes: int | None = None
+        self._reason = ""
+        self._report: dict[str, Any] = {}
+        self._put, self._events = trio.open_memory_channel[tuple[Event, Channel | None, object]](_QUEUE)
+        self.receivers = Receivers(self, self._put_event)
+
+    @property
+    def state(self) -> Source:
+        return self._side.state
+
+    # ---- life
+
+    async def run(self) -> Outcome:
+        """Until the guest is whole elsewhere, or is to stay here.
+
+        Raises:
+            LazymemError: a decision could not be written, or the RAM is not served any more; the guest stands as the
+                decision before says.
+        """
+        async with trio.open_nursery() as self._nursery:
+            over = await self._resume() if self._restarted else False
+            self._nursery.start_soon(self._watch_requests)
+            while not over:
+                over = await self._take(*await self._events.receive())
+            await self._linger()
+            self._nursery.cancel_scope.cancel()
+        return Outcome(self.state, self._reason, self._report)
+
+    async def _linger(self) -> None:
+        """Let the last word be heard: by a receiver that goes then, or comes back for it."""
+        with trio.move_on_after(_LINGER_SECONDS):
+            await until(lambda: self.receivers.peer is None and (self._told or not self._void))
+
+    def close(self) -> None:
+        self.receivers.close()
+        if self._outgoing is not None:
+            self._outgoing.close()
+
+    def interrupt(self) -> bool:
+        """The user wants it to end. False: the guest is given, and this process is needed."""
+        if self.state in (Source.GIVEN, Source.GONE):
+            return False
+        self._fail("interrupted")
+        return True
+
+    async def _resume(self) -> bool:
+        """What a restarted process finds in its journal; whether nothing is left to do."""
+        if self.state in (Source.GIVEN, Source.GONE):
+            self._open_ram()
+            self._say(f"going on where an earlier lazymem send was: the guest is {self.state.value}")
+        await self._step(Event.RESTARTED)
+        if self.state is Source.OURS:
+            self._void.add(self.handover)
+            self.handover = ""
+        return self.state is Source.RELEASED
+
+    # ---- the door
+
+    def admit(self, hello: messages.Hello, *, occupied: bool) -> messages.Message | None:
+        """As `receivers.Door`."""
+        if hello.version != messages.VERSION:
+            return messages.No(f"this sender speaks version {messages.VERSION}, the receiver {hello.version}")
+        if hello.handover in self._void:
+            self._told = True
+            return messages.Void("the guest goes on at the source")
+        if hello.handover:
+            known = hello.handover == self.handover
+            return None if known else messages.No("this sender knows nothing of that hand-over", unknown=True)
+        if occupied or self.state is not Source.OURS or self._void:
+            return messages.No("another receiver is taking this guest")
+        if self._offers >= _MAX_OFFERS:
+            return messages.No("too many receivers came and left: start lazymem send again")
+        self._offers += 1
+        self.handover = secrets.token_hex(messages.ID_BYTES)
+        self._open_ram()
+        return None
+
+    async def offer(self) -> messages.Offer:
+        """As `receivers.Door`. On the disk before anything can begin: a restarted process knows who comes back."""
+        if self.state is Source.OURS:
+            await self._record(Source.OURS)
+        found = self._leaving
+        return messages.Offer(
+            messages.VERSION,
+            self.handover,
+            found.ram_bytes,
+            found.emulator,
+            found.boot_id,
+            found.ram_path,
+            found.was_running,
+        )
+
+    def _open_ram(self) -> None:
+        self._ram = LiveRam(Path(self._leaving.ram_path), blake3(bytes.fromhex(self.handover)).digest(32))
+        self._pages.publish(self.handover, self._ram)
+
+    # ---- events
+
+    async def _put_event(self, event: Event, peer: Channel | None, payload: object) -> None:
+        await self._put.send((event, peer, payload))
+
+    def _fail(self, reason: str) -> None:
+        with suppress(trio.WouldBlock):
+            self._put.send_nowait((Event.FAILED, None, reason))
+
+    async def _take(self, event: Event, peer: Channel | None, payload: object) -> bool:
+        """Whether nothing is left to do."""
+        if peer is not None and peer is not self.receivers.peer and event is not Event.LOST:
+            return False  # of a connection that another one has replaced
+        if event is Event.LOST and self.receivers.peer is not None:
+            return False  # it is back already
+        if event is Event.RECEIVED and not self._counted(payload):
+            return False
+        if event is Event.FAILED and self.state is Source.OURS:
+            self._reason = str(payload)
+            return True
+        before = self.state
+        self._note(event, payload)
+        if not await self._step(event) and isinstance(payload, messages.Message):
+            self._say(f"the receiver said {event.value!r}, which makes no sense where the guest is {before.value!r}")
+            await self.receivers.drop()
+        self._tell(event, before)
+        return before is not self.state and self.state in (Source.OURS, Source.RELEASED)
+
+    def _tell(self, event: Event, before: Source) -> None:
+        if self.state is Source.GONE and before is not self.state:
+            self._say("the guest runs at the destination; its RAM is served until all of it is there")
+        elif event is Event.LOST and self.state is Source.GIVEN:
+            self._say("the destination is away and the guest was given to it: it stands until the destination answers")
+        elif event is Event.LOST and self.state is Source.GONE:
+            self._say("the destination is away; its guest's RAM goes on being served")
+
+    def _counted(self, payload: object) -> bool:
+        """Given is what both sides have counted to be whole, and only once the emulator here says the same."""
+        if isinstance(payload, messages.Received):
+            self._received_bytes = payload.state_bytes
+        else:
+            assert isinstance(payload, int)
+            self._sent_bytes = self._leaving.state_bytes = payload
+        if self._received_bytes is None or self._sent_bytes is None:
+            return False
+        if self._received_bytes != self._sent_bytes:
+            self._fail(f"of {self._sent_bytes} bytes of device state {self._received_bytes} arrived")
+            return False
+        return True
+
+    def _note(self, event: Event, payload: object) -> None:
+        if isinstance(payload, messages.Refused):
+            self._reason = f"the destination refused the guest: {payload.text or 'it does not say why'}"
+        elif isinstance(payload, messages.Whole):
+            self._report = payload.report
+        elif event in (Event.FAILED, Event.LOST) and self.state is Source.MOVING:
+            self._reason = str(payload)
+
+    # ---- taken back by hand
+
+    async def _watch_requests(self) -> None:
+        while True:
+            await trio.sleep(requests.LOOK_SECONDS)
+            if requests.maybe_asked(self._journal.folder) == "reclaim":
+                done, text = await self.reclaim(0.0)
+                requests.answer(self._journal.folder, done=done, text=text)
+
+    async def reclaim(self, seconds: float) -> tuple[bool, str]:
+        """Take the guest back, unless the destination answers, or comes back within so long; whether, and a word."""
+        with trio.move_on_after(seconds):
+            await until(lambda: self.receivers.peer is not None or self.state is not Source.GIVEN)
+        answers = False
+        with trio.move_on_after(_ANSWERS_SECONDS):
+            answers = self.state is Source.GIVEN and await self.receivers.answers()
+        if self.state is not Source.GIVEN:
+            return False, _NO_RECLAIM[self.state]
+        if answers:
+            return False, "the destination answers, and decides by itself: nothing is taken back from it"
+        self._reason = "taken back by hand"
+        await self._put_event(Event.RECLAIM, None, None)
+        await until(lambda: self.state is not Source.GIVEN)
+        back = Source(self.state) is Source.OURS
+        return back, "the guest goes on here" if back else _NO_RECLAIM[self.state]
+
+    # ---- effects
+
+    async def _step(self, event: Event) -> bool:
+        """Whether there is such a move."""
+        effects = self._side.maybe_step(event)
+        for effect in effects or ():
+            if effect in SAID:
+                await self._speak(effect)
+            else:
+                await self._act(effect)
+        return effects is not None
+
+    async def _act(self, effect: Effect) -> None:
+        if effect is Effect.RECORD:
+            await self._record(self.state)
+        elif effect is Effect.MIGRATE:
+            self._migration_over = trio.Event()
+            self._nursery.start_soon(self._migrate)
+        elif effect is Effect.SERVE:
+            self._serve_again()
+        elif effect is Effect.RUN:
+            await self._let_go_on()
+        elif effect is Effect.QUIT:
+            await self._end_emulator()
+        else:
+            self._serve(Served.ALL if effect is Effect.SERVE_ALL else Served.NOTHING)
+
+    async def _speak(self, effect: Effect) -> None:
+        message: messages.Message = messages.Done()
+        if effect is Effect.SAY_GIVEN:
+            message = messages.Given(self._leaving.stopped if self._leaving.was_running else 0.0)
+        elif effect is Effect.SAY_VOID:
+            message = messages.Void(messages.short(self._reason))
+            self._told |= self.receivers.peer is not None
+        await self.receivers.say(message)
+
+    async def _record(self, state: Source) -> None:
+        details = to_builtins(self._leaving)
+        await trio.to_thread.run_sync(self._journal.write, self.handover, state.value, details)
+
+    def _serve(self, how_much: Served) -> None:
+        if self._ram is not None:
+            self._ram.serve(how_much)
+            self._pages.look_again()
+
+    def _serve_again(self) -> None:
+        assert self._ram is not None
+        if not self._ram.is_as(self._leaving.signature):
+            raise IdentityError(f"{self._leaving.ram_path} was changed since its guest was given away: not served")
+        self._ram.freeze()
+        self._serve(Served.ALL)
+
+    async def _migrate(self) -> None:
+        try:
+            await self._put_event(Event.RECEIVED, None, await self._send_state())
+        except LazymemError as error:
+            self._fail(str(error))
+        finally:
+            self._migration_over.set()
+
+    async def _send_state(self) -> int:
+        """How many bytes it was."""
+        guest = self._guest
+        assert guest is not None
+        stream = await self.receivers.state_connection(self.handover)
+        self._outgoing = outgoing = Outgoing(as_plain_socket(stream), guest.monitor, guest.peer_uid)
+        token = trio.lowlevel.current_trio_token()
+
+        def stopped(seconds: float) -> None:
+            # In the emulator's thread: a device's load may want pages before this loop has heard of the stop.
+            assert self._ram is not None
+            self._leaving.stopped = seconds
+            self._leaving.signature = self._ram.freeze()
+            self._ram.serve(Served.DEMANDS)
+            token.run_sync_soon(self._pages.look_again)
+
+        self._say("the guest's device state is on its way; the guest runs on until the end of that")
+        await trio.to_thread.run_sync(guest.send, f"unix:{outgoing.path}", stopped)
+        return await trio.to_thread.run_sync(outgoing.wait, _STATE_SECONDS)
+
+    async def _let_go_on(self) -> None:
+        guest = self._guest
+        if self._outgoing is not None:
+            self._outgoing.cut()
+        await self._migration_over.wait()
+        self._void.add(self.handover)
+        if guest is None:
+            self._say("the guest's emulator is gone: nothing goes on here")
+            return
+        try:
+            await trio.to_thread.run_sync(lambda: guest.go_on(run=self._leaving.was_running))
+        except MonitorError as error:
+            self._say(f"the guest cannot go on here: {error}")
+
+    async def _end_emulator(self) -> None:
+        if self._guest is not None:
+            await trio.to_thread.run_sync(self._guest.quit)
+        self._leaving.over = True
+        await self._record(self.state)

@@ -1,0 +1,166 @@
+"""The destination's way to the source: one control connection, made again and again until the source has let go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import trio
+
+from lazymem.errors import RemoteProtocolError, ServerRefusedError, ServerUnreachableError
+from lazymem.handover import messages
+from lazymem.handover.arriving import boot_id
+from lazymem.handover.channel import Channel, dial
+from lazymem.handover.states import Event
+from lazymem.settings import Endpoint
+
+_RETRY_SECONDS = (0.1, 2.0)
+"""Between tries: the first pause and the longest. They double."""
+
+_CLOCK_LOOKS = 5
+
+_EVENTS: dict[type[messages.Message], Event] = {
+    messages.Given: Event.GIVEN,
+    messages.Done: Event.DONE,
+    messages.Void: Event.VOID,
+}
+
+OnEvent = Callable[[Event, object], Awaitable[None]]
+
+
+class SourceLink:
+    """`handover`: its id; `clock_ahead_seconds`: how much the source's clock is ahead of ours."""
+
+    def __init__(self, endpoint: Endpoint, say: Callable[[str], None], handover: str = "") -> None:
+        self.endpoint = endpoint
+        self.handover = handover
+        self.clock_ahead_seconds = 0.0
+        self.let_go = False
+        """The source has said its last word: it has let go, or keeps the guest, or knows nothing of this."""
+        self._say = say
+        self._is_done = False
+        self._channel: Channel | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._channel is not None
+
+    async def first(self) -> messages.Offer:
+        """Connect for the first time.
+
+        Raises:
+            ServerUnreachableError: nobody is there.
+            ServerRefusedError: somebody is, and says no.
+            RemoteProtocolError: it is no lazymem send.
+        """
+        channel = await self._connect()
+        answer = await self._greeted(channel)
+        if isinstance(answer, messages.No):
+            await channel.aclose()
+            raise ServerRefusedError(f"{self.endpoint}: {answer.text}")
+        if not isinstance(answer, messages.Offer) or answer.version != messages.VERSION:
+            await channel.aclose()
+            raise RemoteProtocolError(f"{self.endpoint} offers nothing that this lazymem understands")
+        self.handover = answer.handover
+        if answer.boot_id != boot_id():
+            await self._set_clock(channel)
+        self._channel = channel
+        return answer
+
+    async def _connect(self) -> Channel:
+        return Channel(await dial(self.endpoint, messages.CONTROL))
+
+    async def _greeted(self, channel: Channel) -> messages.Message:
+        await channel.send(messages.Hello(messages.VERSION, boot_id(), self.handover))
+        return await channel.receive()
+
+    async def _set_clock(self, channel: Channel) -> None:
+        """By the quickest of some questions, as NTP does (RFC 5905): right to half of its round trip."""
+        looks = []
+        for _ in range(_CLOCK_LOOKS):
+            asked = time.time()
+            await channel.send(messages.Clock())
+            answer = await channel.receive()
+            heard = time.time()
+            if not isinstance(answer, messages.Clock):
+                raise RemoteProtocolError("the source does not tell its clock")
+            looks.append((heard - asked, answer.seconds - (asked + heard) / 2))
+        self.clock_ahead_seconds = min(looks)[1]
+
+    async def open_state(self) -> trio.SocketStream:
+        """The connection that brings the device state.
+
+        Raises:
+            ServerUnreachableError: nobody is there any more.
+        """
+        return await dial(self.endpoint, messages.STATE + bytes.fromhex(self.handover))
+
+    async def say(self, message: messages.Message) -> None:
+        """To the source, if it is there; else it asks when it is."""
+        if self._channel is not None:
+            with suppress(ServerUnreachableError):
+                await self._channel.send(message)
+
+    async def keep_alive(self) -> None:
+        """Be heard from while nobody listens yet, until cancelled."""
+        if self._channel is not None:
+            await self._channel.keep_alive()
+
+    async def drop(self) -> None:
+        """It talks nonsense."""
+        if self._channel is not None:
+            await self._channel.aclose()
+
+    async def run(self, on_event: OnEvent) -> None:
+        """Listen, and connect again when that ends, until the source has nothing more to say to us, or cancelled."""
+        pause, longest = _RETRY_SECONDS
+        while True:
+            if self._channel is not None:
+                pause = _RETRY_SECONDS[0]
+                await self._listen(self._channel, on_event)
+                self._channel = None
+                if self._is_done:
+                    return
+                await on_event(Event.LOST, None)
+            await trio.sleep(pause)
+            pause = min(2 * pause, longest)
+            with suppress(ServerUnreachableError, RemoteProtocolError):
+                await self._again(on_event)
+
+    async def _again(self, on_event: OnEvent) -> None:
+        channel = await self._connect()
+        answer = None
+        try:
+            answer = await self._greeted(channel)
+        finally:
+            if not isinstance(answer, messages.Offer):
+                await channel.aclose()
+        if isinstance(answer, messages.Offer):
+            self._channel = channel
+            await on_event(Event.BACK, None)
+        elif isinstance(answer, messages.Void):
+            self.let_go = True
+            await on_event(Event.VOID, answer)
+        elif isinstance(answer, messages.No) and answer.unknown and not self.let_go:
+            self.let_go = True
+            self._say(f"{self.endpoint}: {answer.text}")
+            await on_event(Event.LOST, None)
+
+    async def _listen(self, channel: Channel, on_event: OnEvent) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(channel.keep_alive)
+            with suppress(ServerUnreachableError, RemoteProtocolError):
+                while True:
+                    message = await channel.receive()
+                    event = _EVENTS.get(type(message))
+                    if event is None:
+                        break
+                    self.let_go |= event in (Event.VOID, Event.DONE)
+                    await on_event(event, message)
+                    if event is Event.DONE:
+                        self._is_done = True
+                        break
+            nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await channel.aclose()

@@ -1,0 +1,82 @@
+"""What a destination checks before anything is begun, and the command line that it makes for its emulator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from lazymem.cli import receivehost
+from lazymem.cli.receivehost import ReceiveHost, Wanted, command_line
+from lazymem.errors import EnvironmentRefusedError, LazymemError, MountError, ServerRefusedError, StoreError, UsageError
+from lazymem.handover.arriving import boot_id
+from lazymem.handover.messages import VERSION, Offer
+
+OURS: dict[str, Any] = {"name": "lazymem-vm", "version": "0.1"}
+QEMU: dict[str, Any] = {"name": "qemu", "version": "7.2", "machine": "pc-i440fx-7.2", "cpu": "qemu64", "options": []}
+
+
+def offer(**more: Any) -> Offer:
+    fields = {"emulator": OURS, "boot_id": "another host", "ram_path": "/ram", **more}
+    return Offer(VERSION, "00" * 16, fields.pop("ram_bytes", 64 << 20), running=True, **fields)
+
+
+def wanted(tmp_path: Path, *words: str, more: tuple[str, ...] = ()) -> Wanted:
+    return Wanted(tmp_path / "mnt", tmp_path / "cache", (), words, more)
+
+
+@pytest.mark.parametrize(
+    ("free", "available", "error", "reason"),
+    [
+        (1 << 20, 1 << 40, StoreError, "has room for 1 MiB"),
+        (1 << 40, 1 << 20, EnvironmentRefusedError, "1 MiB to spare"),
+    ],
+)
+def test_too_little_disk_or_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, available: int, error: type[LazymemError], reason: str
+) -> None:
+    monkeypatch.setattr(receivehost, "_free_bytes", lambda _: free)
+    monkeypatch.setattr(receivehost, "_available_bytes", lambda: available)
+    host = ReceiveHost(tmp_path / "mnt", tmp_path)
+    with pytest.raises(error, match=reason):
+        host.check(offer(), wanted(tmp_path))
+    host.check(offer(), replace(wanted(tmp_path), force=True))
+
+
+def test_the_same_file_on_the_same_host(tmp_path: Path) -> None:
+    host = ReceiveHost(tmp_path, tmp_path)
+    with pytest.raises(MountError, match="on this very host"):
+        host.check(offer(boot_id=boot_id(), ram_path=str(tmp_path / "ram")), wanted(tmp_path))
+    host.check(offer(boot_id="another", ram_path=str(tmp_path / "ram"), ram_bytes=4096), wanted(tmp_path))
+
+
+def test_our_own_engine(tmp_path: Path) -> None:
+    words, options = command_line(offer(), wanted(tmp_path, "-serial", "none"), Path("/mnt/pc.ram"), tmp_path)
+    assert words[:6] == ["-m", "65536K", "--pcram-file", "/mnt/pc.ram", "-incoming", "defer"]
+    assert (options.engine, options.ram_bytes, options.qmp) == ("unicorn", 64 << 20, tmp_path / "qmp")
+    assert options.start_paused
+
+
+def test_qemu_gets_a_monitor_of_ours_beside_the_users(tmp_path: Path) -> None:
+    """Its monitors serve one client each."""
+    asked = wanted(tmp_path, "-qmp", "unix:/user", more=("-no-reboot",))
+    words, options = command_line(offer(emulator=QEMU), asked, Path("/mnt/pc.ram"), tmp_path)
+    assert (options.engine, options.qmp) == ("qemu", Path("/user"))
+    assert words[-3:] == ["-no-reboot", "-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"]
+    assert '"machine": "pc-i440fx-7.2"' in (tmp_path / "made-by.json").read_text()
+
+
+@pytest.mark.parametrize("words", [("-incoming", "defer"), ("--pcram-file=x",), ("-mem-file", "a=b"), ("-nonsense",)])
+def test_options_that_are_not_the_users(tmp_path: Path, words: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError):
+        command_line(offer(), wanted(tmp_path, *words), Path("/mnt/pc.ram"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "emulator", [{"name": "qemu"}, {"name": "qemu", "version": 7}, {"name": "qemu", "version": "7", "cpu": 1}]
+)
+def test_a_source_that_tells_nonsense(tmp_path: Path, emulator: dict[str, Any]) -> None:
+    with pytest.raises(ServerRefusedError):
+        command_line(offer(emulator=emulator), wanted(tmp_path), Path("/mnt/pc.ram"), tmp_path)

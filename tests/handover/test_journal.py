@@ -1,0 +1,76 @@
+"""A decision on the disk: whole or not there, kept by one process, and never one that was cut taken for one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lazymem.errors import BusyError, StoreError
+from lazymem.handover import requests
+from lazymem.handover.journal import NAME, Journal, default_folder, read
+
+
+def test_the_last_decision_is_found_again(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        assert journal.found is None
+        for number in range(5):
+            journal.write("id", f"state{number}", {"number": number})
+    with Journal(tmp_path / "j", "source") as journal:
+        assert journal.found is not None
+        assert (journal.found.state, journal.found.details) == ("state4", {"number": 4})
+    assert read(tmp_path / "j") == journal.found
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 16 * 1024), st.integers(1, 255))
+def test_a_write_that_was_cut_leaves_the_decision_before_it(
+    tmp_path_factory: pytest.TempPathFactory, kept: int, noise: int
+) -> None:
+    """Whatever of the second write's slot reached the disk, and whatever stands in the rest of it."""
+    folder = tmp_path_factory.mktemp("journal") / "j"
+    with Journal(folder, "source") as journal:
+        journal.write("id", "first", {})
+        before = (folder / NAME).read_bytes()
+        journal.write("id", "second", {})
+    after = (folder / NAME).read_bytes()
+    slot = 0 if after[:16] != before[:16] else 16 * 1024
+    torn = after[slot : slot + kept] + bytes([noise]) * (16 * 1024 - kept)
+    (folder / NAME).write_bytes(after[:slot] + torn + after[slot + 16 * 1024 :])
+    with Journal(folder, "source") as journal:
+        assert journal.found is not None
+        assert journal.found.state == "first"
+
+
+def test_one_process_at_a_time_and_one_side(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write("id", "ours", {})
+        with pytest.raises(BusyError):
+            Journal(tmp_path / "j", "source")
+    with pytest.raises(StoreError, match="the source's of a hand-over"):
+        Journal(tmp_path / "j", "destination")
+
+
+def test_a_folder_that_others_can_write_to_decides_nothing(tmp_path: Path) -> None:
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j").chmod(0o777)
+    with pytest.raises(StoreError, match="can write to it"):
+        Journal(tmp_path / "j", "source")
+
+
+def test_a_record_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", "source") as journal, pytest.raises(StoreError, match="more than fit"):
+        journal.write("id", "ours", {"options": "x" * 20000})
+
+
+def test_a_default_folder_is_the_same_for_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/x")
+    assert default_folder("send", "/run/qmp") == default_folder("send", "/run/qmp") != default_folder("send", "/run/q")
+
+
+def test_nobody_who_answers(tmp_path: Path) -> None:
+    with pytest.raises(BusyError):
+        requests.ask(tmp_path, "take", 0.1)
+    assert requests.maybe_asked(tmp_path) is None

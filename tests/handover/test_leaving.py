@@ -1,0 +1,75 @@
+"""What a source refuses before its guest notices anything, with an emulator that only says what it is told to say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lazymem.errors import EnvironmentRefusedError, LazymemError, MonitorError, RamFileError, SnapshotError
+from lazymem.handover.leaving import LeavingGuest
+from tests.support.fakeemulator import Behaviour, FakeEmulator, fake_emulator
+
+SIZE = 1 << 20
+
+
+@contextmanager
+def leaving(folder: Path, **more: Any) -> Iterator[tuple[LeavingGuest, FakeEmulator]]:
+    ram = folder / "ram"
+    ram.touch()
+    os.truncate(ram, more.pop("file_size", SIZE))
+    behaviour = Behaviour(str(folder / "q"), str(ram), SIZE, **more)
+    with fake_emulator(behaviour, folder) as emulator:
+        guest = LeavingGuest(emulator.qmp)
+        try:
+            yield guest, emulator
+        finally:
+            guest.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "reason"),
+    [
+        ({"answers": {"query-migrate-capabilities": []}}, EnvironmentRefusedError, "x-ignore-shared"),
+        ({"properties": {"share": False}}, RamFileError, "share=on"),
+        ({"file_size": SIZE + 4096}, RamFileError, "not the same"),
+        ({"status": "inmigrate"}, MonitorError, "inmigrate"),
+        ({"answers": {"query-migrate": {"status": "active"}}}, MonitorError, "being migrated"),
+        (
+            {"answers": {"query-block": [{"device": "hd0", "inserted": {"ro": False}}]}},
+            SnapshotError,
+            "--disks-handled",
+        ),
+    ],
+)
+def test_refused(tmp_path: Path, more: dict[str, Any], error: type[LazymemError], reason: str) -> None:
+    with leaving(tmp_path, **more) as (guest, emulator):
+        with pytest.raises(error, match=reason):
+            guest.look(disks_handled=False)
+        assert not {"stop", "migrate", "cont", "migrate-set-capabilities"} & set(emulator.commands)
+
+
+def test_disks_that_are_handled(tmp_path: Path) -> None:
+    disks = {"query-block": [{"device": "hd0", "inserted": {"ro": False}}]}
+    with leaving(tmp_path, answers=disks) as (guest, _):
+        look = guest.look(disks_handled=True)
+        assert (look.was_running, look.ram.size_bytes, look.emulator["name"]) == (True, SIZE, "qemu")
+
+
+def test_a_snapshots_own_ram_is_not_handed_over(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    with leaving(tmp_path) as (guest, _), pytest.raises(RamFileError, match="has changed it"):
+        guest.look(disks_handled=False)
+
+
+def test_a_refused_migration_lets_the_guest_go_on_with_its_own_settings(tmp_path: Path) -> None:
+    with leaving(tmp_path, errors={"migrate": "told to refuse"}) as (guest, emulator):
+        with pytest.raises(MonitorError, match="told to refuse"):
+            guest.send("unix:/nowhere", lambda _: None)
+        guest.go_on(run=True)
+        assert emulator.runs()
+        assert emulator.commands.count("migrate-set-capabilities") == 2

@@ -1,0 +1,184 @@
+"""Both ends of a hand-over as processes on this host: started by the real commands, killed, started again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lazymem.cli.umount import end_mount
+from lazymem.errors import LazymemError
+from lazymem.fs import mountinfo
+from lazymem.handover.journal import read
+from lazymem.vm.qmpclient import QmpClient
+from tests.support.vmprocess import WAIT_SECONDS, wait_until
+
+
+class Command:
+    """`lazymem send` or `lazymem receive`, its output in files; one process after the other."""
+
+    def __init__(self, folder: Path, name: str, environment: dict[str, str], *arguments: object) -> None:
+        self._folder = folder
+        self._name = name
+        self._environment = environment
+        self.arguments = [str(argument) for argument in arguments]
+        self.steps = folder / f"{name}.steps"
+        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *more: object, die_at: str = "") -> None:
+        command = [sys.executable, "-m", "tests.support.dyingcommand", str(self.steps), die_at, self._name]
+        with self.out.open("ab") as out, self.err.open("ab") as err:
+            self.process = subprocess.Popen(
+                [*command, *self.arguments, *map(str, more)], stdout=out, stderr=err, env=self._environment
+            )
+
+    def code(self) -> int | None:
+        return None if self.process is None else self.process.poll()
+
+    def wait(self) -> int:
+        assert self.process is not None
+        return self.process.wait(WAIT_SECONDS)
+
+    def said(self) -> str:
+        return self.out.read_text() + self.err.read_text()
+
+    def let_go_on(self) -> None:
+        """From where it was told to hold."""
+        self.steps.with_suffix(".go").touch()
+
+    def wait_at(self, step: str) -> None:
+        wait_until(lambda: step in self.was_at(), step)
+
+    def run(self, *more: object, arguments: Sequence[object] | None = None) -> subprocess.CompletedProcess[str]:
+        """The same command beside the one that runs (with other `arguments`, if any), to its end."""
+        words = [str(word) for word in (*(self.arguments if arguments is None else arguments), *more)]
+        command = [sys.executable, "-m", "lazymem.cli.main", self._name, *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=self._environment, check=False, timeout=2 * WAIT_SECONDS
+        )
+
+    def was_at(self) -> list[str]:
+        return self.steps.read_text().splitlines() if self.steps.exists() else []
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+class Pair:
+    """A guest's both ends. The source emulator's monitor is `monitor`; the destination's `there`."""
+
+    def __init__(self, folder: Path, monitor: Path, *vm_options: object, there: Path | None = None) -> None:
+        """`there`: the destination emulator's monitor, a short path."""
+        self.folder = folder
+        self.monitor, self.there = monitor, there or folder / "there.qmp"
+        self._shared_monitor = there is None
+        """QEMU's serves one client, and lazymem send is that."""
+        self.mountpoint = folder / "mnt"
+        self.mountpoint.mkdir()
+        environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
+        journals = folder / "send.journal", folder / "receive.journal"
+        self.send = Command(
+            folder, "send", environment, "--qmp", monitor, "--listen", "127.0.0.1:0", "--journal", journals[0], "--json"
+        )
+        self.receive = Command(folder, "receive", environment, "--json", "--journal", journals[1])
+        self._vm_options = ("-qmp", f"unix:{self.there}", *vm_options)
+        self.journals = journals
+
+    def begin(self, *, source_dies: str = "", destination_dies: str = "") -> None:
+        """When the source, and when the destination, comes to that step, it dies."""
+        self.begin_at(self.mountpoint, source_dies, destination_dies)
+
+    def begin_at(self, mountpoint: Path, source_dies: str = "", destination_dies: str = "") -> None:
+        self.send.start(die_at=source_dies)
+        address = self.address()
+        self.receive.arguments = [*self.receive.arguments, address, str(mountpoint), *map(str, self._vm_options)]
+        self.receive.start(die_at=destination_dies)
+
+    def address(self) -> str:
+        wait_until(lambda: b"\n" in self.send.out.read_bytes() or self.send.code() is not None, "an address")
+        return str(json.loads(self.send.out.read_text().splitlines()[0])["listening"])
+
+    def states(self) -> tuple[str | None, str | None]:
+        """What stands in both journals."""
+        here, there = (read(folder) for folder in self.journals)
+        return None if here is None else here.state, None if there is None else there.state
+
+    def runs(self) -> tuple[bool, bool]:
+        """Whether the guest runs here, and there."""
+        return self._shared_monitor and _runs(self.monitor), _runs(self.there)
+
+    def restart_the_dead(self) -> None:
+        for command in (self.send, self.receive):
+            if command.code() == -signal.SIGKILL:
+                command.start()
+
+    def wait_settled(self) -> tuple[bool, bool]:
+        """Until exactly one side runs, and never both; which."""
+        give_up = time.monotonic() + WAIT_SECONDS
+        while True:
+            runs = self.runs()
+            assert runs != (True, True), f"both run; {self.tell()}"
+            if any(runs) and self._is_decided(runs):
+                return runs
+            assert time.monotonic() < give_up, self.tell()
+            self.restart_the_dead()
+            time.sleep(0.02)
+
+    def _is_decided(self, runs: tuple[bool, bool]) -> bool:
+        """There, or here with no way there any more."""
+        return runs[1] or self.receive.code() not in (None, -signal.SIGKILL)
+
+    def tell(self) -> str:
+        return f"states {self.states()}, runs {self.runs()}\n{self.send.said()}\n{self.receive.said()}"
+
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.send.out.read_text().splitlines()[-1])
+        return found
+
+    def clean_up(self) -> None:
+        for command in (self.send, self.receive):
+            command.kill()
+        record = read(self.journals[1])
+        if record is not None:
+            pid = record.details["emulator_pid"]
+            if _command_line(pid).find(str(self.mountpoint)) >= 0:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        path = mountinfo.real_path(str(self.mountpoint))
+        if mountinfo.maybe_mount_at(path) is not None:
+            with contextlib.suppress(LazymemError):
+                end_mount(path, force=True)
+
+
+def _runs(monitor: Path) -> bool:
+    try:
+        with QmpClient(monitor, timeout_seconds=10) as qmp:
+            return str(qmp.command("query-status")["status"]) == "running"
+    except LazymemError:
+        return False
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def pair(folder: Path, monitor: Path, *vm_options: object, there: Path | None = None) -> Iterator[Pair]:
+    made = Pair(folder, monitor, *vm_options, there=there)
+    try:
+        yield made
+    finally:
+        made.clean_up()

@@ -1,0 +1,221 @@
+"""A heartbeat guest handed from emulator to emulator by the real commands: its count goes on, and at most one runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lazymem.errors import BusyError, MountError, ServerRefusedError
+from lazymem.vm.guests import build_guest
+from tests.support.handover import Pair, pair
+from tests.support.vmprocess import Process, Start, counts_on, starting, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+
+RAM_MIB = 8
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with starting(tmp_path, RAM_MIB) as begin:
+        yield begin
+
+
+@pytest.fixture
+def guest(start: Start, tmp_path: Path) -> Process:
+    kernel = build_guest("heartbeat", tmp_path)
+    ram = tmp_path / "ram"
+    ram.touch()
+    os.truncate(ram, RAM_MIB << 20)
+    process = start("--pcram-file", ram, "-kernel", kernel)
+    process.wait_ticks(2)
+    return process
+
+
+def ticks(path: Path) -> list[int]:
+    text = path.read_text() if path.exists() else ""
+    return [int(line.removeprefix("tick ")) for line in text.splitlines() if line.startswith("tick ")]
+
+
+def handed_over(pair: Pair, guest: Process) -> None:
+    """It counts on there, and needs the source no more."""
+    assert pair.send.wait() == 0, pair.tell()
+    assert guest.end() == (0, "")
+    before, count = guest.ticks(), len(ticks(pair.folder / "there"))
+    wait_until(lambda: len(ticks(pair.folder / "there")) > count + 1, "the guest to count on")
+    counts_on(before, ticks(pair.folder / "there"))
+
+
+def test_a_guest_goes_on_elsewhere(guest: Process, tmp_path: Path) -> None:
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin()
+        assert two.wait_settled() == (False, True)
+        handed_over(two, guest)
+        report = two.report()
+        assert report["state"] == "released"
+        assert report["downtime_seconds"] > 0
+        assert report["wire_received_bytes"] > 0
+        assert two.states()[1] in ("whole", "done")
+        two.receive.process.terminate()  # type: ignore[union-attr]
+        assert two.receive.wait() == 143
+        assert not os.path.ismount(two.mountpoint)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        *("EVENT READY", "MIGRATE", "RECORD given", "RECORDED given", "RECORD gone", "RECORDED released"),
+        *("cut:MIGRATE", "cut:RECORDED given"),
+    ],
+)
+def test_the_source_is_killed(guest: Process, tmp_path: Path, step: str) -> None:
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(source_dies=step)
+        _check(two, guest)
+        assert step.removeprefix("cut:") in two.send.was_at()
+
+
+@pytest.mark.parametrize(
+    "step", ["RECORDED asked", "EVENT LOADED", "RECORDED mine", "EVENT ALL_HERE", "emulator:EVENT GIVEN", "cut:RUN"]
+)
+def test_the_destination_is_killed(guest: Process, tmp_path: Path, step: str) -> None:
+    """It, or its emulator: then nobody has run the guest, and the source takes it back."""
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(destination_dies=step)
+        _check(two, guest)
+        assert step.rpartition(":")[2] in two.receive.was_at()
+
+
+def test_the_sources_emulator_is_killed_once_it_has_given(guest: Process, tmp_path: Path) -> None:
+    """What is left of it is its RAM, and that is what is wanted of it."""
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(source_dies="emulator:RECORDED given")
+        assert two.wait_settled() == (False, True)
+        assert two.send.wait() == 0, two.tell()
+        wait_until(lambda: len(ticks(tmp_path / "there")) > 1, "the guest to count on")
+        counts_on(guest.ticks(), ticks(tmp_path / "there"))
+
+
+def test_a_chain_whose_pages_are_not_yet_in_its_middle(guest: Process, tmp_path: Path) -> None:
+    """The first source stands still while the guest is handed on: what is missing comes through, later."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "2").mkdir()
+    with (
+        pair(tmp_path / "1", guest.monitor, "-serial", f"file:{tmp_path}/1/there") as first,
+        pair(tmp_path / "2", first.there, "-serial", f"file:{tmp_path}/2/there") as second,
+    ):
+        first.begin(source_dies="half")
+        assert first.wait_settled() == (False, True)
+        wait_until(lambda: len(ticks(tmp_path / "1" / "there")) > 1, "the guest to count in the middle")
+        second.begin()
+        assert second.wait_settled() == (False, True)
+        run = json.loads(os.getxattr(first.mountpoint, "user.lazymem.run"))
+        assert not run["whole"]
+        first.send.let_go_on()
+        assert first.send.wait() == 0, first.tell()
+        assert second.send.wait() == 0, second.tell()
+        assert first.receive.wait() == 0, first.tell()
+        counts_on(ticks(tmp_path / "1" / "there"), ticks(tmp_path / "2" / "there"))
+        assert not os.path.ismount(first.mountpoint)
+
+
+def test_taken_back_by_hand_from_a_destination_that_died(guest: Process, tmp_path: Path) -> None:
+    with pair(tmp_path, guest.monitor) as two:
+        two.begin(destination_dies="EVENT GIVEN")
+        assert two.receive.wait() == -signal.SIGKILL
+        wait_until(lambda: two.states() == ("given", "asked"), "it to be given")
+        assert two.runs() == (False, False)
+        done = two.send.run("--reclaim")
+        assert (done.returncode, done.stderr) == (0, "lazymem send: the guest goes on here\n")
+        assert two.runs() == (True, False)
+        assert two.send.wait() != 0
+        # Both come back: the one hears from the other that it never got the guest.
+        two.receive.start()
+        two.send.start()
+        assert two.receive.wait() == ServerRefusedError.exit_code, two.tell()
+        assert two.states() == ("ours", "refused")
+        assert two.runs() == (True, False)
+        count = len(guest.ticks())
+        wait_until(lambda: len(guest.ticks()) > count, "the guest to count on")
+
+
+def test_nothing_is_taken_by_hand_from_a_side_that_answers(guest: Process, tmp_path: Path) -> None:
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(source_dies="hold:RECORD given", destination_dies="hold:RECORD mine")
+        two.receive.wait_at("EVENT LOADED")
+        done = two.receive.run("--take", two.mountpoint, arguments=("--journal", two.journals[1]))
+        assert "the source answers" in done.stderr, done.stderr
+        assert done.returncode == BusyError.exit_code
+        two.send.let_go_on()
+        two.receive.wait_at("RECORD mine")
+        done = two.send.run("--reclaim")
+        assert "the destination answers" in done.stderr, done.stderr
+        assert done.returncode == BusyError.exit_code
+        assert two.runs() == (False, False)
+        two.receive.let_go_on()
+        assert two.wait_settled() == (False, True)
+        handed_over(two, guest)
+
+
+def test_taken_by_hand_while_the_source_is_dead(guest: Process, tmp_path: Path) -> None:
+    """Its RAM follows once the source is back, which then knows that the guest is gone."""
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(source_dies="RECORDED given")
+        assert two.send.wait() == -signal.SIGKILL
+        two.receive.wait_at("EVENT LOADED")
+        done = two.receive.run("--take", two.mountpoint, arguments=("--journal", two.journals[1]))
+        assert done.returncode == 0, done.stderr
+        assert two.states() == ("given", "mine")
+        two.send.start()
+        handed_over(two, guest)
+
+
+def test_a_second_receiver_is_refused(guest: Process, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(source_dies="hold:RECORD given")
+        two.send.wait_at("RECORD given")
+        journal = ("--journal", tmp_path / "other.journal")
+        done = two.receive.run(two.address(), tmp_path / "other", arguments=journal)
+        assert "another receiver is taking this guest" in done.stderr
+        assert done.returncode == ServerRefusedError.exit_code
+        two.send.let_go_on()
+        assert two.wait_settled() == (False, True)
+        handed_over(two, guest)
+
+
+def test_an_emulator_that_does_not_start_begins_nothing(guest: Process, tmp_path: Path) -> None:
+    with pair(tmp_path, guest.monitor, "-m", "16") as two:
+        two.begin()
+        assert two.receive.wait() != 0
+        assert "needs exactly 16777216" in two.receive.said()
+        assert two.send.code() is None
+        assert two.runs() == (True, False)
+        assert not os.path.ismount(two.mountpoint)
+        two.send.process.terminate()  # type: ignore[union-attr]
+        assert two.send.wait() == 130
+
+
+def test_both_ends_on_one_file_are_refused(guest: Process, tmp_path: Path) -> None:
+    with pair(tmp_path, guest.monitor) as two:
+        two.begin_at(tmp_path)  # where the source's RAM file is
+        assert two.receive.wait() == MountError.exit_code
+        assert "on this very host" in two.receive.said()
+        assert two.runs() == (True, False)
+
+
+def _check(two: Pair, guest: Process) -> None:
+    """At most one ever runs, exactly one does in the end, and it counts on."""
+    if two.wait_settled()[1]:
+        while two.send.code() in (None, -9):
+            two.restart_the_dead()
+            assert two.runs() != (True, True)
+        handed_over(two, guest)
+    else:
+        count = len(guest.ticks())
+        wait_until(lambda: len(guest.ticks()) > count + 1, "the guest to count on here")

@@ -1,0 +1,56 @@
+"""A Linux guest handed from QEMU to QEMU by the real commands; a chain; and what QEMU itself refuses."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lazymem.demo.serialline import SerialLine
+from lazymem.errors import MonitorError, ServerRefusedError
+from tests.support.handover import pair
+from tests.support.qemu import BootedGuest, booted
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> Iterator[BootedGuest]:
+    with booted(tmp_path, more=("-device", "virtio-rng-pci")) as found:
+        yield found
+
+
+@pytest.fixture
+def sockets() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
+        yield Path(folder)
+
+
+def test_linux_goes_on_elsewhere(guest: BootedGuest, tmp_path: Path, sockets: Path) -> None:
+    """First a destination with other hardware: QEMU's own words reach both ends, and the guest goes on where it is."""
+    (tmp_path / "other").mkdir()
+    with pair(tmp_path / "other", guest.qemu.monitor, there=sockets / "other") as two:
+        two.begin()
+        assert two.receive.wait() == ServerRefusedError.exit_code
+        assert two.send.wait() == MonitorError.exit_code
+        for said in (two.receive.said(), two.send.said()):
+            assert "virtio-rng" in said.partition("qemu-system-x86_64: ")[2], two.tell()
+    assert guest.qemu.serial.ask("tick", "tick") == "1"
+    more = ("--", "-device", "virtio-rng-pci", "-serial", f"unix:{sockets}/serial")
+    with (
+        SerialLine(sockets / "serial") as line,
+        pair(tmp_path, guest.qemu.monitor, *more, there=sockets / "there") as two,
+    ):
+        two.begin()
+        assert two.wait_settled() == (False, True)
+        assert line.ask("tick", "tick") == "2"
+        assert line.ask("sum", "sum") == guest.checksum
+        assert two.send.wait() == 0, two.tell()
+        assert guest.qemu.process.wait(30) == 0
+        report = two.report()
+        assert report["state"] == "released"
+        assert report["downtime_seconds"] > 0
+        assert line.ask("write here", "written") != guest.checksum
+        assert line.ask("tick", "tick") == "3"
