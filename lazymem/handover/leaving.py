@@ -20,9 +20,9 @@ from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, 
 from lazymem.snapshot.manifest import MANIFEST_NAME
 from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
+from lazymem.vm.identity import maybe_mount_run
 from lazymem.vm.qmpclient import CommandError, QmpClient
 from lazymem.vm.savestate import CAPABILITY, abandon
-from lazymem.vm.taking import on_lazymem_mount
 
 _EVENTS = "events"
 """QEMU's capability to tell of a migration's end by itself; lazymem-vm always does."""
@@ -193,7 +193,7 @@ def _check_ram(ram: RamBacking) -> None:
     size = os.stat(ram.path).st_size
     if size != ram.size_bytes:
         raise RamFileError(f"the RAM file {ram.path} has {size} bytes, the guest's RAM {ram.size_bytes}: not the same")
-    if not on_lazymem_mount(ram.path) and (ram.path.parent / MANIFEST_NAME).exists():
+    if maybe_mount_run(ram.path) is None and (ram.path.parent / MANIFEST_NAME).exists():
         raise RamFileError(
             f"the guest runs directly on the RAM of the snapshot {ram.path.parent} and has changed it: run guests from "
             "a lazymem-mount of it, or from a copy of its pc.ram"
