@@ -294,6 +294,7 @@ async def _mount_and_serve(
     }
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
+        nursery.start_soon(survival.note_wish, wish)
         async with _mounted(path, str(settings.server), options, survival) as (descriptor, mounted):
             channel = Channel(
                 descriptor,

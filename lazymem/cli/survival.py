@@ -163,6 +163,14 @@ class Survival:
         nursery.start_soon(patient.wait_ended, self._inherited[PREDECESSOR])
         return patient
 
+    async def note_wish(self, wish_to_end: trio.Event) -> None:
+        """It holds for a next daemon too: whoever sent SIGTERM sends it once."""
+        if self.record.contents.wish_to_end:
+            wish_to_end.set()
+            return
+        await wish_to_end.wait()
+        self.record.change(wish_to_end=True)
+
     # ---- the state folder
 
     def adopt_state(self, origin: RamOrigin) -> StateFolder | None:

@@ -29,12 +29,14 @@ MAX_BYTES = 64 << 20
 
 class Contents(Struct, frozen=True):
     """`mounted_ns`: the files' times (Unix, nanoseconds), which must not move (rule 11). `restarts`: daemons before
-    this one. `state_path`: the folder of written pages; a private one goes with the mount. `notes` belong to whoever
-    puts them: the server's welcome, say, of which this room knows nothing."""
+    this one. `wish_to_end`: somebody asked for an unmount. `state_path`: the folder of written pages; a private one
+    goes with the mount. `notes` belong to whoever puts them: a server's welcome, say, of which this room knows
+    nothing."""
 
     maybe_mounted: Mount | None = None
     mounted_ns: int = 0
     restarts: int = 0
+    wish_to_end: bool = False
     init: bytes = b""
     init_answer: bytes = b""
     state_path: str = ""

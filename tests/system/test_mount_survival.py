@@ -370,6 +370,18 @@ def test_after_a_death_an_end_is_an_end(mounts: Stage, snapshot: BuiltSnapshot, 
     assert not private[0].exists()
 
 
+def test_a_wish_to_end_outlives_the_daemon_too(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    mapped = mount.open_map()
+    os.kill(mount.pid, signal.SIGTERM)
+    wait_until(lambda: "still in use" in mount.log.read_text(), "it says who holds it")
+    kill_and_wait(mount)
+    assert mapped[:] == snapshot.ram
+    mapped.close()
+    mount.wait_ended()
+    assert mountinfo.maybe_mount_at(str(mount.path)) is None
+
+
 def test_an_end_while_there_is_no_daemon(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     """Unmounted in between: nobody starts one, and the private folder goes all the same."""
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
