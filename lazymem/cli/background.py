@@ -48,7 +48,7 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
     if child == 0:
         _close_inherited(keep=write_end)
         _leave_terminal()
-        os._exit(_run_child(daemon, Announcer(write_end)))
+        os._exit(run_daemon(daemon, Announcer(write_end)))
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
         try:
@@ -60,7 +60,7 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
     return _report(program, text)
 
 
-def _run_child(daemon: Callable[[Announcer], int], announcer: Announcer) -> int:
+def run_daemon(daemon: Callable[[Announcer], int], announcer: Announcer) -> int:
     """Whatever ends the daemon is told to whoever still waits, and stands in the log."""
     try:
         return daemon(announcer)

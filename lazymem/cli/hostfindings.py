@@ -45,9 +45,15 @@ def kernel(host: Host) -> Iterator[Finding]:
         yield Finding("kernel", State.MISSING, str(error), "boot a newer kernel")
         return
     yield Finding("kernel", State.OK, host.release)
-    if host.version < (6, 9):
+    maybe_hindered_by = checks.maybe_no_resend(host.release)
+    if maybe_hindered_by is None:
+        yield Finding("killed daemon", State.OK, "another one goes on with the mount, its guest waits for a moment")
+    else:
         yield Finding(
-            "kernel 6.9", State.LACKING, "it cannot send requests again that a killed daemon had taken (NOTIFY_RESEND)"
+            "killed daemon",
+            State.LACKING,
+            f"is the guest's end: {maybe_hindered_by} (FUSE_NOTIFY_RESEND)",
+            "boot Linux 6.9 or newer",
         )
 
 

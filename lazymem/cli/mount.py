@@ -13,10 +13,11 @@ with quick_imports(trio=False):
     from typing import TYPE_CHECKING
 
     from lazymem.cli import logs
-    from lazymem.cli.background import Announcer, run_in_background
+    from lazymem.cli.background import Announcer, run_daemon, run_in_background
     from lazymem.cli.groups import cause_of
     from lazymem.errors import LazymemError, UsageError
     from lazymem.fs import checks, mountinfo
+    from lazymem.fs.descriptorstore import LOCK, SUCCESSOR_VARIABLE
     from lazymem.settings import (
         DEFAULT_RECORD_SECONDS,
         MountSettings,
@@ -40,6 +41,7 @@ _EPILOG = """examples:
                                                               one of several; this run's writes are kept
   lazymem-mount unix:/run/lazymem.sock:/web /mnt/ram -o allow_other
   lazymem-mount ram.example:7411 /mnt/ram --record set        then: mv set SNAPSHOT/working-set, where it is served
+  lazymem-mount --upgrade /mnt/ram                            a daemon of the version installed now goes on with it
   umount /mnt/ram                                             ends it; so does SIGTERM, once no guest maps the file
 
 The command returns when the mount answers. `lazymem status /mnt/ram` shows what it does.
@@ -51,6 +53,10 @@ LOCK_WAIT_SECONDS = 30.0
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    if "--upgrade" in (sys.argv if arguments is None else arguments):
+        from lazymem.cli import upgrade
+
+        return upgrade.main(arguments)
     return mount(_parser().parse_args(arguments))
 
 
@@ -60,6 +66,10 @@ def mount(found: argparse.Namespace) -> int:
         found.log = found.log.absolute()  # a daemon works in another folder
     try:
         settings = _settings(found)
+        if SUCCESSOR_VARIABLE in os.environ:
+            return run_daemon(lambda announcer: _daemon(found, settings, announcer), Announcer())
+        if found.foreground and "LISTEN_FDS" in os.environ:  # systemd kept a mount for us
+            return _daemon(found, settings, Announcer())
         _check_host(settings)
         if found.foreground:
             return _daemon(found, settings, Announcer())
@@ -75,7 +85,8 @@ def mount(found: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Mount the RAM of a published snapshot: pages arrive when they are touched, and ahead of that.",
+        description="Mount the RAM of a published snapshot: pages arrive when they are touched, and ahead of that. "
+        "With --upgrade MOUNTPOINT instead: a daemon of the version installed now goes on with that mount.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -112,6 +123,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=DEFAULT_RECORD_SECONDS,
         help="record for so long from the first touch (default: %(default)g)",
     )
+    parser.add_argument("--no-supervisor", action="store_true", help="a killed daemon is the mount's end")
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in front")
     parser.add_argument("--log", metavar="FILE", type=Path, help="log file (default: stderr with -f, else syslog)")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
@@ -167,7 +179,8 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     with quick_imports():
         import trio
 
-        from lazymem.cli import mountdaemon
+        from lazymem.cli import mountdaemon, supervised
+        from lazymem.cli.restart import restart
         from lazymem.cli.servicemanager import tell_ready
         from lazymem.fs import tuning
         from lazymem.fs.lock import MountLock
@@ -175,28 +188,37 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
     options = MountOptions.parse(found.options)
+    again = restart(_parser(), found, settings)
+    survival = supervised.begin(again, in_front=found.foreground, wanted=not found.no_supervisor)
     maybe_filler = _maybe_filler(settings)
     lock = MountLock(str(settings.mountpoint))
-    lock.acquire(LOCK_WAIT_SECONDS)
+    if survival.inherited(LOCK) >= 0:
+        lock.adopt(survival.inherited(LOCK))
+    else:
+        lock.acquire(LOCK_WAIT_SECONDS)
+        survival.keep(LOCK, lock.fileno())
     tuning.become_io_flusher()  # before any thread: they inherit it
 
     def ready(notices: tuple[str, ...]) -> None:
         tell_ready()
+        survival.ready()
         announcer.ready(notices)
 
     try:
-        trio.run(mountdaemon.run, settings, options, ready, _maybe_progress(found), maybe_filler)
+        trio.run(mountdaemon.run, settings, options, ready, _maybe_progress(found), survival, again, maybe_filler)
     except BaseExceptionGroup as group:
         raise cause_of(group) from group
     finally:
         if maybe_filler is not None:
             maybe_filler.close()
-        lock.release()
+        if not survival.outlives_us:
+            survival.forget_all()
+            lock.release()
     return 0
 
 
 def _maybe_filler(settings: MountSettings) -> FillProcess | None:
-    """Before anything is open that it should not share."""
+    """Before there is an event loop; what is open it closes."""
     if settings.prefetch is Prefetch.NONE:
         return None
     from lazymem.cli.fillprocess import FillProcess

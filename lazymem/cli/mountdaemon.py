@@ -10,10 +10,10 @@ import gc
 import logging
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import msgspec
 import trio
 
 from lazymem.cli.fillprocess import FillOrder, FillProcess
@@ -21,11 +21,15 @@ from lazymem.cli.fillwatch import watch_fill
 from lazymem.cli.mountrecording import ServersSet, maybe_recording
 from lazymem.cli.mountstatus import MAP_XATTR, MountStatus
 from lazymem.cli.mountwatch import Watch
+from lazymem.cli.restart import Restart
+from lazymem.cli.supervised import Supervised
+from lazymem.cli.survival import Survival
 from lazymem.errors import VerificationError
-from lazymem.fetch.client import Client, connect
+from lazymem.fetch.client import Client, connect, resume
 from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.fs import mountinfo, session, tuning
+from lazymem.fs.agreement import Agreement
 from lazymem.fs.channel import Channel
 from lazymem.fs.lifetime import Lifetime
 from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
@@ -50,6 +54,9 @@ log = logging.getLogger(__name__)
 MAX_VMSTATE_BYTES = 256 << 20
 """Device state and unbacked blocks are a few MiB; it is kept in memory while the mount lives."""
 
+WELCOME_NOTE = "welcome"
+"""The server's first word, in the mount's record: what a next daemon knows of the snapshot while the server is away."""
+
 STATE_WAIT_SECONDS = 30.0
 """For the daemon of an earlier mount to store what its guest wrote: 3 GB at a slow disk's 100 MB/s."""
 
@@ -65,20 +72,26 @@ async def run(
     settings: MountSettings,
     options: MountOptions,
     ready: Ready,
-    progress: Progress | None = None,
+    progress: Progress | None,
+    survival: Survival,
+    again: Restart,
     maybe_filler: FillProcess | None = None,
 ) -> None:
     """Serve the mount from start to end; `ready` is called once it answers. `progress` runs beside it.
 
-    `maybe_filler`: brings the rest of a hashed snapshot; without it, the daemon does that itself.
+    `survival` says whether the mount is there already; `again` how a next daemon is started. `maybe_filler`: brings the
+    rest of a hashed snapshot; without it, the daemon does that itself.
 
     Raises:
-        LazymemError: it could not be started; nothing is left mounted.
+        LazymemError: it could not be started; nothing is left mounted that was not there.
     """
+    if survival.mount_is_over:
+        await trio.to_thread.run_sync(survival.clear_away)
+        return
     # The store is around the nursery: closed once no task is left that could use it.
     async with AsyncExitStack() as opened, trio.open_nursery() as nursery:
-        client = await connect(nursery, settings.server, settings.link)
-        await _serve(client, settings, options, ready, progress, maybe_filler, nursery, opened)
+        client = await _client(nursery, settings, survival)
+        await _serve(client, settings, options, ready, progress, maybe_filler, nursery, opened, survival, again)
         nursery.cancel_scope.cancel()
 
 
@@ -91,14 +104,16 @@ async def _serve(
     maybe_filler: FillProcess | None,
     nursery: trio.Nursery,
     opened: AsyncExitStack,
+    survival: Survival,
+    again: Restart,
 ) -> None:
     manifest = _maybe_manifest(client.welcome)
     origin = RamOrigin(
         client.identity, client.welcome.ram_bytes, bytes.fromhex(manifest.ram_root) if manifest else None
     )
-    servers_set = ServersSet()
+    servers_set = ServersSet(survival.record, asks=not survival.continues)
     nursery.start_soon(servers_set.load, client, settings)
-    pristine, state = await _open_store(client, settings, origin)
+    pristine, state = await _open_store(client, settings, origin, survival)
     maybe_set = await servers_set.maybe_set()
     recorded = maybe_set.runs if maybe_set is not None else ()
     everything = settings.prefetch is Prefetch.ALL
@@ -140,7 +155,7 @@ async def _serve(
         if settings.prefetch is Prefetch.WORKING_SET:  # else all is filled, and what is held first is the set
             page_cache.prefer(sorted(recorded))
     touches = Touches(origin.pages, pristine.states, recorded)
-    recording = maybe_recording(settings, client, touches, ram.written_pages)
+    recording = maybe_recording(settings, client, touches, ram.written_pages, survival)
     watch = Watch(page_cache, None, None, None)
     if recorded or recording is not None:
         read_aheads = ReadAheads(
@@ -162,13 +177,26 @@ async def _serve(
             page_cache,
             touches if recorded else None,
             maybe_filler,
+            survival,
         )
         if progress is not None:
             nursery.start_soon(progress, status.to_json)
-        await _mount_and_serve(client, manifest, ram, scheduler, settings, options, status, ready, watch)
+        await _mount_and_serve(
+            client, manifest, ram, scheduler, settings, options, status, ready, watch, survival, again
+        )
     finally:
         with trio.CancelScope(shield=True):
             await scheduler.wait_kept()
+
+
+async def _client(nursery: trio.Nursery, settings: MountSettings, survival: Survival) -> Client:
+    """A mount that goes on does so without its server, if need be."""
+    if survival.continues:
+        welcome = msgspec.msgpack.decode(survival.record.contents.notes[WELCOME_NOTE], type=Welcome)
+        return resume(nursery, settings.server, welcome, settings.link)
+    client = await connect(nursery, settings.server, settings.link)
+    survival.record.note(WELCOME_NOTE, msgspec.msgpack.encode(client.welcome))
+    return client
 
 
 async def _close(ram: GuestRam) -> None:
@@ -177,11 +205,13 @@ async def _close(ram: GuestRam) -> None:
 
 
 async def _open_store(
-    client: Client, settings: MountSettings, origin: RamOrigin
+    client: Client, settings: MountSettings, origin: RamOrigin, survival: Survival
 ) -> tuple[PristinePages, StateFolder | None]:
     cache = await trio.to_thread.run_sync(open_cache, settings.cache_dir, origin)
 
     def maybe_open_run() -> StateFolder | None:
+        if survival.continues:
+            return survival.adopt_state(origin)
         if settings.template:
             return None
         if settings.state_dir is None:
@@ -190,6 +220,8 @@ async def _open_store(
 
     state = await trio.to_thread.run_sync(maybe_open_run)
     try:
+        if not survival.continues:
+            survival.keep_state(state)
         upper = b""
         if origin.root is not None:
             upper = cache.digests.maybe_upper(origin.root) or await client.fetch_upper()
@@ -241,6 +273,8 @@ async def _mount_and_serve(
     status: MountStatus,
     ready: Ready,
     watch: Watch,
+    survival: Survival,
+    again: Restart,
 ) -> None:
     path = str(settings.mountpoint)
     tree = Tree(
@@ -260,25 +294,38 @@ async def _mount_and_serve(
     }
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
-        async with _mounted(path, str(settings.server), options) as (descriptor, mounted):
-            channel = Channel(descriptor, tree, ram, scheduler, watch.maybe_on_read, watch.maybe_on_write)
+        nursery.start_soon(survival.note_wish, wish)
+        async with _mounted(path, str(settings.server), options, survival) as (descriptor, mounted):
+            channel = Channel(
+                descriptor,
+                tree,
+                survival.writes_after_predecessor(ram, nursery),
+                scheduler,
+                watch.maybe_on_read,
+                watch.maybe_on_write,
+                Agreement(survival.record),
+            )
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)
+            supervised = Supervised(survival, again, channel.drain)
             operations = Operations(
                 tree,
                 ram,
                 files.read,
                 xattrs,
-                mounted_ns=time.time_ns(),
+                mounted_ns=survival.record.contents.mounted_ns,
                 on_release=lifetime.released,
+                on_upgrade=supervised.upgrade,
                 template=ram.template,
                 parts={DIGESTS_INODE: ram.run_files.read_tree, WRITTEN_INODE: ram.run_files.read_written},
             )
             session.attach(operations, channel.take_library_end())
-            notices = manifest.resume_notices if manifest else ()
+            notices = (*(manifest.resume_notices if manifest else ()), *survival.notices)
             pace = WritebackPace(mounted)
             nursery.start_soon(_announce, path, mounted, ready, notices, pace)
             nursery.start_soon(watch.run, mounted, wish)
+            nursery.start_soon(supervised.run)
             await lifetime.serve()
+            survival.forget_all()
             pace.stop()
             session.detach()
             channel.close()
@@ -288,15 +335,24 @@ async def _mount_and_serve(
 
 
 @asynccontextmanager
-async def _mounted(path: str, source: str, options: MountOptions) -> AsyncIterator[tuple[int, mountinfo.Mount]]:
-    """Mounted, and in every case unmounted at the end: a dead mount would hang whoever looks at it."""
-    descriptor = await trio.to_thread.run_sync(session.mount, path, source, options)
-    mounted = mountinfo.maybe_mount_at(path)
-    assert mounted is not None, "mounted a moment ago"
+async def _mounted(
+    path: str, source: str, options: MountOptions, survival: Survival
+) -> AsyncIterator[tuple[int, mountinfo.Mount]]:
+    """Mounted; and in the end unmounted, unless somebody has a next daemon go on: a dead mount would hang whoever looks
+    at it."""
+    maybe_found = survival.maybe_mount()
+    if maybe_found is not None:
+        descriptor, mounted = maybe_found
+    else:
+        descriptor = await trio.to_thread.run_sync(session.mount, path, source, options)
+        maybe_mounted = mountinfo.maybe_mount_at(path)
+        assert maybe_mounted is not None, "mounted a moment ago"
+        mounted = maybe_mounted
+        survival.mounted(descriptor, mounted)
     try:
         yield descriptor, mounted
     finally:
-        left = mountinfo.maybe_mount_at(path)
+        left = None if survival.outlives_us else mountinfo.maybe_mount_at(path)
         if left is not None and (left.mount_id, left.device) == (mounted.mount_id, mounted.device):
             session.unmount(path, lazy=True)  # an error ended us; lazily, since nobody serves its flush any more
         os.close(descriptor)

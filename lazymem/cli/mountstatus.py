@@ -8,7 +8,9 @@ from collections.abc import Callable
 
 from msgspec import structs, to_builtins
 
+from lazymem import __version__
 from lazymem.cli.fillprocess import FillProcess, FillReport
+from lazymem.cli.survival import Survival
 from lazymem.fetch.client import Client
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.fetch.stats import FetchStatistics, LinkStatistics
@@ -35,6 +37,7 @@ class MountStatus:
         maybe_page_cache: PageCache | None = None,
         maybe_touches: Touches | None = None,
         maybe_filler: FillProcess | None = None,
+        maybe_survival: Survival | None = None,
     ) -> None:
         """`maybe_touches`: where a working set was there to be used."""
         self._maybe_filler = maybe_filler
@@ -45,6 +48,7 @@ class MountStatus:
         self._maybe_page_cache = maybe_page_cache
         self._maybe_touches = maybe_touches
         self._look = look
+        self._maybe_survival = maybe_survival
 
     def to_json(self) -> bytes:
         """The whole record: names, pages, waits in seconds, bytes on the wire, connection."""
@@ -59,6 +63,8 @@ class MountStatus:
         return json.dumps(
             {
                 "pid": os.getpid(),
+                "version": __version__,
+                "survival": to_builtins(self._maybe_survival.statistics()) if self._maybe_survival else None,
                 "mountpoint": str(self._settings.mountpoint),
                 "server": str(self._settings.server),
                 "snapshot": self._client.welcome.name,

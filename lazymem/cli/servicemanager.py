@@ -1,8 +1,9 @@
-"""The word to systemd that a unit with Type=notify is ready; outside of one it does nothing."""
+"""What is said to systemd, which started us as a unit with Type=notify; outside of one nothing is."""
 
 from __future__ import annotations
 
 import os
+import socket
 
 
 def tell_ready() -> None:
@@ -11,3 +12,13 @@ def tell_ready() -> None:
         import sdnotify
 
         sdnotify.SystemdNotifier().notify(f"READY=1\nMAINPID={os.getpid()}")
+
+
+def maybe_notify_socket() -> socket.socket | None:
+    """Where systemd takes messages, and descriptors with them, which the library has no call for."""
+    if "NOTIFY_SOCKET" not in os.environ:
+        return None
+    import sdnotify
+
+    maybe_socket: socket.socket | None = sdnotify.SystemdNotifier().socket
+    return maybe_socket

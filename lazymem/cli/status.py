@@ -85,6 +85,7 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("mount", f"{status['mountpoint']} (pid {status['pid']})"),
         ("snapshot", f"{status['snapshot']} {status['identity'][:16]} from {status['server']}"),
+        *([("restarts", _survival(status["survival"]))] if status.get("survival") else []),
         ("connection", status["connection"]),
         ("held", _pages(status["pages_held"], total)),
         ("written", _pages(status["pages_written"], total) if not status.get("template") else "never: a template"),
@@ -93,6 +94,13 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
         *([("working set", _working_set(status["working_set"]))] if status.get("working_set") else []),
         ("wire", f"{_mib(status['wire_received_bytes'])} in, {_mib(status['wire_sent_bytes'])} out"),
     ]
+
+
+def _survival(found: dict[str, Any]) -> str:
+    if found["kept_by"] is None:
+        return f"none possible: {found['hindered_by'] or 'started without a supervisor'}"
+    who = f"{found['kept_by']} (pid {found['supervisor_pid']})" if found["supervisor_pid"] else found["kept_by"]
+    return f"{found['restarts']}, by {who}{', the next daemon is loaded' if found['next_is_loaded'] else ''}"
 
 
 def _pages(count: int, total: int) -> str:

@@ -63,21 +63,27 @@ class FetchHandle:
 
 
 class Client:
-    """Made by `connect`. All methods belong to trio's thread."""
+    """Made by `connect` or `resume`. All methods belong to trio's thread."""
 
     def __init__(
-        self, session: Session, address: ServerAddress, link: LinkSettings, counters: LinkCounters, dial_once: Dial
+        self,
+        welcome: Welcome,
+        maybe_session: Session | None,
+        address: ServerAddress,
+        link: LinkSettings,
+        counters: LinkCounters,
+        dial_once: Dial,
     ) -> None:
-        self.welcome: Welcome = session.welcome
+        self.welcome = welcome
         self._address = address
-        self._name = address.name or session.welcome.name
+        self._name = address.name or welcome.name
         self._link = link
         self._dial = dial_once
         self._counters = counters
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         rng = random.Random()
-        self._demand = Lane("demand", self._connect, self._backoff(rng), session)
+        self._demand = Lane("demand", self._connect, self._backoff(rng), maybe_session)
         self._background = Lane("background", self._connect, self._backoff(rng), on_lost=self._rescue_promoted)
 
     # ---- what is published
@@ -346,7 +352,27 @@ async def connect(
         except (ServerUnreachableError, RemoteProtocolError) as error:
             raise _located(error, address) from error
         await trio.sleep(backoff.next_delay())
-    client = Client(session, address, link, counters, dial_once)
+    client = Client(session.welcome, session, address, link, counters, dial_once)
+    nursery.start_soon(client._run)
+    return client
+
+
+def resume(
+    nursery: trio.Nursery,
+    address: ServerAddress,
+    welcome: Welcome,
+    link: LinkSettings | None = None,
+    *,
+    dial_once: Dial | None = None,
+) -> Client:
+    """As `connect`, for a mount that goes on: `welcome` is its first one, and a server that is away is waited for."""
+    link = link or LinkSettings()
+
+    async def dial_address() -> Transport:
+        return await dial(address.endpoint, link)
+
+    client = Client(welcome, None, address, link, LinkCounters(), dial_once or dial_address)
+    client._demand.connect_soon()
     nursery.start_soon(client._run)
     return client
 

@@ -92,6 +92,10 @@ class Lane:
             return "not connected yet"
         return f"trying to reconnect for {trio.current_time() - self._lost_since:.0f} s: {self._last_error}"
 
+    def connect_soon(self) -> None:
+        """Without waiting for the first request."""
+        self._wanted.set()
+
     def submit(self, request: Request) -> None:
         """Send now if there is a connection with room, else as soon as there is."""
         assert len(self._requests) < MAX_REQUESTS

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import select
 import socket
@@ -26,9 +27,11 @@ from typing import Protocol
 
 import trio
 
-from lazymem.errors import LazymemError
+from lazymem.errors import EnvironmentRefusedError, LazymemError
 from lazymem.fs import fuseabi, readers
+from lazymem.fs.agreement import Agreement
 from lazymem.fs.failures import told_errno
+from lazymem.fs.syscalls import lock_in_memory
 from lazymem.fs.tree import RAM_INODE, Tree
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,8 @@ from us for the second of these times, nothing is waited for on it for the first
 
 NEAR_SECONDS = 0.0004
 """Where an answer has come so fast, answers are waited for on the processor, for `MAX_LINGER_SECONDS`."""
+
+DRAIN_LOOK_SECONDS = 0.005
 
 SEEN_AGAIN_SECONDS = 1.0
 """A reader may be killed after it was merely interrupted, and the kernel does not tell of that: look this often."""
@@ -93,6 +98,15 @@ class Link(Protocol):
         ...
 
 
+def _resident_buffer(size: int) -> mmap.mmap:
+    """Memory that is here and stays: where the kernel has to bring a page first while we are being killed, it ends the
+    request that it was about to hand over with EIO, and the guest gets that."""
+    buffer = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    buffer.madvise(mmap.MADV_DONTFORK)  # or the next write to each page would find it shared with a child
+    lock_in_memory(buffer)
+    return buffer
+
+
 def _let_send(end: socket.socket, size: int) -> None:
     """Messages of `size` bytes: what is larger than its buffer a socket refuses, and that READ would have no answer."""
     try:
@@ -104,7 +118,8 @@ def _let_send(end: socket.socket, size: int) -> None:
 class Channel:
     """Serves the mount behind `descriptor`, which stays the caller's and becomes non-blocking; nobody else reads it.
 
-    `close` lets go of our end of the socket pair.
+    `close` lets go of our end of the socket pair. With `maybe_agreement` another daemon can go on
+    with the mount after our death; or we are that one, and `run` begins with it.
     """
 
     def __init__(
@@ -115,6 +130,7 @@ class Channel:
         link: Link,
         maybe_taken: Taken | None = None,
         maybe_written: Written | None = None,
+        maybe_agreement: Agreement | None = None,
     ) -> None:
         os.set_blocking(descriptor, False)  # a request may be taken back between poll and read
         self._fd = descriptor
@@ -129,7 +145,9 @@ class Channel:
         self._ours.setblocking(False)
         _let_send(theirs, 2 * fuseabi.REQUEST_BYTES)
         self._theirs = theirs
-        self._buffer = bytearray(fuseabi.REQUEST_BYTES)
+        self._agreement = maybe_agreement
+        self._closed_to_new = False
+        self._buffer = _resident_buffer(fuseabi.REQUEST_BYTES)
         self._view = memoryview(self._buffer)
         self._into = [self._view]
         self._open: dict[int, int] = {}  # unique: thread id of who waits
@@ -152,13 +170,45 @@ class Channel:
         try:
             async with trio.open_nursery() as self._nursery:
                 self._nursery.start_soon(self._bring_library_answers)
+                await self._take_over()
                 while not self._over:
                     await trio.lowlevel.wait_readable(self._fd)
+                    if self._closed_to_new:
+                        await trio.sleep_forever()
                     self._serve_burst()
                 self._nursery.cancel_scope.cancel()
         finally:
             self._over = True
             self._nursery = None
+
+    async def drain(self) -> None:
+        """Take no more requests, and return once those that were taken are answered. What comes meanwhile waits in the
+        kernel, for who comes after us."""
+        self._closed_to_new = True
+        await trio.sleep(DRAIN_LOOK_SECONDS)  # the tasks of requests taken just now begin
+        while self._open or self._open_writes:  # noqa: ASYNC110  # once in a mount's life; no fault pays for an event
+            await trio.sleep(DRAIN_LOOK_SECONDS)
+
+    async def _take_over(self) -> None:
+        """Where a daemon died before us: agree with the library on what it agreed on, then have the kernel send again
+        what it had taken and not answered (all of it, be it INIT)."""
+        agreement = self._agreement
+        if agreement is None or not agreement.begun:
+            return
+        maybe_init = agreement.maybe_repeat()
+        if maybe_init is not None:
+            self._ours.send(fuseabi.without_splice(maybe_init))
+            await agreement.wait_agreed()
+        self._resend()
+
+    def _resend(self) -> None:
+        try:
+            os.write(self._fd, fuseabi.NOTIFY_RESEND)
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EPERM):  # the mount is gone, which the reader finds too
+                raise EnvironmentRefusedError(
+                    f"the kernel does not send again what the daemon before had taken: {error.strerror}"
+                ) from error
 
     def close(self) -> None:
         """After `run`."""
@@ -355,6 +405,10 @@ class Channel:
 
     def _hand_over(self, opcode: int, request: bytes) -> None:
         if opcode == fuseabi.INIT:
+            maybe_answer = self._agreement.maybe_answer(request) if self._agreement is not None else None
+            if maybe_answer is not None:
+                self._send((maybe_answer,))
+                return
             request = fuseabi.without_splice(request)
         try:
             self._ours.send(request)
@@ -380,5 +434,5 @@ class Channel:
             await trio.lowlevel.wait_readable(self._ours)
             with contextlib.suppress(BlockingIOError):
                 length = self._ours.recv_into(view)
-                if length:
+                if length and not (self._agreement is not None and self._agreement.takes(view[:length])):
                     self._send((view[:length],))

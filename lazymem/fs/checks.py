@@ -14,6 +14,11 @@ MIN_KERNEL = (5, 4)
 """Shared writable maps of FUSE files came much earlier; below this no long-term kernel is alive to test on."""
 
 
+MIN_RESEND_KERNEL = (6, 9)
+"""The first that sends a killed daemon's requests again (`fuseabi.NOTIFY_RESEND`). With an older one a guest would wait
+for ever for each page that the daemon was asked for when it died; so there its death is the mount's end, at once."""
+
+
 def kernel_version(release: str) -> tuple[int, int]:
     """The first two numbers of uname's release; (0, 0) where it has none."""
     found = re.match(r"(\d+)\.(\d+)", release)
@@ -27,6 +32,15 @@ def check_kernel(release: str | None = None) -> None:
         raise EnvironmentRefusedError(
             f"kernel {release} is too old: lazymem needs {MIN_KERNEL[0]}.{MIN_KERNEL[1]} or newer for its FUSE mounts"
         )
+
+
+def maybe_no_resend(release: str | None = None) -> str | None:
+    """Why a mount cannot outlive its daemon on this host; None: it can."""
+    release = release if release is not None else os.uname().release
+    if kernel_version(release) >= MIN_RESEND_KERNEL:
+        return None
+    first = ".".join(map(str, MIN_RESEND_KERNEL))
+    return f"kernel {release} cannot send a killed daemon's requests again, {first} could"
 
 
 def check_fuse_device(device: str = "/dev/fuse") -> None:

@@ -1,4 +1,4 @@
-"""The part of the kernel's FUSE protocol that we speak ourselves: READ and WRITE. Pure.
+"""The part of the kernel's FUSE protocol that we speak ourselves: READ, WRITE, and a session's INIT. Pure.
 
 Source: linux/fuse.h, protocol 7.31 and later (a request's header is the same since 7.0). All in the machine's own byte
 order; a message is one read or one write of `/dev/fuse`.
@@ -49,6 +49,10 @@ REQUEST_BYTES = MAX_WRITE_BYTES + 4096
 _KEEP_CACHE, _NO_FLUSH = 1 << 1, 1 << 5
 """FOPEN_KEEP_CACHE; FOPEN_NOFLUSH (Linux 5.16): closing it stores nothing, and waits for nobody."""
 
+NOTIFY_RESEND = OUT_HEADER.pack(OUT_HEADER.size, 7, 0)
+"""Written by a daemon that takes a killed one's place: requests that were read and not answered come again. The highest
+bit of their unique is then set, and must be in the answer too. Linux 6.9; older ones refuse it with EINVAL."""
+
 _INIT_FLAGS_AT = IN_BYTES + 12
 _SPLICE_FLAGS = 0b111 << 7
 """SPLICE_WRITE, SPLICE_MOVE, SPLICE_READ."""
@@ -58,6 +62,29 @@ def without_splice(init: bytes) -> bytes:
     """An INIT request whose receiver will not want to splice: it is offered a socket, not `/dev/fuse`."""
     (flags,) = struct.unpack_from("=I", init, _INIT_FLAGS_AT)
     return init[:_INIT_FLAGS_AT] + struct.pack("=I", flags & ~_SPLICE_FLAGS) + init[_INIT_FLAGS_AT + 4 :]
+
+
+def request_unique(request: bytes) -> int:
+    """The number that its answer carries."""
+    unique: int = IN_HEADER.unpack_from(request)[2]
+    return unique
+
+
+def answered_as(answer: bytes, unique: int) -> bytes:
+    """The same answer, to the request `unique`."""
+    length, error, _ = OUT_HEADER.unpack_from(answer)
+    return OUT_HEADER.pack(length, error, unique) + answer[OUT_BYTES:]
+
+
+def answered_unique(answer: bytes | memoryview) -> int:
+    """Which request an answer is for; 0: none, it is a notification."""
+    unique: int = OUT_HEADER.unpack_from(answer)[2]
+    return unique
+
+
+def agree(one: bytes, other: bytes) -> bool:
+    """Whether two answers to the same INIT say the same."""
+    return one[:8] == other[:8] and one[OUT_BYTES:] == other[OUT_BYTES:]
 
 
 def answer_head(unique: int, length: int) -> bytes:

@@ -73,7 +73,7 @@ class Lifetime:
 
     def _maybe_unmount(self) -> bool:
         try:
-            return session.unmount(self._path)
+            return session.unmount(self._path, apart=True)
         except MountError as error:
             log.error("%s; serving on", error)
             return False

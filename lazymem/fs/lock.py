@@ -64,9 +64,19 @@ class MountLock:
             else:
                 return
 
+    def adopt(self, descriptor: int) -> None:
+        """Take over the lock that an earlier daemon of this mount took; it was never free in between."""
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        """Whoever has a copy of it holds the lock too, until `release`."""
+        return self._descriptor
+
     def release(self) -> None:
-        """Let go. The file stays: to remove it would let two daemons lock two files of one name."""
+        """Let go, also in who has a copy. The file stays: to remove it would let two daemons lock two files of one
+        name."""
         if self._descriptor >= 0:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = -1
 

@@ -22,6 +22,8 @@ from lazymem.pages import PAGE_SIZE
 
 STATUS_XATTR = b"user.lazymem.status"
 RUN_XATTR = b"user.lazymem.run"
+UPGRADE_XATTR = b"user.lazymem.upgrade"
+"""To set it is to have another daemon go on. The kernel lets only the mount's owner do that."""
 
 PRIVATE_XATTR = b"user.lazymem.private"
 """Set by a process on a template's RAM: its next open for writing is for a private map (see `Operations.open`)."""
@@ -64,7 +66,8 @@ def _guarded(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Corout
 
 
 class Operations(pyfuse3.Operations):
-    """One snapshot's tree. `on_release` is called when a descriptor of the RAM file has gone.
+    """One snapshot's tree. `on_release` is called when a descriptor of the RAM file has gone, `on_upgrade` when
+    somebody wants another daemon to go on; False: there is nobody to start one.
 
     `parts`: by inode number, files that are read in parts and not whole. `template`: the RAM is for private maps only,
     so what opens it for writing gets direct I/O: then the kernel refuses a shared map, whose writes others would see.
@@ -84,6 +87,7 @@ class Operations(pyfuse3.Operations):
         *,
         mounted_ns: int,
         on_release: Callable[[], None] = lambda: None,
+        on_upgrade: Callable[[bytes], bool] = lambda value: False,
         parts: Mapping[int, Part] | None = None,
         template: bool = False,
     ) -> None:
@@ -94,6 +98,7 @@ class Operations(pyfuse3.Operations):
         self._xattrs = xattrs
         self._mounted_ns = mounted_ns
         self._on_release = on_release
+        self._on_upgrade = on_upgrade
         self._parts = parts or {}
         self._template = template
         self._promised: dict[int, None] = {}
@@ -170,6 +175,10 @@ class Operations(pyfuse3.Operations):
     async def setxattr(
         self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, value: bytes, ctx: pyfuse3.RequestContext
     ) -> None:
+        if inode == ROOT_INODE and name == UPGRADE_XATTR:
+            if not self._on_upgrade(value):
+                raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
+            return
         if not (self._template and inode == RAM_INODE and name == PRIVATE_XATTR):
             raise pyfuse3.FUSEError(errno.EPERM)
         self._promised[ctx.pid] = None

@@ -153,6 +153,13 @@ def detach() -> None:
     pyfuse3.close(unmount=False)
 
 
+def is_over(descriptor: int) -> bool:
+    """Whether the connection is over: unmounted or aborted. Does not block."""
+    gone = select.poll()
+    gone.register(descriptor, 0)
+    return bool(gone.poll(0))
+
+
 def wait_gone(descriptor: int) -> None:
     """Block until the connection over `descriptor` is over: unmounted or aborted. For a thread."""
     gone = select.poll()
@@ -160,15 +167,20 @@ def wait_gone(descriptor: int) -> None:
     gone.poll()
 
 
-def unmount(path: str, *, lazy: bool = False) -> bool:
+def unmount(path: str, *, lazy: bool = False, apart: bool = False) -> bool:
     """Unmount `path`; False when it is busy. Blocking, and the kernel flushes through the daemon meanwhile: call it
     from a thread, never on the event loop.
+
+    `apart`: in a process of its own, where there is a program for it. A thread of the daemon that waits for the daemon
+    cannot be killed, and neither can then the daemon, wholly: systemd would wait for its end, and start no next one.
 
     Raises:
         MountError: any other refusal.
     """
     if os.geteuid() != 0:
-        return _unmount_by_helper(path, lazy=lazy)
+        return _unmount_by_helper(["fusermount3", "-u"], path, lazy=lazy)
+    if apart and shutil.which("umount") is not None:
+        return _unmount_by_helper(["umount"], path, lazy=lazy)
     try:
         system_call("umount2", os.fsencode(path), _UMOUNT_NOFOLLOW | (2 if lazy else 0))
     except OSError as error:
@@ -180,12 +192,14 @@ def unmount(path: str, *, lazy: bool = False) -> bool:
     return True
 
 
-def _unmount_by_helper(path: str, *, lazy: bool) -> bool:
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", path]
+def _unmount_by_helper(program: list[str], path: str, *, lazy: bool) -> bool:
+    lazily = {"umount": "-l", "fusermount3": "-z"}[program[0]]
+    command = [*program, *([lazily] if lazy else []), "--", path]
+    environ = {**os.environ, "LC_ALL": "C"}  # what is busy is told in words
     try:
-        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False, env=environ)
     except OSError as error:  # it went away since the mount, or no process can be made now
-        raise MountError(f"cannot run fusermount3 to unmount {path}: {error.strerror}") from error
+        raise MountError(f"cannot run {program[0]} to unmount {path}: {error.strerror}") from error
     if result.returncode and mountinfo.maybe_mount_at(path) is not None:
         if "busy" in result.stderr.lower():
             return False

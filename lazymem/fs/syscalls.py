@@ -1,8 +1,11 @@
-"""System calls that Python's library lacks: mount(2), umount2(2), prctl(2), sync_file_range(2), open_tree(2)."""
+"""System calls that Python's library lacks: mount(2), umount2(2), prctl(2), sync_file_range(2), open_tree(2),
+mlock(2)."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,3 +33,10 @@ def descriptor_call(number: int, *arguments: bytes | int) -> int:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
     return descriptor
+
+
+def lock_in_memory(buffer: mmap.mmap) -> None:
+    """Keep all of `buffer` from being swapped out, where that is permitted (RLIMIT_MEMLOCK)."""
+    start = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    with contextlib.suppress(OSError):
+        system_call("mlock", ctypes.c_ulong(start), ctypes.c_ulong(len(buffer)))

@@ -120,7 +120,8 @@ class PageMap:
         start = self.first_unset(pages.start, pages.end)
         while start < pages.end:
             end = self.first_set(start, pages.end)
-            yield PageRange(start, end - start)
+            if end > start:  # or another process has set it just now
+                yield PageRange(start, end - start)
             start = self.first_unset(end, pages.end)
 
     def first_unset(self, start: int, end: int) -> int:

@@ -148,7 +148,8 @@ class PristinePages:
                 stop = self._cache.held.first_set(start, min(start + limit, end))
                 if self._written:
                     stop = self._written.first_set(start, stop)
-                return PageRange(start, stop - start)
+                if stop > start:  # or the process that fills has set it just now
+                    return PageRange(start, stop - start)
             start = unwritten
         return None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -50,22 +51,26 @@ _POLL_SECONDS = 0.05
 
 
 class StateFolder(Struct):
-    """An open, locked state folder. `private`: removed at close."""
+    """An open, locked state folder. `private`: removed at close. `kept`: another process has a copy of the lock, and a
+    next daemon goes on with the run, so it is left as it is."""
 
     path: Path
     ram: PageFile
     written: PageMap
     lock_fd: int
     private: bool
+    kept: bool = False
 
     def close(self) -> None:
         """Unsynced bytes stay in the kernel's hands and reach the disk later."""
         self.ram.close()
         self.written.close()
-        if self.private:
+        if self.private and not self.kept:
             folders.remove_folder(self.path)
         if self.lock_fd >= 0:
             fd, self.lock_fd = self.lock_fd, -1
+            if not self.kept:
+                fcntl.flock(fd, fcntl.LOCK_UN)  # in every copy
             os.close(fd)
 
 
@@ -113,6 +118,25 @@ def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
         if isinstance(error, OSError):
             raise StoreError(f"cannot make a folder for written pages in {cache}: {error.strerror}") from error
         raise
+
+
+def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -> StateFolder:
+    """Open the folder of a run that goes on: its daemon was killed, and its lock, `lock_fd`, never let go.
+
+    Raises:
+        IdentityError: it holds writes over another snapshot.
+        StoreError: it is gone or damaged, or the disk refused. Nothing in it was changed.
+    """
+    if not (path / META_NAME).exists():
+        raise StoreError(f"the state folder {path} is gone, and with it what the guest wrote")
+    _bind(path, origin, durable=not private)
+    return _open(path, origin, lock_fd, private=private)
+
+
+def remove_private(path: Path) -> None:
+    """Clear away the private folder of a run that ended while it had no daemon."""
+    if _PRIVATE_NAME.fullmatch(path.name) and not folders.why_not_ours(path) and _only_ours_in(path):
+        folders.remove_folder(path)
 
 
 def _refuse_foreign(path: Path) -> None:

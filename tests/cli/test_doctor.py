@@ -59,7 +59,7 @@ def test_a_host_with_everything(tmp_path: Path) -> None:
     ("changes", "name", "state", "words"),
     [
         ({"release": "4.19.0"}, "kernel", State.MISSING, "too old"),
-        ({"release": "6.1.0-13"}, "kernel 6.9", State.LACKING, "NOTIFY_RESEND"),
+        ({"release": "6.1.0-13"}, "killed daemon", State.LACKING, "Linux 6.9"),
         ({"capabilities": ALL_CAPABILITIES & ~(1 << 21)}, "right to mount", State.MISSING, "--cap-add SYS_ADMIN"),
         ({"capabilities": ALL_CAPABILITIES & ~(1 << 24)}, "write-back", State.LACKING, "SYS_RESOURCE"),
         ({"release": "5.1.0"}, "kernel", State.MISSING, "newer kernel"),

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from lazymem.cli.mountrecording import MountRecording
+from lazymem.fs.sessionrecord import SessionRecord
 
 
 class Touches:
@@ -26,7 +27,7 @@ async def test_a_host_without_a_thread_for_it_loses_the_recording_only(
         raise RuntimeError("can't start new thread")
 
     client = SimpleNamespace(identity=bytes(32), total_pages=16)
-    recording = MountRecording(cast(Any, Touches()), cast(Any, client), 60, None, learn=False)
+    recording = MountRecording(cast(Any, Touches()), cast(Any, client), 60, None, False, SessionRecord.create())
     monkeypatch.setattr("trio.to_thread.run_sync", refuse)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(recording.run)

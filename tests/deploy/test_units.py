@@ -146,7 +146,7 @@ def test_only_a_mount_that_answers_nobody_is_cleared_away(tmp_path: Path, answer
 
 
 def test_guest_is_bound_to_its_mount_and_in_another_cgroup() -> None:
-    assert value("lazymem-vm@.service", "BindsTo") == "lazymem-mount@%i.service"
+    assert value("lazymem-vm@.service", "Wants") == "lazymem-mount@%i.service"
     assert value("lazymem-vm@.service", "After") == "lazymem-mount@%i.service"
     assert value("lazymem-vm@.service", "Slice") == "lazymem-guests.slice"
     assert value("lazymem-vm@.service", "Restart") == "no"

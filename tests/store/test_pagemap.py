@@ -128,3 +128,18 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> Non
     open_map(tmp_path / "map").close()
     with pytest.raises(StoreError, match="page map"):
         PageMap(os.open(tmp_path / "map", os.O_RDONLY | os.O_CLOEXEC), PAGES)
+
+
+def test_a_page_that_another_process_sets_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map is looked at twice for a run; the process that fills may be faster."""
+    made = open_map(tmp_path / "map", 64)
+    first_set = made.first_set
+
+    def slow(start: int, end: int) -> int:
+        if start == 0:
+            made.set(PageRange(0, 1), SET)
+        return first_set(start, end)
+
+    monkeypatch.setattr(made, "first_set", slow)
+    assert list(made.unset_runs(PageRange(0, 64))) == [PageRange(1, 63)]
+    made.close()

@@ -176,6 +176,6 @@ def drop_kernel_cache(path: Path) -> None:
 
 
 def kill_daemon(mounted: Mounted) -> None:
-    """SIGKILL the daemon and wait until its connection is dead."""
+    """SIGKILL the daemon of a mount without a supervisor, and wait until its connection is dead."""
     os.kill(mounted.pid, signal.SIGKILL)
     mounted.wait_ended()

@@ -146,7 +146,10 @@ def test_a_service_manager_is_told_when_the_mount_answers(
             stderr=subprocess.DEVNULL,
         )
         try:
-            first = dict(line.split("=") for line in manager.recv(1000).decode().splitlines())
+            # A Linux that can go on with the mount after a kill has it kept first.
+            first = {"FDSTORE": "1"}
+            while "FDSTORE" in first:
+                first = dict(line.split("=") for line in manager.recv(1000).decode().splitlines())
             # The first word that came at all, so nothing came from the one that failed.
             assert first == {"READY": "1", "MAINPID": str(daemon.pid)}
             with open(point / "pc.ram", "rb", buffering=0) as file:

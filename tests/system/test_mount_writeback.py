@@ -87,7 +87,7 @@ def test_a_killed_daemon_does_not_wait_for_itself(mounts: Stage, tmp_path: Path)
     big = make_snapshot(tmp_path / "big", pages=8192, seed=3)
     server = mounts.serve(big.folder)
     for round_ in range(4):
-        mount = mounts.mount(server.address, name=f"mnt{round_}")
+        mount = mounts.mount(server.address, "--no-supervisor", name=f"mnt{round_}")
         mapped = mount.open_map()
         for number in range(0, big.pages, 5):
             mapped[number * PAGE_SIZE] = 1

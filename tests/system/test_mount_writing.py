@@ -96,7 +96,7 @@ def test_a_killed_daemon_loses_no_acknowledged_write(mounts: Stage, snapshot: Bu
     state = ("--state", tmp_path / "state")
     expected = bytearray(snapshot.ram)
     for round_ in range(3):
-        mount = mounts.mount(server.address, *QUIET, *state)
+        mount = mounts.mount(server.address, *QUIET, *state, "--no-supervisor")
         mapped = mount.open_map()
         for number in range(round_, snapshot.pages, 97):
             at = number * PAGE_SIZE + round_

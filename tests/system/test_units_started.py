@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from lazymem.cli.main import main as lazymem
 from lazymem.vm.guests import build_guest
+from tests.support.mounts import wait_until
 from tests.support.systemdmachine import CHECKOUT, SystemdMachine, install_programs, started
 from tests.support.vmprocess import starting
 
@@ -17,6 +19,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
 RAM_MIB = 16
 VM, MOUNT, SERVER = "lazymem-vm@web.service", "lazymem-mount@web.service", "lazymem-serve@7411.service"
+
+ENDED = ("failed", "inactive")
+WAYS = ("kill -KILL {pid}", "systemctl kill --signal=KILL {unit}", "lazymem mount --upgrade /run/lazymem/web")
 
 READ_SERIAL = """
 import re, socket
@@ -162,14 +167,43 @@ def test_ram_that_was_written_to_is_no_start_either(machine: SystemdMachine) -> 
     assert tick(machine)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_killed_mount_ends_the_guest_and_both_start_anew(machine: SystemdMachine, whole: bool) -> None:
-    """`whole`: with what systemd starts afterwards to clean up, as its newer versions do."""
+def test_a_killed_mount_goes_on_and_so_does_its_guest(machine: SystemdMachine) -> None:
+    """Also when systemd kills it with what it starts to clean up, and when another version is to go on."""
     machine.shell(commands("start"))
-    daemon = machine.show(MOUNT, "MainPID")
-    machine.shell(f"systemctl kill --signal=KILL {MOUNT}" if whole else f"kill -KILL {daemon}")
-    for unit in (VM, MOUNT):
-        machine.wait_shown(unit, "ActiveState", "failed")
+    guest, before = machine.show(VM, "MainPID"), tick(machine)
+    for restart, way in enumerate(WAYS, 1):
+        daemon = machine.show(MOUNT, "MainPID")
+        machine.shell(way.format(pid=daemon, unit=MOUNT))
+        machine.wait_shown(MOUNT, "NRestarts", str(restart))
+        machine.wait_shown(MOUNT, "ActiveState", "active")
+        assert machine.show(MOUNT, "MainPID") != daemon
+        machine.shell("cksum /run/lazymem/web/pc.ram")
+        now = tick(machine)
+        assert now > before
+        before = now
+    assert machine.show(VM, "MainPID") == guest
+    status = json.loads(machine.shell("lazymem status --json /run/lazymem/web"))
+    assert (status["survival"]["kept_by"], status["survival"]["restarts"]) == ("systemd", len(WAYS))
+    machine.run("systemctl", "stop", MOUNT)
+    assert [machine.show(unit, "Result") for unit in (VM, MOUNT)] == ["success"] * 2
+    assert machine.show(MOUNT, "NFileDescriptorStore") == "0"
+    assert not mounted(machine)
+    assert not machine.shell("find /var/cache/lazymem -name 'run-*'")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_mount_that_cannot_go_on_ends_the_guest_and_both_start_anew(machine: SystemdMachine, whole: bool) -> None:
+    """As with an older kernel, where nothing is kept. `whole`: with what systemd starts afterwards to clean up, as its
+    newer versions do."""
+    machine.shell("sed -i 's/^LAZYMEM_MOUNT_OPTIONS=\"/&--no-supervisor /' /etc/lazymem/mount-web.conf")
+    try:
+        machine.shell(commands("start"))
+        daemon = machine.show(MOUNT, "MainPID")
+        machine.shell(f"systemctl kill --signal=KILL {MOUNT}" if whole else f"kill -KILL {daemon}")
+        for unit in (VM, MOUNT):
+            wait_until(lambda unit=unit: machine.show(unit, "ActiveState") in ENDED, f"{unit} ends")  # type: ignore[misc]
+    finally:
+        machine.shell("sed -i 's/--no-supervisor //' /etc/lazymem/mount-web.conf")
     assert whole or not mounted(machine)
     machine.shell(commands("start"))
     assert tick(machine)

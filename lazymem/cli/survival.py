@@ -1,0 +1,267 @@
+"""The daemon's side of its own survival: what it got from the daemon before it, and who keeps what for the next one.
+
+Kept are descriptors: the FUSE connection, the session's record, the lock of the mount and that of the state folder (so
+nobody takes either in between). By our own supervisor (`supervisor`), or by systemd
+where that started us and has the end of the mount in its hands. All else that a next daemon needs is in files.
+
+A daemon that nobody keeps anything for works as one that is kept; only its death is the end of the mount.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+from msgspec import Struct
+
+from lazymem.fs import descriptorstore, session
+from lazymem.fs.channel import RamFile
+from lazymem.fs.descriptorstore import FUSE, LOCK, PREDECESSOR, RECORD, STATE
+from lazymem.fs.mountinfo import Mount
+from lazymem.fs.sessionrecord import SessionRecord
+from lazymem.store.guestram import GuestRam
+from lazymem.store.origin import RamOrigin
+from lazymem.store.statefolder import StateFolder, adopt_state, remove_private
+
+log = logging.getLogger(__name__)
+
+SUPERVISOR, SYSTEMD = "supervisor", "systemd"
+"""Who may keep descriptors for us."""
+
+AGAIN_EXIT_CODE = 75
+"""EX_TEMPFAIL: the daemon ended for a next one to go on (an upgrade). deploy/lazymem-mount@.service knows it."""
+
+
+class KeptBy(Struct, frozen=True):
+    """Who keeps descriptors for us. `pid` 0: not known, or none of ours."""
+
+    name: str
+    to: socket.socket
+    pid: int = 0
+
+
+class SurvivalStatistics(Struct, frozen=True):
+    """`kept_by`: "supervisor", "systemd", or None, where a killed daemon is the mount's end; `hindered_by`: why so,
+    unless it was asked for. `next_is_loaded`: a next daemon only waits for this one's end. `upgrade_refused`: why the
+    last one did not come about."""
+
+    kept_by: str | None
+    supervisor_pid: int | None
+    restarts: int
+    next_is_loaded: bool
+    hindered_by: str | None
+    upgrade_refused: str | None
+
+
+class _PatientRam:
+    """See `Survival.writes_after_predecessor`. READs do not pay for it."""
+
+    def __init__(self, ram: GuestRam) -> None:
+        self.read_soon = ram.read_soon
+        self.read = ram.read
+        self._write = ram.write
+        self._ended = trio.Event()
+
+    async def wait_ended(self, pidfd: int) -> None:
+        await trio.lowlevel.wait_readable(pidfd)
+        self._ended.set()
+
+    async def write(self, offset: int, data: bytes) -> None:
+        await self._ended.wait()
+        await self._write(offset, data)
+
+
+class Survival:
+    """One daemon's. `inherited`: descriptors by name."""
+
+    def __init__(
+        self,
+        maybe_keeper: KeptBy | None = None,
+        inherited: dict[str, int] | None = None,
+        maybe_hindered_by: str | None = None,
+    ) -> None:
+        self.maybe_keeper = maybe_keeper
+        self.maybe_hindered_by = maybe_hindered_by
+        self.maybe_refusal: str | None = None  # why the last upgrade did not come about
+        self.is_ready = self.next_is_loaded = False
+        self._is_over = False
+        self._maybe_state: StateFolder | None = None
+        self._kept: dict[str, int] = {}
+        self._inherited = inherited or {}
+        self.continues = FUSE in self._inherited
+        """Whether we go on with a mount that is there."""
+        if self.continues:
+            self.record = SessionRecord.read(self._inherited[RECORD])
+            self.record.change(restarts=self.restarts + 1)
+            self._kept = {name: fd for name, fd in self._inherited.items() if name != PREDECESSOR}
+        else:
+            self._forget_a_start()
+            self.record = SessionRecord.create()
+            self.keep(RECORD, self.record.descriptor)
+
+    @property
+    def outlives_us(self) -> bool:
+        """Whether the mount is to be left as it is when something ends us."""
+        return (self.is_ready or self.continues) and not self._is_over and self.maybe_keeper is not None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should read at the start."""
+        if self.maybe_hindered_by is None or self.maybe_keeper is not None:
+            return ()
+        return (f"{self.maybe_hindered_by}; so the end of the daemon, should it be killed, is the guest's",)
+
+    @property
+    def restarts(self) -> int:
+        """How many daemons this mount had before."""
+        return self.record.contents.restarts
+
+    @property
+    def mount_is_over(self) -> bool:
+        """It was unmounted while it had no daemon."""
+        return self.continues and session.is_over(self._inherited[FUSE])
+
+    def inherited(self, name: str) -> int:
+        """A descriptor that was kept for us; -1: there is none."""
+        return self._inherited.get(name, -1)
+
+    def maybe_mount(self) -> tuple[int, Mount] | None:
+        """The mount that we go on with, and its connection."""
+        maybe_mounted = self.record.contents.maybe_mounted
+        if not self.continues or maybe_mounted is None:
+            return None
+        return self._inherited[FUSE], maybe_mounted
+
+    def mounted(self, descriptor: int, mounted: Mount) -> None:
+        """A mount of our own making. The record is whole before the connection is kept."""
+        self.record.change(maybe_mounted=mounted, mounted_ns=time.time_ns())
+        self.keep(FUSE, descriptor)
+
+    def statistics(self) -> SurvivalStatistics:
+        maybe_keeper = self.maybe_keeper
+        return SurvivalStatistics(
+            kept_by=maybe_keeper.name if maybe_keeper is not None else None,
+            supervisor_pid=maybe_keeper.pid if maybe_keeper is not None and maybe_keeper.pid else None,
+            restarts=self.restarts,
+            next_is_loaded=self.next_is_loaded,
+            hindered_by=self.maybe_hindered_by,
+            upgrade_refused=self.maybe_refusal,
+        )
+
+    def writes_after_predecessor(self, ram: GuestRam, nursery: trio.Nursery) -> RamFile:
+        """`ram`, whose writes wait until the daemon before us has ended wholly. One of its threads may stand in a write
+        to the state file that the kernel cannot end, and that would come behind a later one of ours."""
+        if PREDECESSOR not in self._inherited:  # systemd starts nobody before that
+            return ram
+        patient = _PatientRam(ram)
+        nursery.start_soon(patient.wait_ended, self._inherited[PREDECESSOR])
+        return patient
+
+    async def note_wish(self, wish_to_end: trio.Event) -> None:
+        """It holds for a next daemon too: whoever sent SIGTERM sends it once."""
+        if self.record.contents.wish_to_end:
+            wish_to_end.set()
+            return
+        await wish_to_end.wait()
+        self.record.change(wish_to_end=True)
+
+    # ---- the state folder
+
+    def adopt_state(self, origin: RamOrigin) -> StateFolder | None:
+        """The run's written pages, of the mount that we go on with; a template has none. Blocking.
+
+        Raises:
+            IdentityError, StoreError: it is not what it was.
+        """
+        contents = self.record.contents
+        if not contents.state_path:
+            return None
+        path, private = Path(contents.state_path), contents.state_is_private
+        state = adopt_state(path, origin, self._inherited[STATE], private=private)
+        self._maybe_state = state
+        state.kept = True
+        return state
+
+    def keep_state(self, state: StateFolder | None) -> None:
+        """A folder that was opened for this mount."""
+        if state is None:
+            return
+        self.record.change(state_path=str(state.path), state_is_private=state.private)
+        self._maybe_state = state
+        self.keep(STATE, state.lock_fd)
+
+    def clear_away(self) -> None:
+        """The mount ended while it had no daemon. Blocking."""
+        contents = self.record.contents
+        log.warning("the mount ended while it had no daemon")
+        if contents.state_is_private:
+            remove_private(Path(contents.state_path))
+        self.forget_all()
+
+    # ---- descriptors
+
+    def _forget_a_start(self) -> None:
+        """Of a daemon that was killed before it had mounted; of use is its lock, which is never free so."""
+        self._kept = {LOCK: self._inherited[LOCK]} if LOCK in self._inherited else {}
+        for name in [name for name in self._inherited if name != LOCK]:
+            os.close(self._inherited.pop(name))
+            self._drop(name)
+
+    def keep(self, name: str, descriptor: int) -> None:
+        """Have it outlive us, once there is a mount to go on with. It stays ours to close."""
+        self._kept[name] = descriptor
+        if FUSE in self._kept:
+            for each in self._kept if name == FUSE else (name,):
+                self._put(each)
+
+    def _put(self, name: str) -> None:
+        if self.maybe_keeper is not None:
+            with self._told(f"keeps no {name} for a next daemon"):
+                descriptorstore.put(self.maybe_keeper.to, name, self._kept[name])
+
+    def forget_all(self) -> None:
+        """The mount has ended: there will be no next daemon. (Our own supervisor sees it on the connection.)"""
+        if self.maybe_keeper is not None and self.maybe_keeper.name == SYSTEMD and FUSE in self._kept:
+            for name in self._kept:
+                self._drop(name)
+        self._kept.clear()
+        self._is_over = True
+        if self._maybe_state is not None:
+            self._maybe_state.kept = False
+
+    def _drop(self, name: str) -> None:
+        if self.maybe_keeper is not None:
+            with self._told(f"does not let go of {name}"):
+                descriptorstore.drop(self.maybe_keeper.to, name)
+
+    def kept_by(self, keeper: KeptBy) -> None:
+        """Another one: it gets everything."""
+        self.maybe_keeper = keeper
+        for name in self._kept:
+            self._put(name)
+
+    def say(self, **fields: object) -> None:
+        """Tell the keeper."""
+        if self.maybe_keeper is not None:
+            with self._told("does not listen"):
+                descriptorstore.send(self.maybe_keeper.to, fields)
+
+    def ready(self) -> None:
+        self.is_ready = True
+        if self._maybe_state is not None:
+            self._maybe_state.kept = self.outlives_us
+        self.say(READY=1)
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            assert self.maybe_keeper is not None
+            log.warning("%s %s (%s)", self.maybe_keeper.name, what, error.strerror)

@@ -1,0 +1,405 @@
+"""A killed or replaced daemon: its guest waits for a moment, and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from lazymem.cli.mountrecording import RECORDING_NOTE
+from lazymem.fs import checks, mountinfo
+from lazymem.fs.sessionrecord import SessionRecord
+from lazymem.pages import PAGE_SIZE
+from lazymem.snapshot import workingset
+from tests.support import ackwriter
+from tests.support.mounts import Mounted, Stage, command, drop_kernel_cache, page_of, wait_until
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{checks.maybe_no_resend()}"),
+]
+
+QUIET = ("--prefetch", "none")
+
+
+def kill_and_wait(mount: Mounted) -> int:
+    """SIGKILL the daemon that serves now; the next one's pid, once it answers."""
+    before = mount.status()["pid"]
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: mount.status()["pid"] != before, "another daemon answers")
+    after: int = mount.status()["pid"]
+    return after
+
+
+def supervisor_of(mount: Mounted) -> int:
+    pid: int = mount.status()["survival"]["supervisor_pid"]
+    return pid
+
+
+def saved_runs(mount: Mounted) -> list[tuple[int, int]]:
+    """What the next daemon would find of the recording."""
+    for link in Path(f"/proc/{supervisor_of(mount)}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it closes one, too
+            if "lazymem-session" not in os.readlink(link):
+                continue
+            with link.open("rb") as file:
+                saved = SessionRecord.read(file.fileno()).contents.notes.get(RECORDING_NOTE)
+            return msgspec.msgpack.decode(saved, type=tuple[float, list[tuple[int, int]]])[1] if saved else []
+    return []
+
+
+def is_gone(pid: int) -> bool:
+    """Ended; whoever should have waited for it may not have."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return True
+
+
+class Writer:
+    """`ackwriter` on a mount. `stored`: what it was told is stored, page to number."""
+
+    def __init__(self, mount: Mounted, seed: int) -> None:
+        self._seed = seed
+        self.stored: dict[int, int] = {}
+        self.count = 0
+        self.longest_seconds = 0.0
+        self._process = subprocess.Popen(
+            [sys.executable, ackwriter.__file__, str(mount.ram_path), str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._listener = threading.Thread(target=self._listen)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            page, number, longest = line.split()
+            self.stored[int(page)] = int(number)
+            self.longest_seconds = float(longest)
+            self.count += 1
+
+    def wait_for_more(self, steps: int = 3) -> None:
+        wanted = self.count + steps
+        wait_until(lambda: self.count >= wanted or self._process.poll() is not None, "the writer goes on")
+
+    def stop(self) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.close()
+        assert self._process.wait(30) == 0
+        self._listener.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def expected(self, ram: bytes) -> bytes:
+        """The RAM after all of it, from the snapshot's `ram`."""
+        found = bytearray(ram)
+        for page, number in self.stored.items():
+            text = ackwriter.stamp(number, self._seed)
+            found[page * PAGE_SIZE : page * PAGE_SIZE + len(text)] = text
+        return bytes(found)
+
+
+@contextlib.contextmanager
+def writing(mount: Mounted, seed: int) -> Iterator[Writer]:
+    writer = Writer(mount, seed)
+    try:
+        writer.wait_for_more()
+        yield writer
+    finally:
+        writer.stop()
+
+
+def everything(mount: Mounted) -> bytes:
+    """The RAM as the daemon has it: not what the kernel remembers."""
+    drop_kernel_cache(mount.ram_path)
+    return mount.ram_path.read_bytes()
+
+
+def test_a_reader_on_a_missing_page(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """Killed while the page is on its way: the next daemon is asked for it again, the guest gets it."""
+    server = mounts.serve(snapshot.folder)
+    mount = mounts.mount(server.address, *QUIET)
+    os.kill(server.pid, signal.SIGSTOP)
+    found: list[bytes] = []
+    descriptor = os.open(mount.ram_path, os.O_RDONLY)
+    # Not a map: a thread that stands on one holds Python's lock.
+    reader = threading.Thread(target=lambda: found.append(os.pread(descriptor, PAGE_SIZE, 5 * PAGE_SIZE)))
+    reader.start()
+    try:
+        wait_until(lambda: mount.status()["demand_faults"] >= 1, "somebody stands on a page")
+        kill_and_wait(mount)
+        wait_until(lambda: mount.status()["demand_faults"] >= 1, "the next daemon is asked for it")
+        assert not found
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+        reader.join(30)
+    os.close(descriptor)
+    assert found == [snapshot.page(5)]
+
+
+def test_ten_kills_under_a_verifying_writer(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """Rule 2 across deaths: every msync that returned is there, in the mount and in the state folder."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, "--state", tmp_path / "state")
+    pids = {mount.pid}
+    with writing(mount, seed=1) as writer:
+        for _ in range(10):
+            pids.add(kill_and_wait(mount))
+            writer.wait_for_more(1)
+    assert len(pids) == 11
+    assert mount.status()["survival"]["restarts"] == 10
+    assert everything(mount) == writer.expected(snapshot.ram)
+    mount.unmount()
+    again = mounts.mount(mounts.serve(snapshot.folder).address, "--state", tmp_path / "state", name="again")
+    assert again.ram_path.read_bytes() == writer.expected(snapshot.ram)
+
+
+def test_upgrades_under_a_verifying_writer(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """Also without a state folder: the private one stays with the run."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address)
+    before = mount.pid
+    with writing(mount, seed=2) as writer:
+        for _ in range(2):
+            done = subprocess.run(
+                command("lazymem.cli.main", "mount", "--upgrade", mount.path),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert done.returncode == 0, done.stderr
+            assert f"daemon {before} " in done.stdout
+            before = mount.status()["pid"]
+            writer.wait_for_more()
+    assert everything(mount) == writer.expected(snapshot.ram)
+    assert "a next daemon goes on" in mount.log.read_text()
+
+
+def test_an_upgrade_that_does_not_start_changes_nothing(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    for python, why in (("/bin/false", "does not start"), ("/nowhere/python3", "cannot be started")):
+        os.setxattr(mount.path, "user.lazymem.upgrade", python.encode())
+        wait_until(lambda: mount.status()["survival"]["upgrade_refused"] is not None, "it is refused")
+        assert why in mount.status()["survival"]["upgrade_refused"]
+        assert mount.status()["pid"] == mount.pid
+    kill_and_wait(mount)
+    assert mount.ram_path.read_bytes() == snapshot.ram
+
+
+def test_while_everything_is_fetched(mounts: Stage) -> None:
+    big = make_snapshot(mounts.folder / "big", pages=8192, seed=3)
+    mount = mounts.mount(mounts.serve(big.folder).address)
+    held = 0
+    while held < big.pages:
+        kill_and_wait(mount)
+        wait_until(lambda least=held: mount.status()["pages_held"] > least, "more is held")  # type: ignore[misc]
+        held = min(mount.status()["pages_held"] + 4096, big.pages)
+    wait_until(lambda: mount.status()["pages_held"] == big.pages, "all is held")
+    assert everything(mount) == big.ram
+
+
+@pytest.mark.parametrize("where", ["taken", "unanswered", "answered"])
+def test_at_each_request(
+    mounts: Stage, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    """The first daemon dies at its first request, the next one at its second, and so on."""
+    deaths = 6
+    file = tmp_path / "dies"
+    file.write_text(f"{1:8} {deaths:8}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support/dying"))
+    monkeypatch.setenv("LAZYMEM_TEST_DIES", str(file))
+    monkeypatch.setenv("LAZYMEM_TEST_WHERE", where)
+    server = mounts.serve(snapshot.folder)
+    # The first one would tell the command that it died at its start: it begins to count when it is mounted.
+    file.write_text(f"{1:8} {0:8}")
+    mount = mounts.mount(server.address, *QUIET)
+    monkeypatch.delenv("PYTHONPATH")
+    file.write_text(f"{1:8} {deaths:8}")
+    os.kill(mount.pid, signal.SIGKILL)
+    expected = bytearray(snapshot.ram)
+    mapped = mount.open_map()
+    number = 0
+    while file.read_text().split()[1] != "0" or number < 3 * deaths:
+        at = number % snapshot.pages * PAGE_SIZE
+        assert mapped[at + PAGE_SIZE : at + PAGE_SIZE + 64] == expected[at + PAGE_SIZE : at + PAGE_SIZE + 64]
+        mapped[at : at + 8] = expected[at : at + 8] = f"write{number:3}".encode()
+        mapped.flush(at, PAGE_SIZE)
+        assert sorted(os.listdir(mount.path)) in (["manifest.json", "pc.ram"], ["manifest.json", "pc.ram", "vmstate"])
+        with pytest.raises(PermissionError):
+            os.truncate(mount.ram_path, 0)
+        number += 1
+    mapped.close()
+    assert mount.status()["survival"]["restarts"] == deaths + 1
+    assert everything(mount) == expected
+
+
+def test_the_kernel_keeps_what_it_has(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """Rule 11 across a death: numbers, sizes and times are the same, and no resident page is asked for again."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    mapped = mount.open_map()
+    assert mapped[:] == snapshot.ram
+    names = ("pc.ram", "manifest.json", "vmstate")
+    before = [os.stat(mount.path / name) for name in names]
+    content = [(mount.path / name).read_bytes() for name in names[1:]]
+    kill_and_wait(mount)
+    assert [os.stat(mount.path / name) for name in names] == before
+    assert [(mount.path / name).read_bytes() for name in names[1:]] == content
+    assert mapped[:] == mount.ram_path.read_bytes() == snapshot.ram
+    assert mount.requests() == 0
+    mapped.close()
+
+
+def test_a_recording_goes_on(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """What was touched before the death, but for the last second, and after it, in this order."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET, "--record", tmp_path / "set")
+    mapped = mount.open_map()
+    early, late = range(700, 100, -100), range(50, 650, 100)
+    assert all(page_of(mapped, page) == snapshot.page(page) for page in early)
+    wait_until(lambda: len(saved_runs(mount)) == len(early), "they are saved")
+    kill_and_wait(mount)
+    assert all(page_of(mapped, page) == snapshot.page(page) for page in late)
+    mapped.close()
+    mount.unmount()
+    found = workingset.decode((tmp_path / "set").read_bytes(), snapshot.identity, snapshot.pages)
+    assert [run.start for run in found.runs] == [*early, *late]
+
+
+def test_a_template_goes_on(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """It has no state folder to hand over."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET, "--template")
+    assert mount.ram_path.read_bytes() == snapshot.ram
+    kill_and_wait(mount)
+    assert everything(mount) == snapshot.ram
+
+
+def test_without_the_server(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """A next daemon starts all the same: what is here is here, and the rest is waited for."""
+    server = mounts.serve(snapshot.folder)
+    mount = mounts.mount(server.address, *QUIET)
+    with open(mount.ram_path, "rb") as ram:
+        assert ram.read(64 * PAGE_SIZE) == snapshot.ram[: 64 * PAGE_SIZE]
+    wait_until(lambda: mount.status()["pages_held"] >= 64, "it is held")
+    server.kill()
+    kill_and_wait(mount)
+    drop_kernel_cache(mount.ram_path)
+    mapped = mount.open_map()
+    assert page_of(mapped, 7) == snapshot.page(7)
+    mounts.serve(snapshot.folder, port=server.port)
+    assert mapped[:] == snapshot.ram
+    mapped.close()
+
+
+def test_a_next_daemon_is_loaded_beforehand(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    wait_until(lambda: mount.status()["survival"]["next_is_loaded"], "the next one is loaded")
+    assert mount.ram_path.read_bytes() == snapshot.ram
+    kill_and_wait(mount)
+    assert everything(mount) == snapshot.ram
+
+
+def test_a_killed_supervisor_is_replaced(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    first = supervisor_of(mount)
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: supervisor_of(mount) != first, "there is another one")
+    kill_and_wait(mount)
+    # And one that did not start the daemon it looks after, whose own supervisor dies as well.
+    second = supervisor_of(mount)
+    os.kill(second, signal.SIGKILL)
+    wait_until(lambda: supervisor_of(mount) != second, "there is another one again")
+    assert mount.ram_path.read_bytes() == snapshot.ram
+    last = supervisor_of(mount)
+    mount.unmount()
+    wait_until(lambda: is_gone(first) and is_gone(second) and is_gone(last), "all are gone")
+
+
+def test_both_killed_is_the_mounts_end(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """The fallback, as docs/failures.md tells it: SIGBUS at a missing page, ENOTCONN, and nothing stored is lost."""
+    server = mounts.serve(snapshot.folder)
+    mount = mounts.mount(server.address, *QUIET, "--state", tmp_path / "state")
+    mapped = mount.open_map()
+    mapped[:4] = b"kept"
+    mapped.flush(0, PAGE_SIZE)
+    supervisor = supervisor_of(mount)
+    os.kill(supervisor, signal.SIGSTOP)  # so that it sees nothing before both are dead
+    os.kill(mount.pid, signal.SIGKILL)
+    os.kill(supervisor, signal.SIGKILL)
+    mount.wait_ended()
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os._exit(mapped[100 * PAGE_SIZE] & 0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
+    mapped.close()
+    with pytest.raises(OSError, match="not connected"):
+        os.stat(mount.ram_path)
+    mount.clean_up()
+    again = mounts.mount(server.address, *QUIET, "--state", tmp_path / "state", name="again")
+    assert again.ram_path.read_bytes() == b"kept" + snapshot.ram[4:]
+
+
+@pytest.mark.parametrize("by_signal", [False, True])
+def test_after_a_death_an_end_is_an_end(mounts: Stage, snapshot: BuiltSnapshot, by_signal: bool) -> None:
+    """Daemon, supervisor and private folder are gone, the lock is free."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    with writing(mount, seed=4):
+        kill_and_wait(mount)
+    private = list(mounts.cache.glob("run-*"))
+    assert len(private) == 1
+    pid, supervisor = mount.status()["pid"], supervisor_of(mount)
+    if by_signal:
+        os.kill(pid, signal.SIGTERM)
+        mount.wait_ended()
+    else:
+        mount.unmount()
+    wait_until(lambda: is_gone(pid) and is_gone(supervisor), "both are gone")
+    assert mountinfo.maybe_mount_at(str(mount.path)) is None
+    assert not private[0].exists()
+
+
+def test_a_wish_to_end_outlives_the_daemon_too(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    mapped = mount.open_map()
+    os.kill(mount.pid, signal.SIGTERM)
+    wait_until(lambda: "still in use" in mount.log.read_text(), "it says who holds it")
+    kill_and_wait(mount)
+    assert mapped[:] == snapshot.ram
+    mapped.close()
+    mount.wait_ended()
+    assert mountinfo.maybe_mount_at(str(mount.path)) is None
+
+
+def test_an_end_while_there_is_no_daemon(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """Unmounted in between: nobody starts one, and the private folder goes all the same."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    supervisor = supervisor_of(mount)
+    os.kill(supervisor, signal.SIGSTOP)
+    os.kill(mount.pid, signal.SIGKILL)
+    subprocess.run(["umount", "-l", mount.path], check=True, timeout=30)
+    os.kill(supervisor, signal.SIGCONT)
+    mount.wait_ended()
+    wait_until(lambda: is_gone(supervisor), "the supervisor is gone")
+    assert not list(mounts.cache.glob("run-*"))
+
+
+def test_without_a_supervisor(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET, "--no-supervisor")
+    assert mount.status()["survival"]["kept_by"] is None
+    refused = subprocess.run(
+        command("lazymem.cli.mount", "--upgrade", mount.path), capture_output=True, text=True, check=False, timeout=30
+    )
+    assert refused.returncode == 3
+    assert "started without a supervisor" in refused.stderr
