@@ -3,7 +3,7 @@
 Both say it once only: the kernel at the mount's first request, the library when it gets that. So the first daemon of a
 mount notes the request before it hands it over, and the answer before the kernel has it; each later one gives the noted
 request to its own library, which must answer the same. Wherever a daemon dies in between, either the kernel's request
-was not answered and comes again, or the noted answer is given to it. See record 0012.
+was not answered and comes again, or the noted answer is given to it. See record 0014.
 """
 
 from __future__ import annotations
