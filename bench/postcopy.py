@@ -28,7 +28,8 @@ _UNLIMITED = 1 << 40
 
 @dataclass(slots=True)
 class PostCopy:
-    """The destination, asked to take over. Times are perf_counter's; `migrating`: when the source was told."""
+    """The destination, asked to take over. Times are perf_counter's; `migrating`: when the source was told.
+    `downtime_seconds`: from the source's event STOP to the destination's RESUME, by their own time stamps."""
 
     started: float
     migrating: float
@@ -36,6 +37,7 @@ class PostCopy:
     serial: SerialLine
     source: QmpClient
     seen: Through
+    downtime_seconds: float
 
     def wait_done(self, seconds: float = 300) -> float:
         """When the source had sent everything, by its own clock, which may have been before it was asked."""
@@ -89,10 +91,24 @@ def migrated(link: Link, image: Image, folder: Path) -> Iterator[PostCopy]:
         source_qmp.command("migrate", uri=f"tcp:{seen.address}")
         _start_postcopy(source_qmp)
         qmp.wait_status(lambda state: state == "running", 60)
-        found = PostCopy(begun, migrating, time.perf_counter(), serial, source_qmp, seen)
+        resumed = time.perf_counter()
+        downtime = _moment(qmp, "RESUME") - _moment(source_qmp, "STOP")
+        found = PostCopy(begun, migrating, resumed, serial, source_qmp, seen, downtime)
         yield found
         with contextlib.suppress(WayError):
             found.wait_done()
+
+
+def _moment(qmp: QmpClient, name: str) -> float:
+    """Seconds since 1970 of the last event of that name; waits for the first."""
+    moments = [event.seconds for event in qmp.take_events() if event.name == name]
+    while not moments:
+        event = qmp.next_event(10)
+        if event is None:
+            raise WayError(f"no event {name}")
+        if event.name == name:
+            moments.append(event.seconds)
+    return moments[-1]
 
 
 def _start_postcopy(source: QmpClient) -> None:

@@ -25,7 +25,7 @@ def test_the_last_decision_is_found_again(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 16 * 1024), st.integers(1, 255))
+@given(st.integers(0, 16 * 1024 - 1), st.integers(1, 255))
 def test_a_write_that_was_cut_leaves_the_decision_before_it(
     tmp_path_factory: pytest.TempPathFactory, kept: int, noise: int
 ) -> None:

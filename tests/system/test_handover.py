@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,8 +39,9 @@ def guest(start: Start, tmp_path: Path) -> Process:
 
 
 def ticks(path: Path) -> list[int]:
+    """The numbers of whole lines: it may be in the middle of one."""
     text = path.read_text() if path.exists() else ""
-    return [int(line.removeprefix("tick ")) for line in text.splitlines() if line.startswith("tick ")]
+    return [int(number) for number in re.findall(r"^tick (\d+)\r?\n", text, re.MULTILINE)]
 
 
 def handed_over(pair: Pair, guest: Process) -> None:

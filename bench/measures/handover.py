@@ -1,0 +1,35 @@
+"""How long a guest stands when it goes to another host: lazymem's hand-over beside QEMU's own post-copy."""
+
+from __future__ import annotations
+
+from bench.context import Context, Measure, Target, pairs
+from bench.handover import handed_over
+from bench.linuximage import linux_image
+from bench.postcopy import migrated
+from bench.record import Sample
+
+_NAMES = ("downtime_seconds", "total_seconds", "state_bytes", "wire_received_bytes", "demand_faults")
+
+
+def _run(context: Context) -> Sample:
+    image = linux_image(context.work)
+    with context.folder() as folder:
+        if context.way.name == "postcopy":
+            with migrated(context.link, image, folder) as guest:
+                figures = {"downtime_seconds": guest.downtime_seconds}
+                figures["total_seconds"] = guest.wait_done() - guest.started
+            return context.sample(figures)
+        report = handed_over(context.link, image, folder)
+    return context.sample({name: float(report[name]) for name in _NAMES if report.get(name) is not None})
+
+
+MEASURE = Measure(
+    "handover",
+    "a Linux guest goes to another host: how long it stands",
+    pairs(("1ms", "20ms"), ("lazymem", "postcopy")),
+    _run,
+    (
+        Target("downtime, beside QEMU post-copy", "1ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
+        Target("downtime, beside QEMU post-copy", "20ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
+    ),
+)
