@@ -160,8 +160,8 @@ def _encode(sequence: int, record: Record) -> bytes:
 def _slots(data: bytes) -> list[tuple[int, Record]]:
     found = []
     for start in (0, _SLOT_BYTES):
-        slot = data[start : start + _SLOT_BYTES].rstrip(b"\0") if not data.startswith(b"\0", start) else b""
-        # A digest may end in zeros, the text never does.
+        # A digest may begin and end with zeros, the text never ends with one.
+        slot = data[start : start + _SLOT_BYTES].rstrip(b"\0")
         text = slot[_DIGEST_BYTES:]
         if not text or blake3(text).digest(_DIGEST_BYTES) != slot[:_DIGEST_BYTES]:
             continue

@@ -24,6 +24,19 @@ def test_the_last_decision_is_found_again(tmp_path: Path) -> None:
     assert read(tmp_path / "j") == journal.found
 
 
+def test_a_decision_whose_digest_begins_with_a_zero_is_one(tmp_path: Path) -> None:
+    """One in 256 does."""
+    with Journal(tmp_path / "j", "source") as journal:
+        for number in range(3000):
+            journal.write("id", "ours", {"number": number})
+            slot = (number + 1) % 2 * 16 * 1024
+            if (tmp_path / "j" / NAME).read_bytes()[slot] == 0:
+                break
+        found = read(tmp_path / "j")
+    assert found is not None
+    assert found.details == {"number": number}
+
+
 @settings(max_examples=60)
 @given(st.integers(0, 16 * 1024), st.integers(1, 255))
 def test_a_write_that_was_cut_leaves_the_decision_before_it(
