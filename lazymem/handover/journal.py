@@ -62,7 +62,11 @@ class Journal:
             raise StoreError(f"cannot keep a decision in {folder}: {error.strerror}") from error
         try:
             self._take_lock()
-            self.found = self._open()
+            self.found = found = self._open()
+            if found is not None:
+                # What a write left that the disk refused is read all the same, out of the kernel's memory.
+                self._sequence -= 1
+                self.write(found.handover, found.state, found.details)
         except BaseException:
             self.close()
             raise
