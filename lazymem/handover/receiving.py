@@ -245,6 +245,7 @@ class Receiver:
         if self.state in _UNDECIDED:
             said = await trio.to_thread.run_sync(self._host.complaint)
             await self._put.send((Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}"))
+            await self._put.send((Event.LOST, code))  # it may have been decided meanwhile
         else:
             # After a crash before all of its RAM is here the source keeps what it has, until somebody says otherwise.
             await self._put.send((Event.OVER if code == 0 else Event.LOST, code))

@@ -67,7 +67,9 @@ class Host:
 
 
 @contextmanager
-def receiver(folder: Path, guest: Guest, state: Destination = Destination.ASKED) -> Iterator[tuple[Receiver, Link, Host]]:
+def receiver(
+    folder: Path, guest: Guest, state: Destination = Destination.ASKED
+) -> Iterator[tuple[Receiver, Link, Host]]:
     link, host = Link(), Host()
     arriving = Arriving("h:1", "/mnt", "/qmp", "/sockets", 1, "1", 4096)
     with Journal(folder / "j", "destination") as journal:
