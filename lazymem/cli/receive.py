@@ -184,6 +184,7 @@ class _Coming:
             emulator_pid=host.pid,
             emulator_began=host.began,
             ram_bytes=offer.ram_bytes,
+            runs=offer.running,
         )
         return self._receiver(link, guest, arriving, Destination.ASKED, began), (state, socket)
 

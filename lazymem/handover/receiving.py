@@ -77,7 +77,8 @@ class Host(Protocol):
 
 
 class Arriving(Struct):
-    """What stands in a destination's journal. `ran`: the guest was let run, and whoever stops it since has reasons."""
+    """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
+    the guest was let run, and whoever stops it since has reasons."""
 
     source: str
     mountpoint: str
@@ -86,6 +87,7 @@ class Arriving(Struct):
     emulator_pid: int
     emulator_began: str
     ram_bytes: int
+    runs: bool = True
     ran: bool = False
     downtime_seconds: float | None = None
     over: bool = False
@@ -313,7 +315,8 @@ class Receiver:
 
     async def _tell(self) -> None:
         if self.state is Destination.MINE:
-            self._say("the guest runs here; the rest of its RAM follows")
+            how = "runs here" if self._arriving.runs else "is here, and stands as it did at its source"
+            self._say(f"the guest {how}; the rest of its RAM follows")
             self._nursery.start_soon(self._watch_pages)
         elif self.state is Destination.WHOLE and self._report:
             self._on_report(self._report)
@@ -381,6 +384,8 @@ class Receiver:
             self._reason = f"the guest cannot run here: {error}"
             self._say(self._reason)
             return self._may_have_run  # under the process before
+        if not self._arriving.runs:
+            return True
         return await self._let_run(self._guest)
 
     async def _let_run(self, guest: ArrivingGuest) -> bool:

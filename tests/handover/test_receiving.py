@@ -98,6 +98,16 @@ async def test_a_guest_that_may_have_run_is_not_refused(tmp_path: Path) -> None:
         assert (found.state, host.ended) == (Destination.MINE, 0)
 
 
+async def test_a_guest_that_stood_is_left_standing(tmp_path: Path) -> None:
+    with receiver(tmp_path, Guest(MonitorError("was told to run"))) as (found, link, _):
+        found._arriving.runs = False
+        await found._step(Event.LOADED)
+        await found._step(Event.GIVEN)
+        assert found.state is Destination.MINE
+        assert link.said == [messages.Mine(None)]
+        assert not found._arriving.ran
+
+
 async def test_no_downtime_is_told_by_a_process_that_does_not_know_it(tmp_path: Path) -> None:
     for restarted, expected in ((False, 1.5), (True, None)):
         with receiver(tmp_path, Guest()) as (found, _, _host):
