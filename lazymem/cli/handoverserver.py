@@ -24,6 +24,10 @@ _FIRST_SECONDS = 10.0
 _MAX_CONNECTIONS = 32
 """Of receivers: one is taken, and a few may ask at a time and be told no."""
 
+_MAX_SILENT = 256
+"""Connections that have not said yet what they are: more than clients and receivers that come at once, and fewer than
+a process may have descriptors."""
+
 _MARK = messages.CONTROL[:2]
 """What no page client's first frame begins with: its length is under 512, so its second byte is 0 or 1."""
 
@@ -56,6 +60,7 @@ class HandoverServer:
         self.receivers: Receivers | None = None
         self._serving = Serving(self._catalog, listeners, ServerLimits(), maybe_divert=self._divert)
         self._connections = 0
+        self._silent = 0
 
     @property
     def address(self) -> str:
@@ -74,11 +79,19 @@ class HandoverServer:
             self._catalog.close()
 
     async def _divert(self, stream: trio.SocketStream) -> bool:
-        with trio.move_on_after(_FIRST_SECONDS):
-            if not await _is_receiver(stream):
-                return False
-            if self._connections >= _MAX_CONNECTIONS:
-                return True
+        if self._silent >= _MAX_SILENT:
+            return True
+        self._silent += 1
+        is_receiver = None
+        try:
+            with trio.move_on_after(_FIRST_SECONDS):
+                is_receiver = await _is_receiver(stream)
+        finally:
+            self._silent -= 1
+        if not is_receiver:
+            return is_receiver is None  # silent for too long: its end
+        if self._connections >= _MAX_CONNECTIONS:
+            return True
         self._connections += 1
         try:
             await self._serve(stream)

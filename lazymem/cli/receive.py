@@ -184,13 +184,15 @@ class _Coming:
             emulator_pid=host.pid,
             emulator_began=host.began,
             ram_bytes=offer.ram_bytes,
+            runs=offer.running,
         )
         return self._receiver(link, guest, arriving, Destination.ASKED, began), (state, socket)
 
     async def again(self, before: Arriving) -> Outcome:
         found = self._journal.found
         assert found is not None
-        self.host.adopt(before.emulator_pid, before.emulator_began, Path(before.monitor), Path(before.sockets))
+        emulator = before.emulator_pid, before.emulator_began, Path(before.monitor), Path(before.sockets)
+        self.host.adopt(found.handover, *emulator)
         link = SourceLink(parse_endpoint(before.source), say, found.handover)
         alive = self.host.maybe_exit_code() is None
         guest = await trio.to_thread.run_sync(maybe_arrived, Path(before.monitor)) if alive else None

@@ -52,6 +52,18 @@ _UNMOUNT_SECONDS = 10.0
 _COMPLAINT_BYTES = 2000
 _RUN_ATTRIBUTE = "user.lazymem.run"
 
+_FIGURES = {
+    "wire_received_bytes": "wire_received_bytes",
+    "demand_faults": "demand_faults",
+    "wait_p50_seconds": "demand_wait_p50_seconds",
+    "wait_p99_seconds": "demand_wait_p99_seconds",
+    "pages_demanded": "pages_demanded",
+    "pages_prefetched": "pages_prefetched",
+    "pages_written": "pages_written",
+    "pages_total": "pages_total",
+}
+"""The report's names, and the mount status's."""
+
 GONE_CODE = 255
 """Of an emulator that ended while nobody was there to see how."""
 
@@ -76,6 +88,7 @@ class ReceiveHost:
         self.log = folder / LOG_NAME
         self._mount_log = folder / _MOUNT_LOG_NAME
         self._process: subprocess.Popen[bytes] | None = None
+        self._handover = ""
         self.pid = 0
         self.began = ""
         self.sockets = Path()
@@ -115,6 +128,7 @@ class ReceiveHost:
         Raises:
             MountError: lazymem-mount said no.
         """
+        self._handover = offer.handover
         command = [sys.executable, "-m", "lazymem.cli.mount", _server(endpoint, offer.handover), str(self.mountpoint)]
         command += ["--log", str(self._mount_log), "--prefetch", "all"]
         command += [] if wanted.cache is None else ["--cache", str(wanted.cache)]
@@ -156,8 +170,9 @@ class ReceiveHost:
                 raise MonitorError(f"the emulator does not wait for its state: {self.complaint()}")
             time.sleep(0.01)
 
-    def adopt(self, pid: int, began: str, monitor: Path, sockets: Path) -> None:
-        """An emulator that an earlier command started."""
+    def adopt(self, handover: str, pid: int, began: str, monitor: Path, sockets: Path) -> None:
+        """The mount of that hand-over, and the emulator, that an earlier command started."""
+        self._handover = handover
         self.pid, self.began, self.monitor, self.sockets = pid, began, monitor, sockets
         with contextlib.suppress(OSError):
             self._shown = self.log.stat().st_size
@@ -177,12 +192,11 @@ class ReceiveHost:
             return False
 
     def figures(self) -> dict[str, Any]:
-        names = ("wire_received_bytes", "demand_faults", "wait_p50_seconds", "wait_p99_seconds", "pages_demanded")
         try:
             status = read_status(str(self.mountpoint))
         except LazymemError:
             return {}
-        return {name: status.get(name) for name in (*names, "pages_prefetched", "pages_written", "pages_total")}
+        return {name: status.get(theirs) for name, theirs in _FIGURES.items()}
 
     def maybe_exit_code(self) -> int | None:
         if self._process is not None:
@@ -234,13 +248,20 @@ class ReceiveHost:
         if self.sockets.name.startswith("lazymem-"):
             shutil.rmtree(self.sockets, ignore_errors=True)
         deadline = time.monotonic() + _UNMOUNT_SECONDS
-        while (mounted := mountinfo.maybe_mount_at(str(self.mountpoint))) is not None and mounted.is_ours:
+        while self._is_mount_ours():
             try:
                 end_mount(str(self.mountpoint), force=not whole)
             except BusyError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
+
+    def _is_mount_ours(self) -> bool:
+        """Whether what is mounted there is this hand-over's RAM: another mount may have a guest of its own."""
+        mounted = mountinfo.maybe_mount_at(str(self.mountpoint))
+        if mounted is None or not mounted.is_ours or not self._handover:
+            return False
+        return mounted.source.endswith(f"/{self._handover}")
 
 
 def command_line(offer: Offer, wanted: Wanted, ram: Path, sockets: Path) -> tuple[list[str], VmOptions]:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     found = _parser().parse_args(arguments)
     found.qmp = Path(os.path.abspath(str(found.qmp).removeprefix("unix:")))
-    folder = found.journal or default_folder("send", str(found.qmp))
+    # By its real name: under each of two, the decision of the other would not be found.
+    folder = found.journal or default_folder("send", os.path.realpath(found.qmp))
     try:
         return _run(found, folder.absolute())
     except LazymemError as error:
@@ -111,16 +113,19 @@ def _with_journal(found: argparse.Namespace, journal: Journal) -> int:
     if found.reclaim and (before is None or journal.found is None or journal.found.state != Source.GIVEN.value):
         raise IdentityError(f"nothing was given away that could be taken back ({journal.folder})")
     with ExitStack() as undo:
-        guest = _maybe_guest(found.qmp, before)
+        is_here = before is None or journal.found is None or journal.found.state == Source.OURS.value
+        guest = _maybe_guest(found.qmp, None if is_here else before)
         if guest is not None:
             undo.callback(guest.close)
+            if is_here and before is not None and before.emulator_pid not in (None, guest.pid):
+                before = None  # that guest has ended, and nothing of it was given away
         listeners = undo.enter_context(Listeners())
         listeners.open([parse_listen(before.address if before is not None else found.listen)])
         try:
-            outcome, leaving = trio.run(_send, found, journal, before, guest, listeners)
+            outcome, state_bytes = trio.run(_send, found, journal, before, guest, listeners)
         except BaseExceptionGroup as group:
             raise cause_of(group) from group
-    return _told(outcome, leaving, as_json=found.json, reclaimed=found.reclaim)
+    return _told(outcome, state_bytes, as_json=found.json, reclaimed=found.reclaim)
 
 
 def _maybe_before(journal: Journal) -> Leaving | None:
@@ -165,25 +170,14 @@ async def _send(
     before: Leaving | None,
     guest: LeavingGuest | None,
     listeners: Listeners,
-) -> tuple[Outcome, Leaving]:
+) -> tuple[Outcome, int]:
     server = HandoverServer(listeners)
+    maybe_look = None
     if before is None:
-        assert guest is not None
-        look = await trio.to_thread.run_sync(lambda: guest.look(disks_handled=found.disks_handled))
-        before = Leaving(
-            server.address,
-            str(found.qmp),
-            str(look.ram.path),
-            look.ram.size_bytes,
-            look.emulator,
-            look.was_running,
-            boot_id(),
-            guest.pid,
-        )
-        resumed = False
+        before = await trio.to_thread.run_sync(_look, found, guest, server.address)
     else:
-        resumed = True
-    sender = Sender(journal, guest, before, server, say, restarted=resumed)
+        maybe_look = partial(_look, found, guest, server.address, came_back=True)
+    sender = Sender(journal, guest, before, server, say, maybe_look=maybe_look)
     server.receivers = sender.receivers
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
@@ -197,7 +191,21 @@ async def _send(
             finally:
                 sender.close()
                 nursery.cancel_scope.cancel()
-    return outcome, before
+    return outcome, sender.state_bytes
+
+
+def _look(found: argparse.Namespace, guest: LeavingGuest | None, address: str, *, came_back: bool = False) -> Leaving:
+    """Blocking.
+
+    Raises:
+        LazymemError: what speaks against handing that guest over.
+    """
+    assert guest is not None, "nobody comes this far without one that is here"
+    look = guest.look(disks_handled=found.disks_handled, came_back=came_back)
+    ram = look.ram
+    return Leaving(
+        address, str(found.qmp), str(ram.path), ram.size_bytes, look.emulator, look.was_running, boot_id(), guest.pid
+    )
 
 
 def _announce(address: str, sender: Sender, *, as_json: bool) -> None:
@@ -229,16 +237,19 @@ async def _reclaim(sender: Sender) -> None:
         raise BusyError("the guest is not taken back")
 
 
-def _told(outcome: Outcome, leaving: Leaving, *, as_json: bool, reclaimed: bool) -> int:
-    result: dict[str, Any] = {"state": outcome.state.value, "reason": outcome.text, **outcome.report}
-    result.setdefault("state_bytes", leaving.state_bytes)
+def _told(outcome: Outcome, state_bytes: int, *, as_json: bool, reclaimed: bool) -> int:
+    # The report is the other side's: it says nothing of what is so here.
+    result: dict[str, Any] = {"state_bytes": state_bytes, **outcome.report}
+    result |= {"state": outcome.state.value, "reason": outcome.text}
     if as_json:
         print(json.dumps(result), flush=True)
     elif outcome.report:
         print(as_text(outcome.report), flush=True)
     if outcome.state is Source.RELEASED:
         return 0
-    say(f"{outcome.text or 'broken off'}; the guest goes on here")
+    say(f"{outcome.text or 'broken off'}; {outcome.stands or 'the guest goes on here'}")
+    if outcome.stands is not None:
+        return MonitorError.exit_code
     if reclaimed:
         return 0
     return 130 if outcome.text == "interrupted" else MonitorError.exit_code

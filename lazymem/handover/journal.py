@@ -62,7 +62,11 @@ class Journal:
             raise StoreError(f"cannot keep a decision in {folder}: {error.strerror}") from error
         try:
             self._take_lock()
-            self.found = self._open()
+            self.found = found = self._open()
+            if found is not None:
+                # What a write left that the disk refused is read all the same, out of the kernel's memory.
+                self._sequence -= 1
+                self.write(found.handover, found.state, found.details)
         except BaseException:
             self.close()
             raise
@@ -160,8 +164,8 @@ def _encode(sequence: int, record: Record) -> bytes:
 def _slots(data: bytes) -> list[tuple[int, Record]]:
     found = []
     for start in (0, _SLOT_BYTES):
-        slot = data[start : start + _SLOT_BYTES].rstrip(b"\0") if not data.startswith(b"\0", start) else b""
-        # A digest may end in zeros, the text never does.
+        # A digest may begin and end with zeros, the text never ends with one.
+        slot = data[start : start + _SLOT_BYTES].rstrip(b"\0")
         text = slot[_DIGEST_BYTES:]
         if not text or blake3(text).digest(_DIGEST_BYTES) != slot[:_DIGEST_BYTES]:
             continue

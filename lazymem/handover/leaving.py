@@ -67,13 +67,20 @@ class LeavingGuest:
     def peer_uid(self) -> int:
         return self._qmp.peer_uid
 
-    def look(self, *, disks_handled: bool) -> Look:
+    def look(self, *, disks_handled: bool, came_back: bool = False) -> Look:
         """Everything that can be refused is refused here, before the guest notices anything.
+
+        `came_back`: it is known that a migration that it stands after has come to nothing.
 
         Raises:
             LazymemError: with the reason.
         """
         state = emulator.run_state(self._qmp)
+        if state == "postmigrate" and not came_back:
+            raise MonitorError(
+                "the guest was sent elsewhere and may run there: it stands since its migration (postmigrate), and what "
+                "became of that is not in this journal. If it is nowhere else, let it go on first (cont)"
+            )
         emulator.refuse_other_migration(self._qmp)
         self._refuse_incapable()
         ram = emulator.ram_backing(self._qmp)
@@ -104,22 +111,25 @@ class LeavingGuest:
         self._qmp.take_events()
         self._prepare()
         self._qmp.command("migrate", uri=uri)
-        begun = time.monotonic()
+        begun = looked = time.monotonic()
         stopped: float | None = None
         while True:
             event = self._qmp.next_event(_LOOK_SECONDS)
+            now = time.monotonic()
+            if now - begun > STALLED_SECONDS:
+                raise MonitorError(f"the emulator's state was not sent within {STALLED_SECONDS:.0f} s")
             if event is not None and event.name == "STOP" and stopped is None:
                 stopped = event.seconds
                 on_stopped(stopped)
-            if event is None or event.name == "MIGRATION":
-                status = str(event.data.get("status")) if event is not None else self._status()
+            told = event is not None and event.name == "MIGRATION"
+            if told or now - looked >= _LOOK_SECONDS:  # a guest may make events without end
+                status = str(event.data.get("status")) if event is not None and told else self._status()
+                looked = now
                 if status == "completed":
                     break
                 if status in _ENDED:
                     raise MonitorError(f"the emulator could not send its state: {self._reason()}")
-                if event is None and time.monotonic() - begun > STALLED_SECONDS:
-                    raise MonitorError(f"the emulator's state was not sent within {STALLED_SECONDS:.0f} s")
-                self._allow_longer(time.monotonic() - begun)
+                self._allow_longer(now - begun)
         self._qmp.command("query-status")
         for event in self._qmp.take_events():
             if event.name == "STOP" and stopped is None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from lazymem.errors import BusyError, RemoteProtocolError, ServerUnreachableError
+from lazymem.errors import BusyError, LazymemError, RemoteProtocolError, ServerUnreachableError
 from lazymem.handover import messages
 from lazymem.handover.channel import Channel
 from lazymem.handover.states import Event
@@ -52,16 +52,15 @@ class Receivers:
         self._door = door
         self._put = put
         self.peer: Channel | None = None
-        self._states: dict[str, trio.SocketStream] = {}
+        self._state: _StateConnection | None = None
         self._state_came = trio.Event()
-        self._closed = trio.Event()
 
     async def serve(self, stream: trio.SocketStream) -> None:
         """A control connection, whose first bytes were read, to its end."""
         channel = Channel(stream)
         try:
             await self._serve(channel)
-        except* (ServerUnreachableError, RemoteProtocolError) as group:
+        except* LazymemError as group:  # gone, nonsense, or a hand-over that cannot be offered
             if self.peer is channel:
                 self.peer = None
                 await self._put(Event.LOST, channel, str(_first(group)))
@@ -124,11 +123,16 @@ class Receivers:
 
     async def keep_for_state(self, stream: trio.SocketStream, handover: str) -> None:
         """Keep it open until it is of no more use."""
-        if self.peer is None or self._states or handover != self._door.handover:
+        if self.peer is None or handover != self._door.handover:
             return
-        self._states[handover] = stream
+        if self._state is not None:
+            if self._state.handover == handover:
+                return
+            self._state.closed.set()  # of a receiver that left before anything was begun
+        self._state = kept = _StateConnection(handover, stream)
         self._state_came.set()
-        await self._closed.wait()
+        self._state_came = trio.Event()
+        await kept.closed.wait()
 
     async def state_connection(self, handover: str) -> trio.SocketStream:
         """
@@ -136,14 +140,24 @@ class Receivers:
             BusyError: none comes.
         """
         with trio.move_on_after(_STATE_CONNECTION_SECONDS):
-            while handover not in self._states:
+            while self._state is None or self._state.handover != handover:
                 await self._state_came.wait()
-        if handover not in self._states:
+        if self._state is None or self._state.handover != handover:
             raise BusyError("the destination makes no connection for the device state")
-        return self._states[handover]
+        return self._state.stream
 
     def close(self) -> None:
-        self._closed.set()
+        if self._state is not None:
+            self._state.closed.set()
+
+
+class _StateConnection:
+    """The one that is kept: as long as it is not `closed`."""
+
+    def __init__(self, handover: str, stream: trio.SocketStream) -> None:
+        self.handover = handover
+        self.stream = stream
+        self.closed = trio.Event()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

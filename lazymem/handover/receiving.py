@@ -28,6 +28,7 @@ from lazymem.handover.polling import until
 from lazymem.handover.relay import bring_in
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import SAID, Destination, Effect, Event, destination
+from lazymem.vm.qmpclient import CommandError
 
 _LOOK_SECONDS = 0.2
 """Between two looks at the mount (is all here?) and at the emulator (does it live?)."""
@@ -76,7 +77,8 @@ class Host(Protocol):
 
 
 class Arriving(Struct):
-    """What stands in a destination's journal. `ran`: the guest was let run, and whoever stops it since has reasons."""
+    """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
+    the guest was let run, and whoever stops it since has reasons."""
 
     source: str
     mountpoint: str
@@ -85,6 +87,7 @@ class Arriving(Struct):
     emulator_pid: int
     emulator_began: str
     ram_bytes: int
+    runs: bool = True
     ran: bool = False
     downtime_seconds: float | None = None
     over: bool = False
@@ -129,6 +132,7 @@ class Receiver:
         self._received_bytes = 0
         self._stopped = 0.0
         self._restarted = False
+        self._may_have_run = state is not Destination.ASKED
         self._gave_up = False
         self._reason = ""
         self._exit_code: int | None = None
@@ -177,7 +181,12 @@ class Receiver:
         self._restarted = True
         self._say(f"going on where an earlier lazymem receive was: {self.state.value}")
         await self._step(Event.RESTARTED)
-        if self.state is Destination.ASKED:
+        if self.state is Destination.REFUSED:
+            self._reason = "it was refused here before"
+            self._nursery.start_soon(self._give_up_later)
+        elif self.state is Destination.YIELDED:
+            await self._tell()
+        elif self.state is Destination.ASKED:
             guest = self._guest
             loaded = guest is not None and await trio.to_thread.run_sync(has_state, guest)
             self._put_nowait(Event.LOADED if loaded else Event.FAILED, "an earlier lazymem receive ended in the middle")
@@ -218,7 +227,8 @@ class Receiver:
             async with stream:
                 await bring_in(stream, emulator, received)
         except* (SaveStreamError, MonitorError) as group:
-            self._put_nowait(Event.FAILED, str(group.exceptions[0]))
+            failure = str(group.exceptions[0])
+            await self._put.send((Event.FAILED, failure))
 
     async def _wait_loaded(self) -> None:
         guest = self._guest
@@ -227,7 +237,7 @@ class Receiver:
             await trio.to_thread.run_sync(guest.wait_loaded, abandon_on_cancel=True)
         except LazymemError as error:
             said = await trio.to_thread.run_sync(self._host.complaint)
-            self._put_nowait(Event.FAILED, f"{error}{': ' if said else ''}{said}")
+            await self._put.send((Event.FAILED, f"{error}{': ' if said else ''}{said}"))
         else:
             await self._put.send((Event.LOADED, None))
 
@@ -236,7 +246,8 @@ class Receiver:
             await trio.sleep(_LOOK_SECONDS)
         if self.state in _UNDECIDED:
             said = await trio.to_thread.run_sync(self._host.complaint)
-            self._put_nowait(Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}")
+            await self._put.send((Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}"))
+            await self._put.send((Event.LOST, code))  # it may have been decided meanwhile
         else:
             # After a crash before all of its RAM is here the source keeps what it has, until somebody says otherwise.
             await self._put.send((Event.OVER if code == 0 else Event.LOST, code))
@@ -304,7 +315,8 @@ class Receiver:
 
     async def _tell(self) -> None:
         if self.state is Destination.MINE:
-            self._say("the guest runs here; the rest of its RAM follows")
+            how = "runs here" if self._arriving.runs else "is here, and stands as it did at its source"
+            self._say(f"the guest {how}; the rest of its RAM follows")
             self._nursery.start_soon(self._watch_pages)
         elif self.state is Destination.WHOLE and self._report:
             self._on_report(self._report)
@@ -371,16 +383,22 @@ class Receiver:
         except MonitorError as error:
             self._reason = f"the guest cannot run here: {error}"
             self._say(self._reason)
-            return self._restarted  # it may have run under the process before
+            return self._may_have_run  # under the process before
+        if not self._arriving.runs:
+            return True
         return await self._let_run(self._guest)
 
     async def _let_run(self, guest: ArrivingGuest) -> bool:
         try:
             began = await trio.to_thread.run_sync(guest.run)
+        except CommandError as error:
+            self._reason = f"the guest cannot run here: {error}"
+            self._say(self._reason)
+            return self._may_have_run
         except MonitorError as error:
             self._say(f"the guest was told to run, and its emulator went away: {error}")
             return True
-        if self._stopped:
+        if self._stopped and not self._restarted:  # else when it began, and the other clock, are not known
             self._arriving.downtime_seconds = max(0.0, began + self._link.clock_ahead_seconds - self._stopped)
         self._arriving.ran = True
         await self._record(self.state)

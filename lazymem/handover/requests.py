@@ -20,6 +20,9 @@ _ANSWER = "answer"
 _POLL_SECONDS = 0.05
 _MAX_BYTES = 8192
 
+_STALE_SECONDS = 60.0
+"""Nobody waits longer; what is older was left by an asker that was killed, and must not decide anything later."""
+
 LOOK_SECONDS = 0.2
 """Between two looks of the process that is asked."""
 
@@ -54,11 +57,12 @@ def ask(folder: Path, word: str, seconds: float) -> Answer:
 def maybe_asked(folder: Path) -> str | None:
     """The word that somebody waits for; taken."""
     try:
+        is_stale = time.time() - (folder / _REQUEST).stat().st_mtime > _STALE_SECONDS
         word = (folder / _REQUEST).read_bytes()[:_MAX_BYTES].decode(errors="replace")
         (folder / _REQUEST).unlink()
     except OSError:
         return None
-    return word
+    return None if is_stale else word
 
 
 def answer(folder: Path, *, done: bool, text: str) -> None:

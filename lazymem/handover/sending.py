@@ -83,11 +83,12 @@ class Leaving(Struct):
 
 
 class Outcome(Struct, frozen=True):
-    """How it ended. `report`: the receiver's figures."""
+    """How it ended. `report`: the receiver's figures. `stands`: why a guest that is here does not go on."""
 
     state: Source
     text: str
     report: dict[str, Any] = {}
+    stands: str | None = None
 
 
 class Sender:
@@ -101,19 +102,29 @@ class Sender:
         pages: PageServer,
         say: Say,
         *,
-        restarted: bool = False,
+        maybe_look: Callable[[], Leaving] | None = None,
     ) -> None:
-        """`guest` None: its emulator is gone, only its RAM is left to serve. `restarted`: go on as the journal says."""
+        """`guest` None: its emulator is gone, only its RAM is left to serve. `maybe_look`: go on as the journal says;
+        looks at a guest that is still here once more, and raises what speaks against offering it again."""
         self._journal = journal
         self._guest = guest
         self._leaving = leaving
         self._pages = pages
         self._say = say
-        found = journal.found if restarted else None
+        found = journal.found if maybe_look is not None else None
+        self._maybe_look = maybe_look
         self._restarted = found is not None
         self._side = source(Source(found.state) if found is not None else Source.OURS)
         self.handover = found.handover if found is not None else ""
         self._void = set[str]()
+        self._offering = found is None
+        """Not before what was begun is undone, and once only: whatever comes of it is this process's end."""
+        if found is not None and self.state is Source.OURS:
+            self._void.add(self.handover)
+            self.handover = ""
+        self._acting = False
+        self._stands: str | None = None
+        self._recording = trio.Lock()
         self._told = False
         self._ram: LiveRam | None = None
         self._offers = 0
@@ -131,6 +142,10 @@ class Sender:
     def state(self) -> Source:
         return self._side.state
 
+    @property
+    def state_bytes(self) -> int:
+        return self._leaving.state_bytes
+
     # ---- life
 
     async def run(self) -> Outcome:
@@ -147,7 +162,7 @@ class Sender:
                 over = await self._take(*await self._events.receive())
             await self._linger()
             self._nursery.cancel_scope.cancel()
-        return Outcome(self.state, self._reason, self._report)
+        return Outcome(self.state, self._reason, self._report, self._stands)
 
     async def _linger(self) -> None:
         """Let the last word be heard: by a receiver that goes then, or comes back for it."""
@@ -173,8 +188,9 @@ class Sender:
             self._say(f"going on where an earlier lazymem send was: the guest is {self.state.value}")
         await self._step(Event.RESTARTED)
         if self.state is Source.OURS:
-            self._void.add(self.handover)
-            self.handover = ""
+            assert self._maybe_look is not None
+            self._leaving = await trio.to_thread.run_sync(self._maybe_look)
+            self._offering = True
         return self.state is Source.RELEASED
 
     # ---- the door
@@ -189,19 +205,27 @@ class Sender:
         if hello.handover:
             known = hello.handover == self.handover
             return None if known else messages.No("this sender knows nothing of that hand-over", unknown=True)
-        if occupied or self.state is not Source.OURS or self._void:
+        if occupied or self.state is not Source.OURS or not self._offering:
             return messages.No("another receiver is taking this guest")
         if self._offers >= _MAX_OFFERS:
             return messages.No("too many receivers came and left: start lazymem send again")
         self._offers += 1
         self.handover = secrets.token_hex(messages.ID_BYTES)
-        self._open_ram()
+        try:
+            self._open_ram()
+        except LazymemError as error:
+            self._fail(str(error))
+            return messages.No(str(error))
         return None
 
     async def offer(self) -> messages.Offer:
         """As `receivers.Door`. On the disk before anything can begin: a restarted process knows who comes back."""
         if self.state is Source.OURS:
-            await self._record(Source.OURS)
+            try:
+                await self._record(Source.OURS)
+            except LazymemError as error:
+                self._fail(str(error))
+                raise
         found = self._leaving
         return messages.Offer(
             messages.VERSION,
@@ -237,11 +261,12 @@ class Sender:
         if event is Event.FAILED and self.state is Source.OURS:
             self._reason = str(payload)
             return True
-        before = self.state
+        before, self._acting = self.state, True
         self._note(event, payload)
         if not await self._step(event) and isinstance(payload, messages.Message):
             self._say(f"the receiver said {event.value!r}, which makes no sense where the guest is {before.value!r}")
             await self.receivers.drop()
+        self._acting = False
         self._tell(event, before)
         return before is not self.state and self.state in (Source.OURS, Source.RELEASED)
 
@@ -297,9 +322,10 @@ class Sender:
             return False, "the destination answers, and decides by itself: nothing is taken back from it"
         self._reason = "taken back by hand"
         await self._put_event(Event.RECLAIM, None, None)
-        await until(lambda: self.state is not Source.GIVEN)
-        back = Source(self.state) is Source.OURS
-        return back, "the guest goes on here" if back else _NO_RECLAIM[self.state]
+        await until(lambda: self.state is not Source.GIVEN and not self._acting)
+        if Source(self.state) is not Source.OURS:
+            return False, _NO_RECLAIM[self.state]
+        return self._stands is None, self._stands or "the guest goes on here"
 
     # ---- effects
 
@@ -317,6 +343,7 @@ class Sender:
         if effect is Effect.RECORD:
             await self._record(self.state)
         elif effect is Effect.MIGRATE:
+            self._offering = False
             self._migration_over = trio.Event()
             self._nursery.start_soon(self._migrate)
         elif effect is Effect.SERVE:
@@ -338,8 +365,9 @@ class Sender:
         await self.receivers.say(message)
 
     async def _record(self, state: Source) -> None:
-        details = to_builtins(self._leaving)
-        await trio.to_thread.run_sync(self._journal.write, self.handover, state.value, details)
+        async with self._recording:  # an offer's, too
+            details = to_builtins(self._leaving)
+            await trio.to_thread.run_sync(self._journal.write, self.handover, state.value, details)
 
     def _serve(self, how_much: Served) -> None:
         if self._ram is not None:
@@ -354,12 +382,14 @@ class Sender:
         self._serve(Served.ALL)
 
     async def _migrate(self) -> None:
+        event: tuple[Event, object]
         try:
-            await self._put_event(Event.RECEIVED, None, await self._send_state())
+            event = Event.RECEIVED, await self._send_state()
         except LazymemError as error:
-            self._fail(str(error))
+            event = Event.FAILED, str(error)
         finally:
-            self._migration_over.set()
+            self._migration_over.set()  # before the queue, which whoever waits for this may have let become full
+        await self._put_event(event[0], None, event[1])
 
     async def _send_state(self) -> int:
         """How many bytes it was."""
@@ -385,15 +415,16 @@ class Sender:
         guest = self._guest
         if self._outgoing is not None:
             self._outgoing.cut()
+        if self.handover:
+            self._void.add(self.handover)
         await self._migration_over.wait()
-        self._void.add(self.handover)
         if guest is None:
-            self._say("the guest's emulator is gone: nothing goes on here")
+            self._stands = "the guest's emulator is gone: nothing goes on here"
             return
         try:
             await trio.to_thread.run_sync(lambda: guest.go_on(run=self._leaving.was_running))
         except MonitorError as error:
-            self._say(f"the guest cannot go on here: {error}")
+            self._stands = f"the guest cannot go on here: {error}"
 
     async def _end_emulator(self) -> None:
         if self._guest is not None:

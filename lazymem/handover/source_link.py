@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -59,7 +60,7 @@ class SourceLink:
         if isinstance(answer, messages.No):
             await channel.aclose()
             raise ServerRefusedError(f"{self.endpoint}: {answer.text}")
-        if not isinstance(answer, messages.Offer) or answer.version != messages.VERSION:
+        if not isinstance(answer, messages.Offer) or not _makes_sense(answer):
             await channel.aclose()
             raise RemoteProtocolError(f"{self.endpoint} offers nothing that this lazymem understands")
         self.handover = answer.handover
@@ -164,3 +165,10 @@ class SourceLink:
             nursery.cancel_scope.cancel()
         with trio.CancelScope(shield=True):
             await channel.aclose()
+
+
+def _makes_sense(offer: messages.Offer) -> bool:
+    """Its id goes into names and its path to the system."""
+    if offer.version != messages.VERSION or offer.ram_bytes <= 0 or "\0" in offer.ram_path:
+        return False
+    return re.fullmatch(f"[0-9a-f]{{{2 * messages.ID_BYTES}}}", offer.handover) is not None

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from lazymem.cli import receivehost
 from lazymem.cli.receivehost import ReceiveHost, Wanted, command_line
 from lazymem.errors import EnvironmentRefusedError, LazymemError, MountError, ServerRefusedError, StoreError, UsageError
+from lazymem.fs import mountinfo
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.messages import VERSION, Offer
 
@@ -80,3 +81,33 @@ def test_options_that_are_not_the_users(tmp_path: Path, words: tuple[str, ...]) 
 def test_a_source_that_tells_nonsense(tmp_path: Path, emulator: dict[str, Any]) -> None:
     with pytest.raises(ServerRefusedError):
         command_line(offer(emulator=emulator), wanted(tmp_path), Path("/mnt/pc.ram"), tmp_path)
+
+
+def test_nobody_elses_mount_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever made this command fail: a guest may run from it."""
+    mounted = mountinfo.Mount(1, "0:50", str(tmp_path), "fuse.lazymem", "", None)
+    ended: list[str] = []
+
+    def end(path: str, *, force: bool) -> None:
+        ended.append(path)
+        monkeypatch.setattr(mountinfo, "maybe_mount_at", lambda _: None)
+
+    monkeypatch.setattr(receivehost, "end_mount", end)
+    for source in ("h:1/snapshot", "h:1", f"h:1/{'11' * 16}"):
+        found = replace(mounted, source=source)
+        monkeypatch.setattr(mountinfo, "maybe_mount_at", lambda _, found=found: found)
+        ReceiveHost(tmp_path, tmp_path).clean_up()
+        host = ReceiveHost(tmp_path, tmp_path)
+        host.adopt("00" * 16, 0, "", Path(), Path())
+        host.clean_up()
+    assert ended == []
+    monkeypatch.setattr(mountinfo, "maybe_mount_at", lambda _: replace(mounted, source=f"unix:x:/{'00' * 16}"))
+    host.clean_up()
+    assert ended == [str(tmp_path)]
+
+
+def test_every_figure_is_one_of_the_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"wire_received_bytes", "demand_faults", "demand_wait_p50_seconds", "demand_wait_p99_seconds"}
+    known |= {"pages_demanded", "pages_prefetched", "pages_written", "pages_total"}
+    monkeypatch.setattr(receivehost, "read_status", lambda _: dict.fromkeys(known, 1))
+    assert set(ReceiveHost(tmp_path, tmp_path).figures().values()) == {1}

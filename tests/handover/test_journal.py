@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,19 @@ def test_the_last_decision_is_found_again(tmp_path: Path) -> None:
     assert read(tmp_path / "j") == journal.found
 
 
+def test_a_decision_whose_digest_begins_with_a_zero_is_one(tmp_path: Path) -> None:
+    """One in 256 does."""
+    with Journal(tmp_path / "j", "source") as journal:
+        for number in range(3000):
+            journal.write("id", "ours", {"number": number})
+            slot = (number + 1) % 2 * 16 * 1024
+            if (tmp_path / "j" / NAME).read_bytes()[slot] == 0:
+                break
+        found = read(tmp_path / "j")
+    assert found is not None
+    assert found.details == {"number": number}
+
+
 @settings(max_examples=60)
 @given(st.integers(0, 16 * 1024 - 1), st.integers(1, 255))
 def test_a_write_that_was_cut_leaves_the_decision_before_it(
@@ -42,6 +57,37 @@ def test_a_write_that_was_cut_leaves_the_decision_before_it(
     with Journal(folder, "source") as journal:
         assert journal.found is not None
         assert journal.found.state == "first"
+
+
+def test_what_is_found_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that the disk refused is still in the kernel's memory, and fsync then says nothing more of it."""
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EIO, "told to fail")
+
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write("id", "first", {})
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fdatasync", refuse)
+            with pytest.raises(StoreError):
+                journal.write("id", "second", {})
+            journal.close()
+            with pytest.raises(StoreError):
+                Journal(tmp_path / "j", "source")
+    before = (tmp_path / "j" / NAME).read_bytes()
+    with Journal(tmp_path / "j", "source") as journal:
+        assert journal.found is not None
+        assert journal.found.state == "second"
+    assert (tmp_path / "j" / NAME).read_bytes() == before
+
+
+def test_a_request_whose_asker_is_long_gone_is_none(tmp_path: Path) -> None:
+    (tmp_path / "request").write_text("reclaim")
+    os.utime(tmp_path / "request", (1, 1))
+    assert requests.maybe_asked(tmp_path) is None
+    assert not (tmp_path / "request").exists()
+    (tmp_path / "request").write_text("reclaim")
+    assert requests.maybe_asked(tmp_path) == "reclaim"
 
 
 def test_one_process_at_a_time_and_one_side(tmp_path: Path) -> None:

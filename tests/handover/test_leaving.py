@@ -38,6 +38,7 @@ def leaving(folder: Path, **more: Any) -> Iterator[tuple[LeavingGuest, FakeEmula
         ({"properties": {"share": False}}, RamFileError, "share=on"),
         ({"file_size": SIZE + 4096}, RamFileError, "not the same"),
         ({"status": "inmigrate"}, MonitorError, "inmigrate"),
+        ({"status": "postmigrate"}, MonitorError, "may run there"),
         ({"answers": {"query-migrate": {"status": "active"}}}, MonitorError, "being migrated"),
         (
             {"answers": {"query-block": [{"device": "hd0", "inserted": {"ro": False}}]}},
@@ -58,6 +59,11 @@ def test_disks_that_are_handled(tmp_path: Path) -> None:
     with leaving(tmp_path, answers=disks) as (guest, _):
         look = guest.look(disks_handled=True)
         assert (look.was_running, look.ram.size_bytes, look.emulator["name"]) == (True, SIZE, "qemu")
+
+
+def test_a_guest_whose_migration_came_to_nothing(tmp_path: Path) -> None:
+    with leaving(tmp_path, status="postmigrate") as (guest, _):
+        assert not guest.look(disks_handled=False, came_back=True).was_running
 
 
 def test_a_snapshots_own_ram_is_not_handed_over(tmp_path: Path) -> None:

@@ -146,6 +146,21 @@ def test_taken_back_by_hand_from_a_destination_that_died(guest: Process, tmp_pat
         wait_until(lambda: len(guest.ticks()) > count, "the guest to count on")
 
 
+def test_tried_again_after_it_came_to_nothing(guest: Process, tmp_path: Path) -> None:
+    """By the same commands, with the same journals."""
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(destination_dies="emulator:EVENT GIVEN")
+        assert two.wait_settled() == (True, False)
+        assert two.send.wait() != 0
+        two.send.start()
+        wait_until(lambda: two.send.out.read_text().count("listening") == 2, "the sender to listen again")
+        two.receive.start()
+        assert two.wait_settled() == (False, True)
+        handed_over(two, guest)
+        report = two.report()
+        assert report["demand_faults"] == 0 or report["wait_p99_seconds"] > 0
+
+
 def test_nothing_is_taken_by_hand_from_a_side_that_answers(guest: Process, tmp_path: Path) -> None:
     with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
         two.begin(source_dies="hold:RECORD given", destination_dies="hold:RECORD mine")

@@ -1,0 +1,139 @@
+"""Who a source lets in: the next receiver after a hand-over that came to nothing, in this process or before it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+from msgspec import to_builtins
+
+from lazymem.errors import MonitorError
+from lazymem.handover import messages
+from lazymem.handover.journal import Journal, read
+from lazymem.handover.polling import until
+from lazymem.handover.receivers import Receivers
+from lazymem.handover.sending import Leaving, Outcome, Sender
+from lazymem.handover.states import Event, Source
+
+OLD = "00" * 16
+
+
+class Guest:
+    def __init__(self, error: MonitorError | None = None) -> None:
+        self._error = error
+        self.went_on = 0
+
+    def go_on(self, *, run: bool) -> None:
+        self.went_on += run
+        if self._error is not None:
+            raise self._error
+
+
+class Pages:
+    def publish(self, name: str, ram: Any) -> None:
+        ram.close()
+
+    def look_again(self) -> None:
+        pass
+
+
+def hello(handover: str = "") -> messages.Hello:
+    return messages.Hello(messages.VERSION, "another host", handover)
+
+
+@pytest.fixture
+def leaving(tmp_path: Path) -> Leaving:
+    ram = tmp_path / "ram"
+    ram.touch()
+    os.truncate(ram, 1 << 20)
+    return Leaving("127.0.0.1:1", "/qmp", str(ram), 1 << 20, {"name": "qemu"}, True, "boot", 1)
+
+
+def sender(journal: Journal, guest: Guest, leaving: Leaving, look: Callable[[], Leaving] | None = None) -> Sender:
+    made = cast(Any, Sender)
+    found: Sender = made(journal, guest, leaving, Pages(), lambda _: None, maybe_look=look)
+    return found
+
+
+async def test_after_a_hand_over_that_came_to_nothing_the_next_is_offered(tmp_path: Path, leaving: Leaving) -> None:
+    """With what the guest is now; whoever comes back for the old one hears that it is void."""
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "ours", to_builtins(leaving))
+    now = Leaving(**(to_builtins(leaving) | {"emulator": {"name": "now"}}))
+    guest = Guest()
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, guest, leaving, lambda: now)
+        assert isinstance(found.admit(hello(), occupied=False), messages.No)  # the guest may not go on yet
+        outcomes: list[Outcome] = []
+
+        async def run() -> None:
+            outcomes.append(await found.run())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await until(lambda: found._offering)
+            assert guest.went_on == 1
+            assert isinstance(found.admit(hello(OLD), occupied=False), messages.Void)
+            assert found.admit(hello(), occupied=False) is None
+            offer = await found.offer()
+            assert (offer.handover, offer.emulator) == (found.handover, {"name": "now"})
+            assert offer.handover != OLD
+            assert found.interrupt()
+    assert [(outcome.state, outcome.stands) for outcome in outcomes] == [(Source.OURS, None)]
+
+
+async def test_a_ram_file_that_is_gone_is_told_to_both(tmp_path: Path, leaving: Leaving) -> None:
+    leaving.ram_path += ".gone"
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        answer = found.admit(hello(), occupied=False)
+        assert isinstance(answer, messages.No)
+        assert "cannot read the RAM file" in answer.text
+        assert (await found.run()).text == answer.text
+
+
+async def test_a_guest_that_does_not_go_on_is_not_said_to(tmp_path: Path, leaving: Leaving) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "given", to_builtins(leaving))
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(MonitorError("gone")), leaving, lambda: leaving)
+        await found._take(Event.RECLAIM, None, None)
+        assert found.state is Source.OURS
+        assert found._stands == "the guest cannot go on here: gone"
+        record = read(tmp_path / "j")
+        assert record is not None
+        assert (record.handover, record.state) == (OLD, "ours")
+
+
+async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection_out() -> None:
+    class Door:
+        handover = "first"
+
+    async def put(*_: object) -> None:
+        pass
+
+    door = cast(Any, Door())
+    receivers = Receivers(door, put)
+    receivers.peer = cast(Any, object())
+    first, again, second = (cast(Any, object()) for _ in range(3))
+    ended = []
+
+    async def keep(stream: Any, handover: str) -> None:
+        await receivers.keep_for_state(stream, handover)
+        ended.append(stream)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep, first, "first")
+        assert await receivers.state_connection("first") is first
+        await keep(again, "first")
+        assert ended == [again]
+        door.handover = "second"
+        with trio.fail_after(5):
+            nursery.start_soon(keep, second, "second")
+            assert await receivers.state_connection("second") is second
+            await until(lambda: ended == [again, first])
+        receivers.close()
