@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import trio
+from msgspec import structs
 
 from lazymem.errors import LazymemError
 from lazymem.fetch.lastdemand import LastDemand
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4096
 """An order or a report has some 200."""
+
+MAX_ERROR_CHARS = 500
+"""Of what ended it, which is somebody else's text: a report has to fit into its message."""
 
 NICENESS = 10
 """A tenth of a busy core's time: a fill that goes on, and that a guest does not feel. Idle cores are all its own."""
@@ -72,6 +76,8 @@ class FillPipe:
         data, descriptors, _, _ = socket.recv_fds(self._end, MAX_MESSAGE_BYTES, 2)
         if not data:
             return None
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # which received ones are, whatever recv_fds is told (Python 3.11)
         written_fd, set_fd = descriptors
         with os.fdopen(set_fd, "rb") as file:
             file.seek(0)
@@ -132,13 +138,18 @@ class FillProcess:
         self._begun = True
 
     async def run(self, on_report: Callable[[FillReport], None]) -> bool:
-        """Hear its reports until its end; whether it held all that it was to."""
+        """Hear its reports until its end; whether it held all that it was to. `latest` then says what it brought, and
+        that nothing more comes."""
         while data := await self._next():
-            self.latest = msgspec.msgpack.decode(data, type=FillReport)
-            on_report(self.latest)
-            if self.latest.done or self.latest.maybe_error is not None:
+            report = msgspec.msgpack.decode(data, type=FillReport)
+            if report.maybe_error is not None:
+                report = structs.replace(self.latest, maybe_error=report.maybe_error)
+            self.latest = report
+            on_report(report)
+            if report.done or report.maybe_error is not None:
                 break
-        self.close()
+        self.latest = structs.replace(self.latest, in_flight_pages=0, set_is_coming=False)
+        await self.end()
         return self.latest.done
 
     async def _next(self) -> bytes:
@@ -150,8 +161,21 @@ class FillProcess:
             except ConnectionResetError:
                 return b""
 
+    async def end(self) -> None:
+        """As `close`, and others go on meanwhile: it ends when the disk lets it, in the time that others leave it."""
+        if self._pid > 0:
+            self._end.close()
+            os.kill(self._pid, signal.SIGKILL)  # ours until it is waited for
+            with contextlib.suppress(OSError):  # no descriptor to be had: then it is waited for below
+                pidfd = os.pidfd_open(self._pid)
+                try:
+                    await trio.lowlevel.wait_readable(pidfd)
+                finally:
+                    os.close(pidfd)
+            self.close()
+
     def close(self) -> None:
-        """End it, wherever it is: pages are in the cache before its map says so, so nothing can be half."""
+        """Blocking: end it, wherever it is: pages are in the cache before its map says so, so nothing can be half."""
         if self._pid > 0:
             pid, self._pid = self._pid, 0
             self._end.close()
@@ -169,12 +193,17 @@ def _run_child(fill: Fill, end: socket.socket, last_demand: LastDemand, keep: tu
             try:
                 fill(*maybe_order, pipe, last_demand)
             except LazymemError as error:
-                pipe.tell_end(FillReport(maybe_error=str(error)))
+                pipe.tell_end(FillReport(maybe_error=_clipped(str(error))))
             except BaseException as error:
                 log.exception("the filling process ends: a bug in lazymem")
-                pipe.tell_end(FillReport(maybe_error=f"{type(error).__name__}: {error}"))
+                pipe.tell_end(FillReport(maybe_error=_clipped(f"{type(error).__name__}: {error}")))
     finally:
         os._exit(0)
+
+
+def _clipped(text: str) -> str:
+    """It may name a file with a name that is no UTF-8."""
+    return text[:MAX_ERROR_CHARS].encode(errors="backslashreplace").decode()
 
 
 def _become_background(keep: tuple[int, ...]) -> None:

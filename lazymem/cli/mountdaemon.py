@@ -117,7 +117,8 @@ async def _serve(
     maybe_set = await servers_set.maybe_set()
     recorded = maybe_set.runs if maybe_set is not None else ()
     everything = settings.prefetch is Prefetch.ALL
-    if origin.root is None or not (everything or recorded):
+    if maybe_filler is not None and (origin.root is None or not (everything or recorded)):
+        nursery.start_soon(maybe_filler.end)
         maybe_filler = None  # what an unhashed snapshot is to be verified against, only this process knows
     maybe_prepager = None
     if settings.prefetch is not Prefetch.NONE:

@@ -62,6 +62,7 @@ async def _fill(
         maybe_written = PageMap(written_fd, origin.pages)
     cache = open_cache(settings.cache_dir, origin)
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
         client = await connect(nursery, settings.server, settings.link)
         if client.identity != order.identity:
             raise IdentityError(f"{settings.server} publishes another snapshot now")
@@ -77,7 +78,6 @@ async def _fill(
         work = Fill(client, pristine, origin.pages, guesses, last_demand)
         pristine.wire_bytes_per_second = lambda: work.bytes_per_second
         nursery.start_soon(work.run)
-        nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
         watch = _Watch(client, work, pristine, guesses, pipe)
         await (watch.wait_all_held() if order.everything else watch.wait_idle())
         nursery.cancel_scope.cancel()
