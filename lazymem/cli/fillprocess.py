@@ -29,7 +29,7 @@ from lazymem.pages import PageRange
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4096
-"""An order or a report has some 200."""
+"""A report has some 200."""
 
 MAX_ERROR_CHARS = 500
 """Of what ended it, which is somebody else's text: a report has to fit into its message."""
@@ -48,6 +48,8 @@ class FillOrder(msgspec.Struct, frozen=True):
     everything: bool
     template: bool = False
     """Nothing is ever written, so there is no map of it."""
+    welcome: bytes = b""
+    """The server's first word to the mount (`Welcome` as msgpack): the server may be away when this begins."""
 
 
 class FillReport(msgspec.Struct, frozen=True):
@@ -73,16 +75,18 @@ class FillPipe:
     def maybe_order(self) -> tuple[FillOrder, tuple[PageRange, ...], int] | None:
         """Blocking: the order, the recorded working set, and a descriptor of the run's written map; None: the daemon
         ended before."""
-        data, descriptors, _, _ = socket.recv_fds(self._end, MAX_MESSAGE_BYTES, 2)
+        data, descriptors, _, _ = socket.recv_fds(self._end, 1, 2)
         if not data:
             return None
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)  # which received ones are, whatever recv_fds is told (Python 3.11)
-        written_fd, set_fd = descriptors
-        with os.fdopen(set_fd, "rb") as file:
+        written_fd, order_fd = descriptors
+        with os.fdopen(order_fd, "rb") as file:
             file.seek(0)
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            order = msgspec.msgpack.decode(file.read(length), type=FillOrder)
             recorded = tuple(PageRange(start, count) for start, count in _RUN.iter_unpack(file.read()))
-        return msgspec.msgpack.decode(data, type=FillOrder), recorded, written_fd
+        return order, recorded, written_fd
 
     def report(self, report: FillReport) -> None:
         """Said or, where the daemon is too busy to listen, left out: the next one says it."""
@@ -102,6 +106,7 @@ class FillPipe:
 Fill = Callable[[FillOrder, tuple[PageRange, ...], int, FillPipe, LastDemand], None]
 """The child's work: blocking; returns when all is held."""
 
+_LENGTH = struct.Struct("<Q")
 _RUN = struct.Struct("<QQ")
 
 
@@ -128,12 +133,14 @@ class FillProcess:
 
     def begin(self, order: FillOrder, recorded: Sequence[PageRange], maybe_written_fd: int | None) -> None:
         """Once. `maybe_written_fd`: the run's written map, which stays the caller's; None for a template."""
-        with os.fdopen(os.memfd_create("recorded"), "wb") as file:  # a message has no room for it
+        with os.fdopen(os.memfd_create("order"), "wb") as file:  # a message has no room for it
+            data = msgspec.msgpack.encode(order)
+            file.write(_LENGTH.pack(len(data)) + data)
             file.write(b"".join(_RUN.pack(pages.start, pages.count) for pages in recorded))
             file.flush()
             written_fd = file.fileno() if maybe_written_fd is None else maybe_written_fd  # two, in any case
             with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
-                socket.send_fds(self._end, [msgspec.msgpack.encode(order)], [written_fd, file.fileno()])
+                socket.send_fds(self._end, [b"!"], [written_fd, file.fileno()])
         self.latest = FillReport(set_is_coming=bool(recorded))
         self._begun = True
 

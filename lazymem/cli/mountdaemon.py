@@ -139,7 +139,14 @@ async def _serve(
     )
     if maybe_filler is not None and maybe_prepager is not None:
         assert origin.root is not None, "see above"
-        order = FillOrder(origin.identity, origin.size_bytes, origin.root, everything, template=state is None)
+        order = FillOrder(
+            origin.identity,
+            origin.size_bytes,
+            origin.root,
+            everything,
+            template=state is None,
+            welcome=msgspec.msgpack.encode(client.welcome),
+        )
         maybe_filler.begin(order, recorded, state.written.fileno() if state is not None else None)
         nursery.start_soon(watch_fill, maybe_filler, order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second

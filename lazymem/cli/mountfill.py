@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import trio
 from msgspec import structs
 
 from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
 from lazymem.cli.groups import cause_of
-from lazymem.errors import IdentityError, StoreError
-from lazymem.fetch.client import Client, connect
+from lazymem.errors import StoreError
+from lazymem.fetch.client import Client, resume
 from lazymem.fetch.fill import Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager, prepager
@@ -20,6 +21,7 @@ from lazymem.store.cachefolder import open_cache
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagemap import PageMap
 from lazymem.store.pristine import PristinePages
+from lazymem.wire.messages import Welcome
 
 REPORT_SECONDS = 0.1
 LOOK_SECONDS = 0.01
@@ -63,9 +65,8 @@ async def _fill(
     cache = open_cache(settings.cache_dir, origin)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
-        client = await connect(nursery, settings.server, settings.link)
-        if client.identity != order.identity:
-            raise IdentityError(f"{settings.server} publishes another snapshot now")
+        welcome = msgspec.msgpack.decode(order.welcome, type=Welcome)
+        client = resume(nursery, settings.server, welcome, settings.link)  # waits for a server that is away
         upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
         pristine = PristinePages(origin, cache, upper, maybe_written)
         guesses = prepager(

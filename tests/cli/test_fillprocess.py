@@ -5,17 +5,24 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
+from lazymem_server.app import serve
 
 from lazymem.cli.fillprocess import Fill, FillOrder, FillPipe, FillProcess, FillReport
+from lazymem.cli.mountfill import fill as real_fill
 from lazymem.errors import StoreError
+from lazymem.fetch.client import connect
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.pages import PageRange
+from lazymem.settings import LinkSettings, MountSettings, parse_server
+from tests.support.snapshots import make_snapshot
 
-ORDER = FillOrder(bytes(32), 4096, bytes(16), everything=True)
+ORDER = FillOrder(bytes(32), 4096, bytes(16), everything=True, welcome=b"w" * 300_000)
 RECORDED = (PageRange(3, 5), PageRange(1, 1))
 ON_ITS_WAY = FillReport(held_pages=7, brought_pages=6, in_flight_pages=5, wire_received_bytes=9, set_is_coming=True)
 
@@ -106,3 +113,35 @@ def test_one_that_gets_no_order_can_be_ended() -> None:
     trio.run(process.end)
     assert not Path(f"/proc/{pid}").exists()
     process.close()
+
+
+def test_a_server_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    """As by the daemon, which goes on with a mount whether its server is there or not."""
+    snapshot = make_snapshot(tmp_path / "snapshot", 300)
+    link = LinkSettings(backoff_base_seconds=0.01, backoff_cap_seconds=0.05)
+    server = parse_server(f"unix:{tmp_path}/socket")
+    settings = MountSettings(server=server, mountpoint=tmp_path, cache_dir=tmp_path / "cache", link=link)
+    process = FillProcess(partial(real_fill, settings))
+
+    async def hear() -> bool:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve, [snapshot.folder], [str(server)]))
+                client = await connect(nursery, server, link)
+                nursery.cancel_scope.cancel()
+            welcome = msgspec.msgpack.encode(client.welcome)
+            assert snapshot.root is not None
+            order = FillOrder(snapshot.identity, len(snapshot.ram), snapshot.root, True, template=True, welcome=welcome)
+            process.begin(order, (), None)
+            await trio.sleep(0.3)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve, [snapshot.folder], [str(server)]))
+                done = await process.run(lambda report: None)
+                nursery.cancel_scope.cancel()
+        return done
+
+    try:
+        assert trio.run(hear), process.latest
+        assert process.latest.held_pages == 300
+    finally:
+        process.close()
