@@ -77,8 +77,8 @@ class Daemon:
         try:
             with open(f"/proc/{self.pid}/stat", "rb") as file:
                 return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-        except OSError:
-            return True
+        except OSError:  # this host cannot say (no descriptor, no memory), and two that serve would be worse than none
+            return False
 
     def close(self) -> None:
         self.control.close()

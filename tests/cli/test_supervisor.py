@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -112,3 +113,19 @@ def test_a_supervisor_that_closed_its_socket_is_ended_and_waited_for() -> None:
     assert not os.path.exists(f"/proc/{child.pid}")
     child.returncode = 0  # it was waited for
     trio.run(end_child, os.getppid())  # none of ours
+
+
+def test_a_daemon_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without free descriptors must not get two daemons for one mount."""
+
+    def no_descriptor(*_: object) -> None:
+        raise OSError(errno.ENFILE, "no descriptor")
+
+    looked_after, control, daemon = _supervised([])
+    monkeypatch.setattr(supervisor, "open", no_descriptor, raising=False)
+    assert not looked_after._daemon.is_dead()
+    daemon.kill()
+    daemon.wait()
+    assert looked_after._daemon.is_dead(), "its pidfd tells"
+    control.close()
+    looked_after.close()
