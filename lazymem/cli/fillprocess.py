@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import trio
+from msgspec import structs
 
 from lazymem.errors import LazymemError
 from lazymem.fetch.lastdemand import LastDemand
@@ -28,7 +29,10 @@ from lazymem.pages import PageRange
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4096
-"""An order or a report has some 200."""
+"""A report has some 200."""
+
+MAX_ERROR_CHARS = 500
+"""Of what ended it, which is somebody else's text: a report has to fit into its message."""
 
 NICENESS = 10
 """A tenth of a busy core's time: a fill that goes on, and that a guest does not feel. Idle cores are all its own."""
@@ -44,6 +48,8 @@ class FillOrder(msgspec.Struct, frozen=True):
     everything: bool
     template: bool = False
     """Nothing is ever written, so there is no map of it."""
+    welcome: bytes = b""
+    """The server's first word to the mount (`Welcome` as msgpack): the server may be away when this begins."""
 
 
 class FillReport(msgspec.Struct, frozen=True):
@@ -69,14 +75,18 @@ class FillPipe:
     def maybe_order(self) -> tuple[FillOrder, tuple[PageRange, ...], int] | None:
         """Blocking: the order, the recorded working set, and a descriptor of the run's written map; None: the daemon
         ended before."""
-        data, descriptors, _, _ = socket.recv_fds(self._end, MAX_MESSAGE_BYTES, 2)
+        data, descriptors, _, _ = socket.recv_fds(self._end, 1, 2)
         if not data:
             return None
-        written_fd, set_fd = descriptors
-        with os.fdopen(set_fd, "rb") as file:
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # which received ones are, whatever recv_fds is told (Python 3.11)
+        written_fd, order_fd = descriptors
+        with os.fdopen(order_fd, "rb") as file:
             file.seek(0)
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            order = msgspec.msgpack.decode(file.read(length), type=FillOrder)
             recorded = tuple(PageRange(start, count) for start, count in _RUN.iter_unpack(file.read()))
-        return msgspec.msgpack.decode(data, type=FillOrder), recorded, written_fd
+        return order, recorded, written_fd
 
     def report(self, report: FillReport) -> None:
         """Said or, where the daemon is too busy to listen, left out: the next one says it."""
@@ -96,6 +106,7 @@ class FillPipe:
 Fill = Callable[[FillOrder, tuple[PageRange, ...], int, FillPipe, LastDemand], None]
 """The child's work: blocking; returns when all is held."""
 
+_LENGTH = struct.Struct("<Q")
 _RUN = struct.Struct("<QQ")
 
 
@@ -122,23 +133,30 @@ class FillProcess:
 
     def begin(self, order: FillOrder, recorded: Sequence[PageRange], maybe_written_fd: int | None) -> None:
         """Once. `maybe_written_fd`: the run's written map, which stays the caller's; None for a template."""
-        with os.fdopen(os.memfd_create("recorded"), "wb") as file:  # a message has no room for it
+        with os.fdopen(os.memfd_create("order"), "wb") as file:  # a message has no room for it
+            data = msgspec.msgpack.encode(order)
+            file.write(_LENGTH.pack(len(data)) + data)
             file.write(b"".join(_RUN.pack(pages.start, pages.count) for pages in recorded))
             file.flush()
             written_fd = file.fileno() if maybe_written_fd is None else maybe_written_fd  # two, in any case
             with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
-                socket.send_fds(self._end, [msgspec.msgpack.encode(order)], [written_fd, file.fileno()])
+                socket.send_fds(self._end, [b"!"], [written_fd, file.fileno()])
         self.latest = FillReport(set_is_coming=bool(recorded))
         self._begun = True
 
     async def run(self, on_report: Callable[[FillReport], None]) -> bool:
-        """Hear its reports until its end; whether it held all that it was to."""
+        """Hear its reports until its end; whether it held all that it was to. `latest` then says what it brought, and
+        that nothing more comes."""
         while data := await self._next():
-            self.latest = msgspec.msgpack.decode(data, type=FillReport)
-            on_report(self.latest)
-            if self.latest.done or self.latest.maybe_error is not None:
+            report = msgspec.msgpack.decode(data, type=FillReport)
+            if report.maybe_error is not None:
+                report = structs.replace(self.latest, maybe_error=report.maybe_error)
+            self.latest = report
+            on_report(report)
+            if report.done or report.maybe_error is not None:
                 break
-        self.close()
+        self.latest = structs.replace(self.latest, in_flight_pages=0, set_is_coming=False)
+        await self.end()
         return self.latest.done
 
     async def _next(self) -> bytes:
@@ -150,8 +168,21 @@ class FillProcess:
             except ConnectionResetError:
                 return b""
 
+    async def end(self) -> None:
+        """As `close`, and others go on meanwhile: it ends when the disk lets it, in the time that others leave it."""
+        if self._pid > 0:
+            self._end.close()
+            os.kill(self._pid, signal.SIGKILL)  # ours until it is waited for
+            with contextlib.suppress(OSError):  # no descriptor to be had: then it is waited for below
+                pidfd = os.pidfd_open(self._pid)
+                try:
+                    await trio.lowlevel.wait_readable(pidfd)
+                finally:
+                    os.close(pidfd)
+            self.close()
+
     def close(self) -> None:
-        """End it, wherever it is: pages are in the cache before its map says so, so nothing can be half."""
+        """Blocking: end it, wherever it is: pages are in the cache before its map says so, so nothing can be half."""
         if self._pid > 0:
             pid, self._pid = self._pid, 0
             self._end.close()
@@ -169,12 +200,17 @@ def _run_child(fill: Fill, end: socket.socket, last_demand: LastDemand, keep: tu
             try:
                 fill(*maybe_order, pipe, last_demand)
             except LazymemError as error:
-                pipe.tell_end(FillReport(maybe_error=str(error)))
+                pipe.tell_end(FillReport(maybe_error=_clipped(str(error))))
             except BaseException as error:
                 log.exception("the filling process ends: a bug in lazymem")
-                pipe.tell_end(FillReport(maybe_error=f"{type(error).__name__}: {error}"))
+                pipe.tell_end(FillReport(maybe_error=_clipped(f"{type(error).__name__}: {error}")))
     finally:
         os._exit(0)
+
+
+def _clipped(text: str) -> str:
+    """It may name a file with a name that is no UTF-8."""
+    return text[:MAX_ERROR_CHARS].encode(errors="backslashreplace").decode()
 
 
 def _become_background(keep: tuple[int, ...]) -> None:

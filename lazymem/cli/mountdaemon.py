@@ -117,7 +117,8 @@ async def _serve(
     maybe_set = await servers_set.maybe_set()
     recorded = maybe_set.runs if maybe_set is not None else ()
     everything = settings.prefetch is Prefetch.ALL
-    if origin.root is None or not (everything or recorded):
+    if maybe_filler is not None and (origin.root is None or not (everything or recorded)):
+        nursery.start_soon(maybe_filler.end)
         maybe_filler = None  # what an unhashed snapshot is to be verified against, only this process knows
     maybe_prepager = None
     if settings.prefetch is not Prefetch.NONE:
@@ -138,7 +139,14 @@ async def _serve(
     )
     if maybe_filler is not None and maybe_prepager is not None:
         assert origin.root is not None, "see above"
-        order = FillOrder(origin.identity, origin.size_bytes, origin.root, everything, template=state is None)
+        order = FillOrder(
+            origin.identity,
+            origin.size_bytes,
+            origin.root,
+            everything,
+            template=state is None,
+            welcome=msgspec.msgpack.encode(client.welcome),
+        )
         maybe_filler.begin(order, recorded, state.written.fileno() if state is not None else None)
         nursery.start_soon(watch_fill, maybe_filler, order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import trio
 from msgspec import structs
 
 from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
 from lazymem.cli.groups import cause_of
-from lazymem.errors import IdentityError, StoreError
-from lazymem.fetch.client import Client, connect
+from lazymem.errors import StoreError
+from lazymem.fetch.client import Client, resume
 from lazymem.fetch.fill import Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager, prepager
@@ -20,6 +21,7 @@ from lazymem.store.cachefolder import open_cache
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagemap import PageMap
 from lazymem.store.pristine import PristinePages
+from lazymem.wire.messages import Welcome
 
 REPORT_SECONDS = 0.1
 LOOK_SECONDS = 0.01
@@ -62,9 +64,9 @@ async def _fill(
         maybe_written = PageMap(written_fd, origin.pages)
     cache = open_cache(settings.cache_dir, origin)
     async with trio.open_nursery() as nursery:
-        client = await connect(nursery, settings.server, settings.link)
-        if client.identity != order.identity:
-            raise IdentityError(f"{settings.server} publishes another snapshot now")
+        nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
+        welcome = msgspec.msgpack.decode(order.welcome, type=Welcome)
+        client = resume(nursery, settings.server, welcome, settings.link)  # waits for a server that is away
         upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
         pristine = PristinePages(origin, cache, upper, maybe_written)
         guesses = prepager(
@@ -77,7 +79,6 @@ async def _fill(
         work = Fill(client, pristine, origin.pages, guesses, last_demand)
         pristine.wire_bytes_per_second = lambda: work.bytes_per_second
         nursery.start_soon(work.run)
-        nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
         watch = _Watch(client, work, pristine, guesses, pipe)
         await (watch.wait_all_held() if order.everything else watch.wait_idle())
         nursery.cancel_scope.cancel()

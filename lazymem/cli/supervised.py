@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 RESPAWN_SECONDS = 1.0
 """Between a supervisor's death and the next one: whoever kills them should not have us do little else."""
+
+REAP_LOOK_SECONDS = 0.005
 
 DRAIN_SECONDS = 0.5
 """For what was taken from the kernel to be answered, before a next daemon goes on. What is not by then (a page whose
@@ -93,10 +96,14 @@ def wait_start(descriptor: int) -> Survival:
     """
     control = socket.socket(fileno=descriptor)
     control.set_inheritable(False)
-    descriptorstore.send(control, {"WARM": 1})
     inherited: dict[str, int] = {}
+    with contextlib.suppress(OSError):  # it went away: what is received next says so
+        descriptorstore.send(control, {"WARM": 1})
     while True:
-        maybe_message = descriptorstore.receive(control)
+        try:
+            maybe_message = descriptorstore.receive(control)
+        except ConnectionResetError:  # it went away without having read our word
+            maybe_message = None
         if maybe_message is None:
             os._exit(0)
         fields = maybe_message.fields
@@ -162,7 +169,7 @@ class Supervised:
     async def _replace(self, keeper: KeptBy) -> None:
         log.warning("the supervisor (pid %d) died: starting another one", keeper.pid)
         keeper.to.close()
-        _reap(keeper.pid)
+        await end_child(keeper.pid)
         while True:
             try:
                 new = await trio.to_thread.run_sync(start_supervisor, self._again)
@@ -183,9 +190,13 @@ class Supervised:
         _leave_the_mount()
 
 
-def _reap(pid: int) -> None:
+async def end_child(pid: int) -> None:
+    """A supervisor that closed its socket: it can be waited for only a little after that. Two of them that live would
+    both start a next daemon."""
     with contextlib.suppress(ChildProcessError):  # we came after it
-        os.waitpid(pid, os.WNOHANG)
+        while not os.waitpid(pid, os.WNOHANG)[0]:  # noqa: ASYNC222  # which does not block
+            os.kill(pid, signal.SIGKILL)  # ours until it is waited for
+            await trio.sleep(REAP_LOOK_SECONDS)
 
 
 def _leave_the_mount() -> NoReturn:

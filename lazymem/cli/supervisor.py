@@ -77,8 +77,8 @@ class Daemon:
         try:
             with open(f"/proc/{self.pid}/stat", "rb") as file:
                 return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-        except OSError:
-            return True
+        except OSError:  # this host cannot say (no descriptor, no memory), and two that serve would be worse than none
+            return False
 
     def close(self) -> None:
         self.control.close()
@@ -174,14 +174,21 @@ class Supervisor:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def _let_go_of_ended(self) -> None:
+        """A thread of one that died long ago may still stand in a write: a next daemon waits for all that have not
+        ended, however many came in between."""
+        for name in [name for name in self._held if name.startswith(PREDECESSOR)]:
+            if _is_readable(self._held[name]):
+                self._let_go(name)
+
     # ---- the next daemon
 
     def _go_on(self) -> bool:
         """The daemon is dead and the mount is not; False: given up."""
         dead = self._daemon
         self._pause(dead)
-        self._let_go(PREDECESSOR)
-        self._held[PREDECESSOR] = os.dup(dead.pidfd)
+        self._let_go_of_ended()
+        self._held[f"{PREDECESSOR}-{dead.pid}"] = os.dup(dead.pidfd)
         if dead.process is not None:
             self._left.append(dead.process)
         maybe_next, self._maybe_next = self._maybe_next, None

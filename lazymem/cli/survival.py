@@ -68,8 +68,9 @@ class _PatientRam:
         self._write = ram.write
         self._ended = trio.Event()
 
-    async def wait_ended(self, pidfd: int) -> None:
-        await trio.lowlevel.wait_readable(pidfd)
+    async def wait_ended(self, pidfds: list[int]) -> None:
+        for pidfd in pidfds:
+            await trio.lowlevel.wait_readable(pidfd)
         self._ended.set()
 
     async def write(self, offset: int, data: bytes) -> None:
@@ -99,7 +100,7 @@ class Survival:
         if self.continues:
             self.record = SessionRecord.read(self._inherited[RECORD])
             self.record.change(restarts=self.restarts + 1)
-            self._kept = {name: fd for name, fd in self._inherited.items() if name != PREDECESSOR}
+            self._kept = dict(self._inherited)  # predecessors, too: another supervisor's next daemon waits for them
         else:
             self._forget_a_start()
             self.record = SessionRecord.create()
@@ -155,12 +156,13 @@ class Survival:
         )
 
     def writes_after_predecessor(self, ram: GuestRam, nursery: trio.Nursery) -> RamFile:
-        """`ram`, whose writes wait until the daemon before us has ended wholly. One of its threads may stand in a write
-        to the state file that the kernel cannot end, and that would come behind a later one of ours."""
-        if PREDECESSOR not in self._inherited:  # systemd starts nobody before that
+        """`ram`, whose writes wait until the daemons before us have ended wholly. One of their threads may stand in a
+        write to the state file that the kernel cannot end, and that would come behind a later one of ours."""
+        pidfds = [fd for name, fd in self._inherited.items() if name.startswith(PREDECESSOR)]
+        if not pidfds:  # systemd starts nobody before that
             return ram
         patient = _PatientRam(ram)
-        nursery.start_soon(patient.wait_ended, self._inherited[PREDECESSOR])
+        nursery.start_soon(patient.wait_ended, pidfds)
         return patient
 
     async def note_wish(self, wish_to_end: trio.Event) -> None:

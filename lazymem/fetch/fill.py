@@ -52,6 +52,7 @@ class Fill:
         self._coming = mmap.mmap(-1, pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._arrived: deque[tuple[Sequence[PageRange], Fetched]] = deque()
         self._unkept_pages = 0
+        self._copying = False
         self._something = trio.Event()
         self.in_flight_pages = 0
         self.brought_pages = 0
@@ -59,8 +60,8 @@ class Fill:
 
     @property
     def is_busy(self) -> bool:
-        """Whether pages are on their way, or came and are not kept yet."""
-        return self.in_flight_pages > 0 or self._unkept_pages > 0
+        """Whether pages are on their way, or came and are not kept yet, or are to be copied from equal ones."""
+        return self.in_flight_pages > 0 or self._unkept_pages > 0 or self._copying or self._sink.has_copies
 
     @property
     def bytes_per_second(self) -> float:
@@ -75,13 +76,14 @@ class Fill:
         """
         await self._send_more()
         while True:
-            await self._something.wait()
+            if not self._sink.has_copies:  # those that the last look at guesses found, nobody tells of
+                await self._something.wait()
             self._something = trio.Event()
             while self._arrived:
                 await self._keep(self._next_batch())
                 await self._send_more()
             if self._sink.has_copies:
-                await self._sink.copy_equal()
+                await self._copy_equal()
                 self._guesses.brought(PageRange(0, 1))  # of what does not matter: a sweep may be worth it
             await self._send_more()
 
@@ -194,6 +196,13 @@ class Fill:
             self._unkept_pages -= sum([part.count for part in ranges])
             self._forget(ranges)
             self._guesses.brought(ranges[0])
+
+    async def _copy_equal(self) -> None:
+        self._copying = True
+        try:
+            await self._sink.copy_equal()
+        finally:
+            self._copying = False
 
     def _forget(self, ranges: Sequence[PageRange]) -> None:
         for part in ranges:

@@ -105,11 +105,13 @@ class FetchRequest:
         self._want_leaves = want_leaves
         self._on_done = on_done
         self._frames: list[Pages] = []
-        self._packed: list[Packed] = []
+        self._asked: Sequence[PageRange] = self.ranges  # what `parts` last cut: a frame's pages follow each other there
+        self._packed: list[tuple[Packed, list[PageRange]]] = []  # with the pages that it brought
         self._leaves: dict[int, bytes] = {}
 
     def parts(self, limits: Limits) -> list[Part]:
         rest = subtract(self.ranges, self._here()) if self._frames or self._packed else self.ranges
+        self._asked = rest
         if len(rest) == 1 and rest[0].count <= limits.max_request_pages:
             return [rest]
         return split(rest, limits.max_request_pages, limits.max_request_ranges)
@@ -117,8 +119,8 @@ class FetchRequest:
     def _here(self) -> list[PageRange]:
         """What has come, in any order."""
         found = [frame.pages for frame in self._frames]
-        for packed in self._packed:
-            found += spanned(self.ranges, packed.first, packed.count)
+        for _, brought in self._packed:
+            found += brought
         return found
 
     def message(self, request_id: int, part: Part, welcome: Welcome) -> Message:
@@ -141,7 +143,7 @@ class FetchRequest:
             self._frames.append(answer)
             return answer.final
         if type(answer) is Packed:
-            self._packed.append(answer)
+            self._packed.append((answer, spanned(self._asked, answer.first, answer.count)))
             return answer.final
         assert type(answer) is Digests
         self._leaves[answer.index] = answer.data
@@ -153,7 +155,7 @@ class FetchRequest:
     def compressed_pages(self) -> int:
         """How many pages `fetched` has to decompress."""
         pages = sum([frame.pages.count for frame in self._frames if frame.encoding == Encoding.ZSTD])
-        return pages + sum([packed.count for packed in self._packed if packed.encoding == Encoding.ZSTD])
+        return pages + sum([packed.count for packed, _ in self._packed if packed.encoding == Encoding.ZSTD])
 
     def fetched(self) -> Fetched:
         """Decode. May run in a thread: nothing else looks at the request any more.
@@ -166,19 +168,19 @@ class FetchRequest:
             frames.sort(key=lambda frame: frame.pages.start)
         runs = [PageRun(frame.pages, decode_pages(frame)) for frame in frames]
         if self._packed:
-            for packed in self._packed:
-                runs += _unpacked(packed, self.ranges)
+            for packed, brought in self._packed:
+                runs += _unpacked(packed, brought)
             runs.sort(key=lambda run: run.pages.start)
         digests = {frame.pages.start: frame.digests for frame in frames if frame.digests}
         return Fetched(tuple(runs), self._leaves, digests)
 
 
-def _unpacked(packed: Packed, ranges: Sequence[PageRange]) -> list[PageRun]:
-    """A run for each range that the frame reaches into; views of one buffer."""
+def _unpacked(packed: Packed, brought: Sequence[PageRange]) -> list[PageRun]:
+    """A run for each range of pages that the frame brought; views of one buffer."""
     data = memoryview(decode_data(packed.encoding, packed.data, packed.count))
     runs: list[PageRun] = []
     at = 0
-    for pages in spanned(ranges, packed.first, packed.count):
+    for pages in brought:
         runs.append(PageRun(pages, data[at : at + pages.length_bytes]))
         at += pages.length_bytes
     return runs

@@ -20,7 +20,8 @@ MAX_MESSAGE_BYTES = 64 * 1024
 
 FUSE, RECORD, LOCK, STATE, PREDECESSOR = "fuse", "record", "lock", "state", "predecessor"
 """Names of what a mount has kept: its connection, its `sessionrecord`, the locks of the mount and of the state folder;
-a pidfd of the daemon before, which only our own supervisor has."""
+and, as "predecessor-PID", a pidfd of each daemon before that may not have ended wholly, which only our own supervisor
+has."""
 
 SUCCESSOR_VARIABLE = "LAZYMEM_SUPERVISOR_FD"
 """In the environment of a daemon that goes on with a mount: the number of its socket to the supervisor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -10,9 +11,11 @@ import sys
 import threading
 
 import pytest
+import trio
 
 from lazymem.cli import supervisor
-from lazymem.cli.supervisor import Supervisor
+from lazymem.cli.supervised import end_child
+from lazymem.cli.supervisor import Daemon, Supervisor
 from lazymem.fs import descriptorstore
 from lazymem.fs.descriptorstore import FUSE, RECORD
 from lazymem.fs.sessionrecord import SessionRecord
@@ -56,4 +59,73 @@ def test_a_daemon_without_a_mount_has_no_next_one() -> None:
         daemon.kill()
         daemon.wait()
         assert looked_after.run() == 0
+    looked_after.close()
+
+
+def _received(source: socket.socket) -> dict[str, int]:
+    """What a daemon gets before the word to begin."""
+    found: dict[str, int] = {}
+    while (message := descriptorstore.receive(source)) is not None and "START" not in message.fields:
+        assert message.maybe_descriptor is not None
+        found[message.fields["FDNAME"]] = message.maybe_descriptor
+    return found
+
+
+def test_a_daemon_is_told_of_all_before_it_that_have_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of the first may stand in a write for longer than the second lives."""
+    looked_after, control, first = _supervised([])
+    started: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+
+    def start(self: Supervisor, python: str) -> Daemon:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        started.append((process, theirs))
+        daemon = Daemon(process.pid, os.pidfd_open(process.pid), ours, process)
+        daemon.is_ready = True
+        return daemon
+
+    monkeypatch.setattr(Supervisor, "_start", start)
+    looked_after._daemon.is_ready = True
+    with control:
+        looked_after._go_on()  # nobody has ended, for all that a pidfd tells
+        looked_after._go_on()
+        (second, to_second), (_, to_third) = started
+        names = {f"predecessor-{first.pid}", f"predecessor-{second.pid}"}
+        gots = [_received(to_second), _received(to_third)]
+        assert [set(got) for got in gots] == [{f"predecessor-{first.pid}"}, names]
+        first.kill()
+        first.wait()
+        looked_after._go_on()
+        gots.append(_received(started[2][1]))
+        assert set(gots[2]) == {f"predecessor-{second.pid}", f"predecessor-{started[1][0].pid}"}
+    for descriptor in [descriptor for got in gots for descriptor in got.values()]:
+        os.close(descriptor)
+    looked_after.close()
+    for process, theirs in started:
+        theirs.close()
+        process.kill()
+        process.wait()
+
+
+def test_a_supervisor_that_closed_its_socket_is_ended_and_waited_for() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    trio.run(end_child, child.pid)
+    assert not os.path.exists(f"/proc/{child.pid}")
+    child.returncode = 0  # it was waited for
+    trio.run(end_child, os.getppid())  # none of ours
+
+
+def test_a_daemon_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without free descriptors must not get two daemons for one mount."""
+
+    def no_descriptor(*_: object) -> None:
+        raise OSError(errno.ENFILE, "no descriptor")
+
+    looked_after, control, daemon = _supervised([])
+    monkeypatch.setattr(supervisor, "open", no_descriptor, raising=False)
+    assert not looked_after._daemon.is_dead()
+    daemon.kill()
+    daemon.wait()
+    assert looked_after._daemon.is_dead(), "its pidfd tells"
+    control.close()
     looked_after.close()

@@ -156,3 +156,45 @@ async def test_pages_that_the_server_lost_stay_missing_and_hold_nobody_up(
         held = [page for page in range(PAGES) if fill.pristine.states(PageRange(page, 1)) != b"\0"]
         assert len(held) > PAGES // 2
     nursery.cancel_scope.cancel()
+
+
+class OnlyCopies:
+    """A sink whose one missing page is equal to a held one, and so is never asked for."""
+
+    def __init__(self) -> None:
+        self.has_copies = False
+        self.copied = trio.Event()
+        self.gate = trio.Event()
+
+    def worth_fetching(self, pages: PageRange) -> list[PageRange]:
+        self.has_copies = True
+        return []
+
+    async def copy_equal(self) -> None:
+        self.has_copies = False
+        await self.gate.wait()
+        self.copied.set()
+
+
+class OneGuess:
+    def __init__(self) -> None:
+        self.left = [PageRange(7, 1)]
+
+    def next_range(self, max_pages: int) -> PageRange | None:
+        return self.left.pop() if self.left else None
+
+    def brought(self, pages: PageRange) -> None:
+        pass
+
+
+async def test_what_is_only_to_be_copied_waits_for_no_answer(nursery: trio.Nursery) -> None:
+    """Nothing is on its way then, whose arrival would have it copied."""
+    sink = OnlyCopies()
+    work = Fill(None, sink, 8, OneGuess(), LastDemand())  # type: ignore[arg-type]  # only these of their methods
+    with trio.fail_after(5):
+        nursery.start_soon(work.run)
+        await until(lambda: not sink.has_copies and work.is_busy)
+        sink.gate.set()
+        await sink.copied.wait()
+        await until(lambda: not work.is_busy)
+    nursery.cancel_scope.cancel()

@@ -1,0 +1,147 @@
+"""The filling process and what its daemon knows of it, with work that is none; real: `system/test_mount_fill.py`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from lazymem_server.app import serve
+
+from lazymem.cli.fillprocess import Fill, FillOrder, FillPipe, FillProcess, FillReport
+from lazymem.cli.mountfill import fill as real_fill
+from lazymem.errors import StoreError
+from lazymem.fetch.client import connect
+from lazymem.fetch.lastdemand import LastDemand
+from lazymem.pages import PageRange
+from lazymem.settings import LinkSettings, MountSettings, parse_server
+from tests.support.snapshots import make_snapshot
+
+ORDER = FillOrder(bytes(32), 4096, bytes(16), everything=True, welcome=b"w" * 300_000)
+RECORDED = (PageRange(3, 5), PageRange(1, 1))
+ON_ITS_WAY = FillReport(held_pages=7, brought_pages=6, in_flight_pages=5, wire_received_bytes=9, set_is_coming=True)
+
+
+def run(fill: Fill, meanwhile: Callable[[FillProcess], None] = lambda process: None) -> tuple[bool, FillProcess]:
+    process = FillProcess(fill)
+
+    async def hear() -> bool:
+        process.begin(ORDER, RECORDED, None)
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, meanwhile, process)
+                return await process.run(lambda report: None)
+
+    try:
+        return trio.run(hear), process
+    finally:
+        process.close()
+
+
+def test_an_order_arrives_and_its_descriptors_stay() -> None:
+    def fill(
+        order: FillOrder, recorded: tuple[PageRange, ...], written_fd: int, pipe: FillPipe, demand: LastDemand
+    ) -> None:
+        assert (order, recorded) == (ORDER, RECORDED)
+        assert not os.get_inheritable(written_fd)
+        pipe.tell_end(FillReport(held_pages=1, done=True))
+
+    done, process = run(fill)
+    assert process.latest == FillReport(held_pages=1, done=True)
+    assert done
+
+
+def test_an_error_of_any_length_is_told_and_what_was_brought_stays_told() -> None:
+    def fill(*arguments: object) -> None:
+        pipe = arguments[3]
+        assert isinstance(pipe, FillPipe)
+        pipe.tell_end(ON_ITS_WAY)
+        raise StoreError("no room in /\udcff" + "x" * 10_000)
+
+    done, process = run(fill)
+    assert not done
+    assert process.latest.maybe_error is not None
+    assert process.latest.maybe_error.startswith("no room in /\\udcffxxx")
+    assert (process.latest.held_pages, process.latest.brought_pages, process.latest.wire_received_bytes) == (7, 6, 9)
+    assert (process.latest.in_flight_pages, process.latest.set_is_coming) == (0, False)
+
+
+def test_nothing_is_to_come_from_a_killed_one() -> None:
+    """Otherwise the kernel's read-ahead would be refused for the rest of the mount's life."""
+
+    def fill(*arguments: object) -> None:
+        signal.pause()
+
+    def kill(process: FillProcess) -> None:
+        assert process.latest.set_is_coming
+        os.kill(process._pid, signal.SIGKILL)
+
+    done, process = run(fill, kill)
+    assert not done
+    assert process.latest == FillReport()
+
+
+def test_its_end_is_waited_for_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may hold it up, and the guest's faults must not wait for that."""
+    found: list[str] = []
+    really = os.waitpid
+
+    def waitpid(pid: int, options: int) -> tuple[int, int]:
+        found.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+        return really(pid, options)
+
+    def fill(*arguments: object) -> None:
+        pipe = arguments[3]
+        assert isinstance(pipe, FillPipe)
+        pipe.tell_end(FillReport(done=True))
+        signal.pause()
+
+    monkeypatch.setattr(os, "waitpid", waitpid)
+    done, _ = run(fill)
+    assert done
+    assert found == ["Z"], "it had ended when it was waited for"
+
+
+def test_one_that_gets_no_order_can_be_ended() -> None:
+    process = FillProcess(lambda *arguments: None)
+    pid = process._pid
+    trio.run(process.end)
+    assert not Path(f"/proc/{pid}").exists()
+    process.close()
+
+
+def test_a_server_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    """As by the daemon, which goes on with a mount whether its server is there or not."""
+    snapshot = make_snapshot(tmp_path / "snapshot", 300)
+    link = LinkSettings(backoff_base_seconds=0.01, backoff_cap_seconds=0.05)
+    server = parse_server(f"unix:{tmp_path}/socket")
+    settings = MountSettings(server=server, mountpoint=tmp_path, cache_dir=tmp_path / "cache", link=link)
+    process = FillProcess(partial(real_fill, settings))
+
+    async def hear() -> bool:
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve, [snapshot.folder], [str(server)]))
+                client = await connect(nursery, server, link)
+                nursery.cancel_scope.cancel()
+            welcome = msgspec.msgpack.encode(client.welcome)
+            assert snapshot.root is not None
+            order = FillOrder(snapshot.identity, len(snapshot.ram), snapshot.root, True, template=True, welcome=welcome)
+            process.begin(order, (), None)
+            await trio.sleep(0.3)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(serve, [snapshot.folder], [str(server)]))
+                done = await process.run(lambda report: None)
+                nursery.cancel_scope.cancel()
+        return done
+
+    try:
+        assert trio.run(hear), process.latest
+        assert process.latest.held_pages == 300
+    finally:
+        process.close()
