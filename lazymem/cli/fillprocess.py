@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 import trio
@@ -223,5 +224,7 @@ def _become_background(keep: tuple[int, ...]) -> None:
                 os.close(descriptor)
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    with contextlib.suppress(OSError):  # a fill can be had again, and a guest cannot
+        Path("/proc/self/oom_score_adj").write_text("500")
     with contextlib.suppress(OSError):
         os.nice(NICENESS)

@@ -54,6 +54,9 @@ class Fill:
         self._unkept_pages = 0
         self._copying = False
         self._something = trio.Event()
+        self._to_look_at = trio.Event()
+        self._to_copy = trio.Event()
+        self._looked_enough = False
         self.in_flight_pages = 0
         self.brought_pages = 0
         self.rejected_pages = 0
@@ -72,36 +75,58 @@ class Fill:
         """Until cancelled.
 
         Raises:
-            StoreError: the disk refused.
+            StoreError: the disk refused; in an exception group.
         """
-        await self._send_more()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_all)
+            nursery.start_soon(self._copy_all)
+            self._send_more()
+            await self._look_on()
+
+    async def _look_on(self) -> None:
+        """Others get a turn after each look at so many pages that none of them was worth asking for."""
         while True:
-            if not self._sink.has_copies:  # those that the last look at guesses found, nobody tells of
-                await self._something.wait()
+            await self._to_look_at.wait()
+            await trio.lowlevel.checkpoint()
+            self._to_look_at = trio.Event()
+            self._send_more()
+
+    async def _keep_all(self) -> None:
+        while True:
+            await self._something.wait()
             self._something = trio.Event()
             while self._arrived:
                 await self._keep(self._next_batch())
-                await self._send_more()
+                self._send_more()
+
+    async def _copy_all(self) -> None:
+        """What is equal to held pages is held without the source; the link is busy with others meanwhile."""
+        while True:
+            await self._to_copy.wait()
+            self._to_copy = trio.Event()
             if self._sink.has_copies:
                 await self._copy_equal()
                 self._guesses.brought(PageRange(0, 1))  # of what does not matter: a sweep may be worth it
-            await self._send_more()
+                self._send_more()
 
     # ---- out
 
-    async def _send_more(self) -> None:
-        """Send guesses while the window has room."""
+    def _send_more(self) -> None:
+        """Send guesses while the window has room. At the moment when an answer made that room: a link that waits for a
+        disk first stands idle."""
         while self._unkept_pages < MAX_UNKEPT_PAGES:
             piece = self._window.piece_pages
             if self._window.pages - self.in_flight_pages < piece:
-                return
+                break
             ranges = self._gather(piece)
             if ranges:
                 self._send(ranges)
-            elif not self._looked_enough:
-                return
-            else:
-                await trio.lowlevel.checkpoint()
+                continue
+            if self._looked_enough:
+                self._to_look_at.set()
+            break
+        if self._sink.has_copies:
+            self._to_copy.set()
 
     def _gather(self, pages: int) -> list[PageRange]:
         """Ranges of at most so many pages, ascending; empty: nothing to ask for now, or enough was looked at."""
@@ -158,6 +183,7 @@ class Fill:
             self._unkept_pages += pages
             self._arrived.append((ranges, answer))
             self._something.set()
+            self._send_more()
 
         want_leaves = any(self._sink.missing_leaves(part) for part in ranges)
         self._source.start_fetch(ranges, want_leaves=want_leaves, background=True, on_done=on_done)
@@ -180,7 +206,7 @@ class Fill:
         log.warning("fetch of %d ranges from page %d on: %s", len(ranges), ranges[0].start, error)
         self.rejected_pages += sum([part.count for part in ranges])
         self._forget(ranges)
-        self._something.set()
+        self._to_look_at.set()  # not at once: a request that fails as it is sent would send the next one from here
 
     def _next_batch(self) -> list[tuple[Sequence[PageRange], Fetched]]:
         batch: list[tuple[Sequence[PageRange], Fetched]] = []

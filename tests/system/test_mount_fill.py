@@ -106,6 +106,7 @@ def test_it_gives_way_and_hears_no_ctrl_c(mounts: Stage, slow: str) -> None:
     mounted = mounts.mount(slow)
     filler = filler_of(mounted)
     assert os.getpriority(os.PRIO_PROCESS, filler) >= 10
+    wait_until(lambda: Path(f"/proc/{filler}/oom_score_adj").read_text() == "500\n", "it to offer itself")
     for number in (signal.SIGINT, signal.SIGHUP):
         os.kill(filler, number)
     held = mounted.status()["pages_held"]
