@@ -194,8 +194,9 @@ class PristinePages:
         self._cache.held.set_many(marks)
         if self._maybe_equal is not None:
             for part, state in marks:
-                if state == SET and self._copies_pay:
-                    self._maybe_equal.note(part, self._verifier.digests_of(part))
+                if state == SET:
+                    if self._copies_pay:
+                        self._maybe_equal.note(part, self._verifier.digests_of(part))
                     for page in self._waiting_for.keys() & range(part.start, part.end) if self._waiting_for else ():
                         likes = self._waiting_for.pop(page)
                         self._waiting -= len(likes)
