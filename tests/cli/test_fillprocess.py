@@ -102,6 +102,21 @@ def test_its_end_is_waited_for_beside_the_loop(monkeypatch: pytest.MonkeyPatch) 
     assert found == ["Z"], "it had ended when it was waited for"
 
 
+def test_an_object_of_the_daemons_closes_nothing_here() -> None:
+    """It may be collected at any moment; its number must not be that of something of ours by then."""
+    with Path(os.devnull).open("rb") as daemons:
+
+        def fill(_order: object, _recorded: object, _written: object, pipe: FillPipe, _last: object) -> None:
+            ours = [os.memfd_create("ours") for _ in range(64)]
+            daemons.close()
+            for descriptor in ours:
+                os.fstat(descriptor)
+            pipe.tell_end(FillReport(done=True))
+
+        done, process = run(fill)
+    assert done, process.latest
+
+
 def test_one_that_gets_no_order_can_be_ended() -> None:
     process = FillProcess(lambda *arguments: None)
     pid = process._pid
@@ -112,7 +127,7 @@ def test_one_that_gets_no_order_can_be_ended() -> None:
 
 def test_a_server_that_is_away_is_waited_for(tmp_path: Path) -> None:
     """As by the daemon, which goes on with a mount whether its server is there or not. In a process that forks as the
-    daemon does, with one thread: this one has those of whoever runs the tests."""
+    daemon does."""
     command = [sys.executable, "-m", "tests.support.fillwithoutserver", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
