@@ -46,7 +46,7 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        _close_inherited(keep=write_end)
+        let_go_of_inherited(write_end)
         _leave_terminal()
         os._exit(run_daemon(daemon, Announcer(write_end)))
     os.close(write_end)
@@ -91,12 +91,16 @@ def _report(program: str, text: bytes) -> int:
     return int(message["exit_code"])
 
 
-def _close_inherited(keep: int) -> None:
-    """A lock or a pipe that the caller has open would otherwise be held for as long as the mount lives."""
+def let_go_of_inherited(*keep: int) -> None:
+    """In a forked child: a lock or a pipe that the parent has open would otherwise be held for as long as we live.
+
+    Put over, not closed: an object of the parent's that is collected here would close its number once more, and with it
+    whatever of ours had got that number.
+    """
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
-        if descriptor > 2 and descriptor != keep:
-            with contextlib.suppress(OSError):  # the listing's own
-                os.close(descriptor)
+        if descriptor > 2 and descriptor not in (nothing, *keep):
+            os.dup2(nothing, descriptor, inheritable=False)
 
 
 def _leave_terminal() -> None:

@@ -23,6 +23,7 @@ import msgspec
 import trio
 from msgspec import structs
 
+from lazymem.cli.background import let_go_of_inherited
 from lazymem.errors import LazymemError
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.pages import PageRange
@@ -218,12 +219,7 @@ def _become_background(keep: tuple[int, ...]) -> None:
     """Ctrl-C is the daemon's to hear; a lock or pipe of its must not stay open here; time is what others leave."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
-    # Put over, not closed: an object of the daemon's that is collected here would close its number once more, and with
-    # it whatever of ours had got that number.
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
-        if descriptor > 2 and descriptor not in (nothing, *keep):
-            os.dup2(nothing, descriptor, inheritable=False)
+    let_go_of_inherited(*keep)
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with contextlib.suppress(OSError):  # a fill can be had again, and a guest cannot
