@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 from tests.support import skips
 from tests.support.asroot import hand_over
 from tests.support.privileges import maybe_as_own_root
+from tests.support.watchdog import GRACE_SECONDS, Watchdog
+
+WATCHDOG = pytest.StashKey[Watchdog]()
 
 # How long one example takes says how busy the machine is, and nothing about the code: a test that is stuck meets
 # pytest-timeout.
@@ -25,6 +28,29 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if os.geteuid() != 0 and any(item.get_closest_marker("needs_root") for item in items):
         hand_over(items, maybe_as_own_root())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[WATCHDOG] = Watchdog()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[WATCHDOG].close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _watched_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    request.config.stash[WATCHDOG].folder = tmp_path_factory.getbasetemp()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    marker = item.get_closest_marker("timeout")
+    seconds = float(marker.args[0] if marker is not None else item.config.getini("timeout") or 0)
+    if not seconds:  # many tests, in a pytest of its own
+        return (yield)
+    with item.config.stash[WATCHDOG].over(item.nodeid, seconds + GRACE_SECONDS):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

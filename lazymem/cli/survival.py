@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 SUPERVISOR, SYSTEMD = "supervisor", "systemd"
 """Who may keep descriptors for us."""
 
+UNUSUAL_SECONDS = 2.0
+"""A killed process is gone in milliseconds, unless the kernel cannot end what it was at."""
+
 AGAIN_EXIT_CODE = 75
 """EX_TEMPFAIL: the daemon ended for a next one to go on (an upgrade). deploy/lazymem-mount@.service knows it."""
 
@@ -69,6 +72,14 @@ class _PatientRam:
         self._ended = trio.Event()
 
     async def wait_ended(self, pidfds: list[int]) -> None:
+        with trio.move_on_after(UNUSUAL_SECONDS):
+            await self._wait_each(pidfds)
+            return
+        log.warning("what the guest writes waits: the killed daemon before has not wholly ended (a slow disk?)")
+        await self._wait_each(pidfds)
+        log.warning("it has ended: what the guest writes is stored")
+
+    async def _wait_each(self, pidfds: list[int]) -> None:
         for pidfd in pidfds:
             await trio.lowlevel.wait_readable(pidfd)
         self._ended.set()

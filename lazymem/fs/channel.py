@@ -277,11 +277,16 @@ class Channel:
             self._take_read(unique, thread, offset, size, flags)
         elif inode == RAM_INODE and opcode == fuseabi.WRITE:
             self._take_write(unique)
-        elif inode == RAM_INODE and opcode == fuseabi.OPEN and readers.is_our_own(thread):
-            # Were we killed, its close would wait for our answers, and the mount for the close (see `ownfile`).
+        elif inode == RAM_INODE and opcode == fuseabi.OPEN and self._only_reads():
+            # Some are our own, or a killed daemon's before us, whose close must not wait for our answers (`ownfile`).
             self._send((fuseabi.open_answer(unique, RAM_INODE),))
         elif opcode != fuseabi.INTERRUPT or not self._take_interrupt():
             self._hand_over(opcode, bytes(self._view[:length]))
+
+    def _only_reads(self) -> bool:
+        """Of the OPEN in the buffer. To truncate is refused elsewhere."""
+        flags, _ = fuseabi.OPEN_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
+        return not flags & (os.O_ACCMODE | os.O_TRUNC)
 
     # ---- the RAM
 

@@ -17,6 +17,9 @@ READ_IN = struct.Struct("=QQIIQII")
 WRITE_IN = struct.Struct("=QQIIQII")
 """fh, offset, size, write_flags, lock_owner, flags, padding; the bytes follow."""
 
+OPEN_IN = struct.Struct("=II")
+"""flags, as in open(2); open_flags."""
+
 WRITE_OUT = struct.Struct("=IiQII")
 """An answer's header, then size and padding."""
 

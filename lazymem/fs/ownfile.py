@@ -26,7 +26,8 @@ _OPEN_TREE_CLONE = 1
 
 MIN_KERNEL = (5, 16)
 """The first that can close a file without storing what its guest wrote, and so without waiting for us (FOPEN_NOFLUSH,
-which `channel` answers our own threads with). Before that a daemon that is killed would wait for itself, for ever."""
+which `channel` answers who only reads with). Before that a daemon that is killed would wait for itself, for ever; or
+for the next one, whose writes wait for this one's end (`survival`)."""
 
 
 class OwnFile:

@@ -1,16 +1,10 @@
-"""Who makes a request: whether the thread is being killed, whether it is one of our own."""
+"""Who makes a request: whether the thread is being killed."""
 
 from __future__ import annotations
 
-import os
 import signal
 
 _FIELDS = (b"SigPnd:", b"ShdPnd:")
-
-
-def is_our_own(thread: int) -> bool:
-    """Whether the thread with that id belongs to this process."""
-    return thread > 0 and os.path.exists(f"/proc/self/task/{thread}")
 
 
 def is_killed(thread: int) -> bool:

@@ -246,6 +246,29 @@ def test_at_each_request(
     assert everything(mount) == expected
 
 
+def test_as_a_thread_of_its_own_opens_the_ram(
+    mounts: Stage, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """That thread, dying, waits for the next daemon's answer and then closes the file, and no write is stored before
+    it has gone: so its close must not wait for writes."""
+    file = tmp_path / "dies"
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support/dying"))
+    monkeypatch.setenv("LAZYMEM_TEST_DIES", str(file))
+    monkeypatch.setenv("LAZYMEM_TEST_WHERE", "opening")
+    server = mounts.serve(snapshot.folder)
+    file.write_text(f"{1:8} {0:8}")
+    mount = mounts.mount(server.address, *QUIET)
+    monkeypatch.delenv("PYTHONPATH")
+    with writing(mount, seed=5) as writer:
+        for _ in range(3):
+            before = mount.status()["survival"]["restarts"]
+            file.write_text(f"{1:8} {1:8}")  # the next one, at its first
+            os.kill(mount.status()["pid"], signal.SIGKILL)
+            wait_until(lambda least=before + 2: mount.status()["survival"]["restarts"] == least, "two have died")  # type: ignore[misc]
+            writer.wait_for_more()
+    assert everything(mount) == writer.expected(snapshot.ram)
+
+
 def test_the_kernel_keeps_what_it_has(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     """Rule 11 across a death: numbers, sizes and times are the same, and no resident page is asked for again."""
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
