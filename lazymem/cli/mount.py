@@ -185,6 +185,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         from lazymem.fs import tuning
         from lazymem.fs.lock import MountLock
         from lazymem.fs.session import MountOptions
+        from lazymem.timeslice import ask_for_short_slices
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
     options = MountOptions.parse(found.options)
@@ -198,6 +199,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         lock.acquire(LOCK_WAIT_SECONDS)
         survival.keep(LOCK, lock.fileno())
     tuning.become_io_flusher()  # before any thread: they inherit it
+    ask_for_short_slices()
 
     def ready(notices: tuple[str, ...]) -> None:
         tell_ready()

@@ -17,6 +17,7 @@ Queue 2016.
 from __future__ import annotations
 
 import math
+from collections import deque
 
 from lazymem.pages import PAGE_SIZE
 
@@ -56,6 +57,10 @@ MAX_SHARE = 2.0
 
 SHARE_WEIGHT = 0.25
 
+DEMANDED_SHARES = 16
+"""While somebody demands, the largest share of so many last answers counts: RAM is text here and noise there, and a
+window that was right for the text is a queue of several products where the noise begins."""
+
 QUEUED = 1.25
 """An answer that took so many best round trips has met a queue: the link, or a processor, was all taken."""
 
@@ -74,6 +79,7 @@ class BackgroundWindow:
         self._since = -math.inf
         self._samples = 0
         self._share = 1.0  # wire bytes a byte of pages, smoothed
+        self._shares: deque[float] = deque(maxlen=DEMANDED_SHARES)
         self._round_trip = 0.0
         self._pages = MIN_WINDOW_PAGES * 2
 
@@ -111,10 +117,12 @@ class BackgroundWindow:
         if delivered_pages:
             share = delivered_bytes / (delivered_pages * PAGE_SIZE)
             full = full and share >= MIN_SHARE
-            self._share += SHARE_WEIGHT * (min(MAX_SHARE, max(MIN_SHARE, share)) - self._share)
+            self._shares.append(min(MAX_SHARE, max(MIN_SHARE, share)))
+            self._share += SHARE_WEIGHT * (self._shares[-1] - self._share)
         self._note_rate(delivered_bytes / elapsed_seconds, full, best_round_trip_seconds, now_seconds)
         rate = self.rate_bytes_per_second
-        pages_a_second = rate / (PAGE_SIZE * self._share)
+        share = max(self._share, *self._shares) if demanded and self._shares else self._share
+        pages_a_second = rate / (PAGE_SIZE * share)
         gain = DEMANDED_GAIN if demanded else GAIN
         least = DEMANDED_MIN_QUEUE_SECONDS if demanded else MIN_QUEUE_SECONDS
         wanted = pages_a_second * max(gain * best_round_trip_seconds, least)

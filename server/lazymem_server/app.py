@@ -29,6 +29,7 @@ from pathlib import Path
 import trio
 
 from lazymem.errors import LazymemError
+from lazymem.timeslice import ask_for_short_slices
 from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.catalog import Catalog
@@ -252,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.listen or not adopted:
                 listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
             sys.setswitchinterval(SWITCH_SECONDS)
+            ask_for_short_slices()  # a session's thread that is put aside while it has the interpreter stops them all
             return trio.run(_serve_until_signal, catalog, listeners, options.json, options.learn)
     except LazymemError as error:
         print(f"lazymem-serve: {error}", file=sys.stderr)
