@@ -151,3 +151,10 @@ class TemplateWriteError(LazymemError):
 
     blame = Blame.USER
     exit_code = 18
+
+
+class TlsError(LazymemError):
+    """The two sides do not believe each other (certificate, name, authority), or one speaks no TLS 1.3."""
+
+    blame = Blame.USER
+    exit_code = 19

@@ -128,8 +128,21 @@ def is_snapshot_name(name: str) -> bool:
     )
 
 
+class TlsSettings(Struct, frozen=True):
+    """Who we are and whom we believe: PEM files, absolute paths, looked at again before each connection.
+
+    `ca`: the only authority whose certificates count. `name`: what the server's certificate must be for, if not for the
+    host that was dialled; nothing to a server.
+    """
+
+    cert: Path
+    key: Path
+    ca: Path
+    name: str = ""
+
+
 class LinkSettings(Struct, frozen=True):
-    """How the client treats its connections. Seconds."""
+    """How the client treats its connections. Seconds. `tls`: over TCP, and None means without."""
 
     connect_timeout_seconds: float = 10.0
     """A SYN is sent again after 1, 3 and 7 s; who has not answered by then is not there."""
@@ -141,10 +154,12 @@ class LinkSettings(Struct, frozen=True):
     backoff_base_seconds: float = 0.05
     backoff_cap_seconds: float = 5.0
     """A guest stands still meanwhile: after a server's return it waits for this at most."""
+    tls: TlsSettings | None = None
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            check_seconds(name, getattr(self, name))
+            if name != "tls":
+                check_seconds(name, getattr(self, name))
 
 
 class MountSettings(Struct, frozen=True):

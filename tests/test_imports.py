@@ -15,13 +15,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": BASE,
     "snapshot": BASE,
     "store": BASE,
-    "fetch": BASE | {"wire"},
+    "tls": BASE,
+    "fetch": BASE | {"wire", "tls"},
     "fs": BASE | {"store"},
     "vm": BASE | {"snapshot"},
     "handover": BASE | {"wire", "snapshot", "vm"},
     # The demo's guest and processes: a QEMU from outside, looked at through vm's monitor client.
     "demo": BASE | {"vm", "snapshot"},
-    "lazymem_server": BASE | {"wire", "snapshot"},
+    "lazymem_server": BASE | {"wire", "snapshot", "tls"},
 }
 """Room to the rooms (or base modules) it may import besides itself. `cli` may import anything; nothing imports it."""
 
@@ -31,6 +32,8 @@ PURE = (
     "lazymem.handover.messages",
     "lazymem.fetch.plan",
     "lazymem.fs.tree",
+    "lazymem.tls.pipe",
+    "lazymem.tls.failures",
     "lazymem.pages",
     "lazymem.digests",
 )
@@ -42,10 +45,12 @@ ONLY_IN: dict[str, str | tuple[str, ...]] = {
     "unicorn": "lazymem.vm",
     "pyfuse3": "lazymem.fs",
     "rich": "lazymem.cli",
-    "argparse": "lazymem.cli",
+    "argparse": ("lazymem.cli", "lazymem.tls.options"),
+    "cryptography": "lazymem.tls.authority",
     "lazymem_server": ("lazymem_server", "lazymem.cli"),
 }
-"""Foreign package to the room that may know of it. (argparse and rich: also the server's command.)"""
+"""Foreign package to the room that may know of it. (argparse and rich: also the server's command.
+argparse: also the options that it shares with the others.)"""
 
 
 def modules() -> dict[str, Path]:

@@ -25,6 +25,7 @@ COMMANDS = {
     "receive": Command("lazymem.cli.receive", "take a running guest over from another host"),
     "status": Command("lazymem.cli.status", "show what a mount holds, fetches, and waits for"),
     "umount": Command("lazymem.cli.umount", "end a mount, or say who holds it"),
+    "pki": Command("lazymem.cli.pki", "make the certificates with which hosts know each other over TLS"),
     "doctor": Command("lazymem.cli.doctor", "say what this host lacks for a mount, and how to mend it"),
     "guest": Command("lazymem.cli.guest", "build a small guest to try things with"),
     "demo": Command("lazymem.cli.demo", "save, serve, mount and resume guests on this machine, with figures"),

@@ -20,6 +20,7 @@ with quick_imports(trio=False):
     from lazymem.fs.descriptorstore import LOCK, SUCCESSOR_VARIABLE
     from lazymem.settings import (
         DEFAULT_RECORD_SECONDS,
+        LinkSettings,
         MountSettings,
         Prefetch,
         ServerAddress,
@@ -28,6 +29,7 @@ with quick_imports(trio=False):
         parse_endpoint,
         parse_server,
     )
+    from lazymem.tls.options import add_tls_options, maybe_tls
 
 if TYPE_CHECKING:
     from lazymem.cli.fillprocess import FillProcess
@@ -40,6 +42,8 @@ _EPILOG = """examples:
   lazymem-mount ram.example:7411/web /mnt/ram --state /srv/run1
                                                               one of several; this run's writes are kept
   lazymem-mount unix:/run/lazymem.sock:/web /mnt/ram -o allow_other
+  lazymem-mount ram.example:7411 /mnt/ram --tls-cert host-b.crt --tls-key host-b.key --tls-ca ca.crt
+                                                              over TLS (lazymem pki --help: the files)
   lazymem-mount ram.example:7411 /mnt/ram --record set        then: mv set SNAPSHOT/working-set, where it is served
   lazymem-mount --upgrade /mnt/ram                            a daemon of the version installed now goes on with it
   umount /mnt/ram                                             ends it; so does SIGTERM, once no guest maps the file
@@ -123,6 +127,7 @@ def add_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=DEFAULT_RECORD_SECONDS,
         help="record for so long from the first touch (default: %(default)g)",
     )
+    add_tls_options(parser, name=True)
     parser.add_argument("--no-supervisor", action="store_true", help="a killed daemon is the mount's end")
     parser.add_argument("-f", "--foreground", action="store_true", help="stay in front")
     parser.add_argument("--log", metavar="FILE", type=Path, help="log file (default: stderr with -f, else syslog)")
@@ -147,7 +152,15 @@ def _settings(found: argparse.Namespace) -> MountSettings:
         record_file=_record_file(found.record) if found.record else None,
         record_seconds=found.record_seconds,
         template=found.template,
+        link=_link(found),
     )
+
+
+def _link(found: argparse.Namespace) -> LinkSettings:
+    tls = maybe_tls(found)
+    if tls is not None and found.server.startswith("unix:"):
+        raise UsageError("TLS is for HOST:PORT; who may use a unix socket, its file says (leave the --tls options out)")
+    return LinkSettings(tls=tls)
 
 
 def _record_file(path: Path) -> Path:
@@ -173,6 +186,10 @@ def _check_host(settings: MountSettings) -> None:
     checks.check_fuse_device()
     checks.check_mount_point(path)
     checks.check_namespace(path)
+    if settings.link.tls is not None:
+        from lazymem.tls.contexts import client_context
+
+        client_context(settings.link.tls)
 
 
 def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:

@@ -21,6 +21,7 @@ from lazymem.errors import (
     RemoteProtocolError,
     ServerRefusedError,
     ServerUnreachableError,
+    TlsError,
 )
 from lazymem.fetch.backoff import Backoff
 from lazymem.fetch.lane import Lane
@@ -332,6 +333,7 @@ async def connect(
         ServerUnreachableError: nobody there, or gone before its welcome.
         ServerRefusedError: no such snapshot, several and none named, full, another wire version.
         RemoteProtocolError: whoever listens there speaks something else.
+        TlsError: the two do not come to believe each other.
     """
     link = link or LinkSettings()
 
@@ -349,7 +351,7 @@ async def connect(
         except ServerRefusedError as error:
             if not error.temporary or trio.current_time() > give_up_at:
                 raise _located(error, address) from error
-        except (ServerUnreachableError, RemoteProtocolError) as error:
+        except (ServerUnreachableError, RemoteProtocolError, TlsError) as error:
             raise _located(error, address) from error
         await trio.sleep(backoff.next_delay())
     client = Client(session.welcome, session, address, link, counters, dial_once)

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import trio
 
-from lazymem.errors import ServerUnreachableError
-from lazymem.settings import Endpoint, LinkSettings, UnixEndpoint
+from lazymem.errors import ServerUnreachableError, TlsError
+from lazymem.settings import Endpoint, LinkSettings, TcpEndpoint, UnixEndpoint
 
 RECEIVE_BYTES = 256 * 1024
 """One read of the socket: large enough that a bulk answer costs few system calls, small beside the wire's bounds."""
@@ -110,10 +110,11 @@ class SocketTransport:
 
 
 async def dial(endpoint: Endpoint, link: LinkSettings) -> Transport:
-    """Connect a socket.
+    """Connect a socket, over TCP with TLS if `link` says so.
 
     Raises:
         ServerUnreachableError: no answer in `link.connect_timeout_seconds`, or refused.
+        TlsError, UsageError: no TLS with whoever answers; as `tlstransport.secure`.
     """
     try:
         with trio.fail_after(link.connect_timeout_seconds):
@@ -122,13 +123,27 @@ async def dial(endpoint: Endpoint, link: LinkSettings) -> Transport:
             stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
             connected = socket.socket(fileno=stream.socket.detach())
             _tune(connected, link)
-            return SocketTransport(connected)
+        return SocketTransport(connected) if link.tls is None else await _secure(connected, endpoint, link)
     except trio.TooSlowError as error:
         raise ServerUnreachableError(f"{endpoint}: no connection within {link.connect_timeout_seconds:g} s") from error
     except OSError as error:
         raise ServerUnreachableError(f"{endpoint}: {_reason(error)}") from error
     except UnicodeError as error:  # the resolver's, for a label that is empty or longer than 63 characters
         raise ServerUnreachableError(f"{endpoint}: no host can have this name") from error
+
+
+async def _secure(connected: socket.socket, endpoint: TcpEndpoint, link: LinkSettings) -> Transport:
+    from lazymem.fetch.tlstransport import secure  # who has no use for TLS does not load it
+
+    assert link.tls is not None
+    try:
+        with trio.fail_after(link.handshake_timeout_seconds):
+            return await secure(connected, link.tls, endpoint.host)
+    except trio.TooSlowError as error:
+        seconds = link.handshake_timeout_seconds
+        raise ServerUnreachableError(f"{endpoint}: connected, but no TLS handshake within {seconds:g} s") from error
+    except (ServerUnreachableError, TlsError) as error:
+        raise type(error)(f"{endpoint}: {error}") from error
 
 
 async def _dial_unix(path: str) -> Transport:

@@ -21,24 +21,29 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from lazymem.errors import LazymemError
+from lazymem.errors import LazymemError, UsageError
+from lazymem.settings import TlsSettings
 from lazymem.timeslice import ask_for_short_slices
+from lazymem.tls.options import add_tls_options, maybe_tls
 from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
+from lazymem_server.allowed import parse_allowed
 from lazymem_server.catalog import Catalog
 from lazymem_server.counters import Counters
+from lazymem_server.ending import say_last
+from lazymem_server.gate import Admitted, Gate
 from lazymem_server.learning import Learning
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
 from lazymem_server.pace import Pace
-from lazymem_server.session import RECEIVE_BYTES, Session
+from lazymem_server.session import Session
 
 log = logging.getLogger("lazymem.server")
 
@@ -64,8 +69,10 @@ class Serving:
         limits: ServerLimits,
         maybe_learning: Learning | None = None,
         maybe_divert: Divert | None = None,
+        maybe_gate: Gate | None = None,
     ) -> None:
-        """`maybe_divert`: looks at each connection first."""
+        """`maybe_divert`: looks at each connection first. `maybe_gate`: decides who comes in; None: everybody."""
+        self._maybe_gate = maybe_gate
         self._maybe_divert = maybe_divert
         self._ended = Counters()
         self._catalog = catalog
@@ -102,6 +109,8 @@ class Serving:
         """Accept no more, say goodbye to all clients, end when their open requests are answered."""
         self._stop_reason = reason
         self._accepting.cancel()
+        if self._maybe_gate is not None:
+            self._maybe_gate.stop()
         for session in self._sessions:
             session.stop(reason)
 
@@ -126,25 +135,41 @@ class Serving:
             return
         host, peer = _peer(stream)
         tune(stream, self._limits.socket_unsent_bytes)
-        if self._is_full(host):
-            log.warning("%s: refused, too many clients", peer)
-            frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))
-            await say_last(stream, frame, self._limits.farewell_seconds)
-        else:
-            await self._serve(stream, host, peer)
+        maybe_admitted = await self._maybe_admitted(stream, host, peer)
+        if maybe_admitted is not None:
+            await self._serve(stream, host, maybe_admitted)
         await trio.aclose_forcefully(stream)
 
-    async def _serve(self, stream: trio.SocketStream, host: str, peer: str) -> None:
+    async def _maybe_admitted(self, stream: trio.SocketStream, host: str, peer: str) -> Admitted | None:
+        """A client that has a place."""
+        admitted: Admitted | None = Admitted(peer, self._catalog)
+        try:
+            if self._maybe_gate is not None:
+                admitted = await self._maybe_gate.maybe_admitted(stream, host, peer, self._catalog)
+        except Exception:  # a bug met by a stranger must not end the others' connections
+            log.exception("%s: lazymem-serve failed", peer)
+            return None
+        if admitted is None or not self._is_full(host):
+            return admitted
+        log.warning("%s: refused, too many clients", admitted.peer)
+        frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))
+        await say_last(stream, admitted.sealed(frame), self._limits.farewell_seconds)
+        return None
+
+    async def _serve(self, stream: trio.SocketStream, host: str, admitted: Admitted) -> None:
         fd = stream.socket.fileno()
         session = Session(
             fd,
-            self._catalog,
+            admitted.published,
             self._limits,
             self._disks,
-            peer,
+            admitted.peer,
             self._pace(host),
             self._bulk_turns,
+            writev=admitted.writev,
             maybe_learning=self._maybe_learning,
+            read=admitted.read,
+            begun=admitted.begun,
         )
         self._sessions[session] = host
         try:
@@ -152,9 +177,9 @@ class Serving:
                 session.stop(self._stop_reason)
             farewell = await _run(session, self._threads)
             if farewell:
-                await say_last(stream, farewell, self._limits.farewell_seconds)
+                await say_last(stream, admitted.sealed(farewell), self._limits.farewell_seconds)
         except Exception:  # a bug met by one client must not end the others' connections
-            log.exception("%s: lazymem-serve failed", peer)
+            log.exception("%s: lazymem-serve failed", admitted.peer)
         finally:
             del self._sessions[session]
             self._ended.add(session.counters)
@@ -201,28 +226,19 @@ async def _cut_when_cancelled(session: Session) -> None:
         session.cut()
 
 
-async def say_last(stream: trio.SocketStream, frame: bytes, seconds: float) -> None:
-    """Send a last frame to a client that is dropped, if it takes it within so many seconds.
-
-    Reads what the client still sends for as long: closing a socket with unread data is a reset, which would overtake
-    the frame. Behind an answer that was cut the frame is noise, but such a client was too slow to listen anyway.
-    """
-    with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError), trio.move_on_after(seconds):
-        await stream.send_all(frame)
-        await stream.send_eof()
-        while await stream.receive_some(RECEIVE_BYTES):
-            pass
-
-
 async def serve(
     snapshots: Iterable[str | Path] | Catalog,
     listeners: Iterable[str] | Listeners = (DEFAULT_LISTEN,),
     *,
     limits: ServerLimits | None = None,
     learn: Path | None = None,
+    maybe_gate: Gate | None = None,
+    insecure: bool = False,
     task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until `Serving.stop` or cancellation; see the top of this module. Closes what it opened.
+
+    `maybe_gate`: made by `open_gate`; without one, only this host is listened to unless `insecure`.
 
     Raises:
         LazymemError: a snapshot or a listener cannot be opened; nothing was published.
@@ -233,10 +249,23 @@ async def serve(
             snapshots = stack.enter_context(Catalog(snapshots))
         if not isinstance(listeners, Listeners):
             addresses = [parse_listen(text) for text in listeners]
-            listeners = stack.enter_context(Listeners())
+            listeners = stack.enter_context(Listeners(private=maybe_gate is None and not insecure))
             listeners.open(addresses)
-        serving = Serving(snapshots, listeners, limits or ServerLimits(), maybe_learning)
+        serving = Serving(snapshots, listeners, limits or ServerLimits(), maybe_learning, maybe_gate=maybe_gate)
         await serving.run(task_status=task_status)
+
+
+def open_gate(
+    tls: TlsSettings, allow: Iterable[str], names: Collection[str], limits: ServerLimits | None = None
+) -> Gate:
+    """For TLS, and `--allow`s over what is published.
+
+    Raises:
+        UsageError: a file cannot be used, a rule makes no sense, or nobody may have one of `names`.
+    """
+    allowed = parse_allowed(allow)
+    allowed.check(names)
+    return Gate(tls, allowed, limits or ServerLimits())
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -248,13 +277,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     level = logging.WARNING if options.quiet else logging.INFO
     logging.basicConfig(stream=sys.stderr, level=level, format="lazymem-serve: %(message)s")
     try:
-        with Catalog(options.snapshot, options.parent) as catalog, Listeners() as listeners:
+        tls = maybe_tls(options)
+        if tls is None and options.allow:
+            raise UsageError("--allow needs --tls-cert, --tls-key and --tls-ca: without TLS nobody has a name")
+        private = tls is None and not options.insecure
+        with Catalog(options.snapshot, options.parent) as catalog, Listeners(private=private) as listeners:
+            maybe_gate = open_gate(tls, options.allow, [name for name, _ in catalog]) if tls is not None else None
             adopted = listeners.adopt()
             if options.listen or not adopted:
                 listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
             sys.setswitchinterval(SWITCH_SECONDS)
             ask_for_short_slices()  # a session's thread that is put aside while it has the interpreter stops them all
-            return trio.run(_serve_until_signal, catalog, listeners, options.json, options.learn)
+            start = partial(serve, catalog, listeners, learn=options.learn, maybe_gate=maybe_gate)
+            return trio.run(_serve_until_signal, start, options.json)
     except LazymemError as error:
         print(f"lazymem-serve: {error}", file=sys.stderr)
         return error.exit_code
@@ -262,10 +297,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-async def _serve_until_signal(catalog: Catalog, listeners: Listeners, as_json: bool, learn: Path | None) -> int:
+async def _serve_until_signal(start: Callable[..., Awaitable[None]], as_json: bool) -> int:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
-            serving: Serving = await nursery.start(partial(serve, catalog, listeners, learn=learn))
+            serving: Serving = await nursery.start(start)
             _announce(serving, as_json)
             number = await anext(signals)
             _notify("STOPPING=1")
@@ -288,7 +323,10 @@ def _notify(state: str) -> None:
 
 
 _EPILOG = """examples:
-  lazymem-serve --listen 0.0.0.0:7411 /var/lib/lazymem/web db=/srv/snapshots/db-3
+  lazymem-serve /var/lib/lazymem/web db=/srv/snapshots/db-3
+                                      for this host only: 127.0.0.1:7411
+  lazymem-serve --listen 0.0.0.0:7411 --tls-cert a.crt --tls-key a.key --tls-ca ca.crt --allow web=host-b web
+                                      for host-b, over any network (lazymem pki --help: the files)
   lazymem-serve --learn /var/lib/lazymem/learned /var/lib/lazymem/web
                                       what the first resume touches is fetched first by the next ones
   lazymem-serve --parent /srv/snapshots/web /srv/deltas/web-2
@@ -330,6 +368,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         type=Path,
         help="the snapshot that a delta was made over, where it is not beside the delta; may be repeated",
+    )
+    add_tls_options(parser, name=False)
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="[NAME=]IDENTITY[,IDENTITY...]",
+        help="who may have the snapshot NAME (or all): names in client certificates, or '*' for every client with a "
+        "certificate of the authority; may be repeated. With TLS, nobody else may have any",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="listen where others than this host can reach it, without TLS: whoever does can read the guests' memory",
     )
     parser.add_argument("--json", action="store_true", help="print the line that says it is ready as JSON")
     parser.add_argument("--quiet", action="store_true", help="log only what went wrong")

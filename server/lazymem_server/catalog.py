@@ -7,10 +7,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from lazymem.errors import UsageError
 from lazymem.snapshot.reader import SnapshotReader, open_snapshot
 from lazymem.wire.rules import name_problem
+
+
+class Published(Protocol):
+    """What a client may choose from."""
+
+    def find(self, name: str) -> tuple[str, SnapshotReader] | None:
+        """The snapshot called `name`, with its name; the empty name means the only one. None if there is no such."""
+        ...
+
+    def refusal(self, name: str) -> str:
+        """Why `find` found none, for the client."""
+        ...
 
 
 class Catalog:
@@ -36,11 +49,15 @@ class Catalog:
             self._files = files.pop_all()
 
     def find(self, name: str) -> tuple[str, SnapshotReader] | None:
-        """The snapshot called `name`, with its name; the empty name means the only one. None if there is no such."""
+        """As `Published`."""
         if not name and len(self._readers) == 1:
             return next(iter(self._readers.items()))
         reader = self._readers.get(name)
         return None if reader is None else (name, reader)
+
+    def refusal(self, name: str) -> str:
+        """As `Published`."""
+        return f"there is no snapshot {name!r} here" if name else "several snapshots here: name one"
 
     def __getitem__(self, name: str) -> SnapshotReader:
         return self._readers[name]

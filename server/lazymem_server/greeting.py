@@ -5,12 +5,12 @@ from __future__ import annotations
 from lazymem.snapshot.reader import SnapshotReader
 from lazymem.wire.connection import negotiate
 from lazymem.wire.messages import WIRE_VERSION, Capability, Error, ErrorCode, Hello, Limits, Welcome
-from lazymem_server.catalog import Catalog
+from lazymem_server.catalog import Published
 from lazymem_server.ending import SessionEnd
 from lazymem_server.limits import ServerLimits
 
 
-def find_published(hello: Hello, catalog: Catalog) -> tuple[str, SnapshotReader]:
+def find_published(hello: Hello, published: Published) -> tuple[str, SnapshotReader]:
     """Name and snapshot that the client asks for.
 
     Raises:
@@ -19,9 +19,9 @@ def find_published(hello: Hello, catalog: Catalog) -> tuple[str, SnapshotReader]
     if negotiate(hello) is None:
         spoken = f"this server speaks wire version {WIRE_VERSION}, the client {hello.version_min}"
         raise SessionEnd("wrong version", Error(0, ErrorCode.UNSUPPORTED_VERSION, f"{spoken}: update the older one"))
-    found = catalog.find(hello.name)
+    found = published.find(hello.name)
     if found is None:
-        text = f"there is no snapshot {hello.name!r} here" if hello.name else "several snapshots here: name one"
+        text = published.refusal(hello.name)
         raise SessionEnd(text, Error(0, ErrorCode.NO_SUCH_SNAPSHOT, text))
     return found
 

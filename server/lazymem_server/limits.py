@@ -21,7 +21,12 @@ class ServerLimits:
     """So that one host cannot take all places. Connections over Unix sockets count as one host."""
 
     handshake_seconds: float = 10.0
-    """From accept to a whole HELLO: ten round trips over the worst link; silence until then costs a place."""
+    """From accept to a whole HELLO: ten round trips over the worst link; silence until then costs a place. With TLS as
+    long again, for its handshake."""
+
+    max_handshakes: int = 128
+    """TLS handshakes at a time, before a client is one of `max_clients`: as many as come from the kernel at once
+    (`BACKLOG`), some 100 KiB each. Beyond it the oldest of the host that has most of them goes."""
 
     idle_seconds: float = 60.0
     """Silence after which the client is asked whether it lives (PING). A guest that has all its pages is silent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import trio
 
@@ -56,9 +58,13 @@ def parse_listen(text: str) -> TcpAddress | UnixAddress:
 
 
 class Listeners:
-    """Listening `sockets`. They are closed, and Unix ones removed from the disk, at the end of the `with` block."""
+    """Listening `sockets`. They are closed, and Unix ones removed from the disk, at the end of the `with` block.
 
-    def __init__(self) -> None:
+    `private`: only this host's own processes may be able to reach them; anything else is refused with a UsageError.
+    """
+
+    def __init__(self, *, private: bool = False) -> None:
+        self._private = private
         self.sockets: list[socket.socket] = []
         self._cleanup = ExitStack()
 
@@ -101,12 +107,14 @@ class Listeners:
         self._keep(found)
         if found.type != socket.SOCK_STREAM or not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise EnvironmentRefusedError(f"descriptor {fd} from systemd is not a listening stream socket")
+        self._refuse_if_open(found.family, found.getsockname())
 
     def _open_tcp(self, address: TcpAddress) -> None:
         where = f"{address.host}:{address.port}"
         try:
             found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
             family, _, _, _, target = found[0]
+            self._refuse_if_open(family, target)
             listener = socket.socket(family, socket.SOCK_STREAM)
             self._keep(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -131,6 +139,13 @@ class Listeners:
             listener.listen(BACKLOG)
         except OSError as error:
             raise UsageError(f"cannot listen on unix:{path}: {error.strerror or error}") from error
+
+    def _refuse_if_open(self, family: int, target: Any) -> None:
+        if self._private and family != socket.AF_UNIX and not _is_loopback(target[0]):
+            raise UsageError(
+                f"cannot listen on {target[0]} without TLS: whoever reaches it could read the guests' memory. Give "
+                "--tls-cert, --tls-key and --tls-ca (lazymem pki makes them), or say --insecure"
+            )
 
     def _keep(self, listener: socket.socket) -> None:
         self._cleanup.callback(listener.close)
@@ -173,6 +188,12 @@ def _remove_own(path: Path, inode: int) -> None:
     with contextlib.suppress(OSError):
         if path.lstat().st_ino == inode:
             path.unlink()
+
+
+def _is_loopback(host: str) -> bool:
+    address = ipaddress.ip_address(host.partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 def spoken_address(listener: socket.socket) -> str:

@@ -46,9 +46,10 @@ from lazymem.wire.messages import (
     ReadFile,
     StoreFile,
 )
-from lazymem_server.catalog import Catalog
+from lazymem_server.catalog import Published
 from lazymem_server.counters import Counters
 from lazymem_server.ending import SessionEnd
+from lazymem_server.gate import TLS_BEGINS
 from lazymem_server.greeting import find_published, welcome_to
 from lazymem_server.jobs import Answer, Job, JobQueue, failure, make_job
 from lazymem_server.learning import Learning, Upload
@@ -75,6 +76,8 @@ LONE_PATIENCE_MS = 1000
 REMEMBERED_DEMANDS = 1024
 """Whoever demands again what it had so few demands ago did not like what it got."""
 
+NO_TLS = "this server speaks no TLS"
+
 
 class Session:
     """One client. `run` returns when it is over, whatever the reason."""
@@ -82,7 +85,7 @@ class Session:
     def __init__(
         self,
         fd: int,
-        catalog: Catalog,
+        catalog: Published,
         limits: ServerLimits,
         disks: Executor,
         peer: str,
@@ -90,13 +93,16 @@ class Session:
         bulk_turns: AbstractContextManager[object],
         writev: Callable[[int, Sequence[Piece]], int] = os.writev,
         maybe_learning: Learning | None = None,
+        read: Callable[[int, int], bytes] = os.read,
+        begun: bytes = b"",
     ) -> None:
         """Args:
         fd: a connected stream socket, not blocking; whoever made it closes it.
         disks: takes the steps that wait for a disk.
         bulk_turns: held while a step of guessed pages is made and sent: all sessions share it.
-        writev: as `os.writev`; for tests.
+        writev, read: as those of `os`; other ones for TLS, and for tests.
         maybe_learning: where working sets that clients send go.
+        begun: what was read before.
         """
         self.counters = Counters()
         self._fd = fd
@@ -107,6 +113,8 @@ class Session:
         self._pace = pace
         self._bulk_turns = bulk_turns
         self._maybe_learning = maybe_learning
+        self._read_socket = read
+        self._begun = begun
         self._maybe_upload: Upload | None = None
         self._working_set: SmallFile | bytes = b""
         self._connection = ServerConnection()
@@ -167,6 +175,8 @@ class Session:
         try:
             self._poll.register(self._fd, select.POLLIN)
             self._interest = select.POLLIN
+            if self._begun:
+                self._take(self._begun)
             while True:
                 if self._reader is not None and self._is_quiet():
                     self._answer_faults()
@@ -194,10 +204,10 @@ class Session:
         Returns when a request takes the common way (it is then in the connection's buffer, or handled), when something
         else is to be looked at, and when nothing comes for as long as the clock may go unseen.
         """
-        wait, fd, asked = self._poll.poll, self._fd, [(self._fd, select.POLLIN)]
+        wait, read, fd, asked = self._poll.poll, self._read_socket, self._fd, [(self._fd, select.POLLIN)]
         while wait(LONE_PATIENCE_MS) == asked:
             try:
-                data = os.read(fd, RECEIVE_BYTES)
+                data = read(fd, RECEIVE_BYTES)
             except BlockingIOError:
                 return
             self._heard = True
@@ -294,14 +304,21 @@ class Session:
 
     def _read(self) -> None:
         try:
-            data = os.read(self._fd, RECEIVE_BYTES)
+            data = self._read_socket(self._fd, RECEIVE_BYTES)
         except BlockingIOError:
             return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
         if self._reader is not None:
             self._asked = False
             self._ask_at = time.monotonic() + self._limits.idle_seconds
             if self._answer_lone(data):
                 return
+        elif data.startswith(TLS_BEGINS):
+            raise SessionEnd(
+                "dropped: it speaks TLS, and this server has none", Error(0, ErrorCode.BAD_REQUEST, NO_TLS)
+            )
         self._connection.receive_data(data)
         self._handle_all()
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "lazymem-umount": "lazymem.cli.umount",
     "lazymem-guest": "lazymem.cli.guest",
     "lazymem-demo": "lazymem.cli.demo",
+    "lazymem-pki": "lazymem.cli.pki",
     "lazymem-doctor": "lazymem.cli.doctor",
 }
 

@@ -1,0 +1,203 @@
+"""`lazymem pki init DIR`, `lazymem pki issue DIR NAME`: an authority of one's own, and certificates for TLS from it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lazymem.errors import LazymemError, StoreError, UsageError
+
+PROGRAM = "lazymem pki"
+
+CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
+
+CA_DAYS = 3650
+"""Whoever replaces it has to visit every host."""
+
+HOST_DAYS = 365
+"""Renewed by one command and one copied file; a lost key is of use to nobody after that."""
+
+_MAX_DAYS = 36500
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""A NAME is a file's name, a host's name and an identity in --allow, so it is nothing else than what all three take."""
+
+_EPILOG = """examples:
+  lazymem pki init pki                                        an authority in ./pki; its key stays there
+  lazymem pki issue pki ram.example --server                  pki/ram.example.crt and .key, for the host of that name
+  lazymem pki issue pki host-a --server --host 10.0.0.5       for a server that is dialled by its address
+  lazymem pki issue pki host-b --client                       for the mounts of host-b, which it names
+  lazymem pki issue pki host-b --renew                        another year, the same key: copy the .crt again
+
+Each host gets ca.crt and its own .crt and .key, and nobody else's. Then:
+  lazymem-serve --tls-cert ram.example.crt --tls-key ram.example.key --tls-ca ca.crt --allow web=host-b ... web
+  lazymem-mount --tls-cert host-b.crt --tls-key host-b.key --tls-ca ca.crt ram.example:7411/web /mnt/ram
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    found = _parser().parse_args(arguments)
+    try:
+        said = _init(found) if found.command == "init" else _issue(found)
+    except LazymemError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"{PROGRAM}: {StoreError(f'{error.filename or found.folder}: {error.strerror}')}", file=sys.stderr)
+        return StoreError.exit_code
+    print(json.dumps(said) if found.json else _told(said))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Make the certificates with which lazymem-serve and lazymem-mount know each other over TLS.",
+        epilog=_EPILOG,
+        formatter_class=form,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="init|issue")
+    init = commands.add_parser("init", help="make an authority", formatter_class=form, epilog=_EPILOG)
+    init.add_argument("folder", metavar="DIR", type=Path, help="made, mode 0700; its ca.key signs, and stays there")
+    init.add_argument("--name", default="lazymem", help="how the authority is called (default: %(default)s)")
+    _add_common(init, CA_DAYS)
+    issue = commands.add_parser("issue", help="make a host's certificate", formatter_class=form, epilog=_EPILOG)
+    issue.add_argument("folder", metavar="DIR", type=Path, help="where 'lazymem pki init' made the authority")
+    issue.add_argument("name", metavar="NAME", help="the host; a client's identity in lazymem-serve --allow")
+    issue.add_argument("--server", action="store_true", help="for lazymem-serve, dialled as NAME")
+    issue.add_argument("--client", action="store_true", help="for lazymem-mount")
+    issue.add_argument(
+        "--host", action="append", default=[], metavar="HOST", help="a name or address that clients dial, too; repeated"
+    )
+    issue.add_argument("--renew", action="store_true", help="replace the certificate of NAME, for the same key and use")
+    _add_common(issue, HOST_DAYS)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, days: int) -> None:
+    parser.add_argument("--days", type=int, default=days, help="valid for so long (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+
+
+def _init(found: argparse.Namespace) -> dict[str, object]:
+    lifetime = _lifetime(found.days)
+    found.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if found.folder.stat().st_mode & 0o077:
+        raise UsageError(f"{found.folder}: others may look into it; chmod 700 {found.folder}, or name a new folder")
+    certificate, key = found.folder / CA_CERTIFICATE, found.folder / CA_KEY
+    with _new_files(key, certificate) as write:
+        from lazymem.tls.authority import make_authority  # heavy, and of no use to a mistake
+
+        made = make_authority(found.name, lifetime)
+        write(key, made.key)
+        write(certificate, made.certificate)
+    return {"certificate": str(certificate), "key": str(key), "not_after": made.not_after.isoformat()}
+
+
+def _issue(found: argparse.Namespace) -> dict[str, object]:
+    lifetime = _lifetime(found.days)
+    if not _FILE_NAME.fullmatch(found.name) or found.name == "ca":
+        raise UsageError(f"{found.name!r} cannot be a NAME: letters, digits, '.', '-', '_', at most 64, and not 'ca'")
+    if found.renew and (found.server or found.client or found.host):
+        raise UsageError("--renew keeps what the certificate is for: without --server, --client and --host")
+    if not (found.renew or found.server or found.client):
+        raise UsageError("say what it is for: --server, --client, or both")
+    from lazymem.tls import authority
+
+    ca = authority.Issued(_read(found.folder / CA_CERTIFICATE), _read(found.folder / CA_KEY), datetime.datetime.max)
+    certificate, key = found.folder / f"{found.name}.crt", found.folder / f"{found.name}.key"
+    if found.renew:
+        made = authority.issue(ca, authority.read_wanted(_read(certificate)), lifetime, _read(key))
+        _replace(certificate, made.certificate)
+    else:
+        with _new_files(key, certificate) as write:
+            wanted = authority.Wanted(found.name, found.server, found.client, tuple(found.host))
+            made = authority.issue(ca, wanted, lifetime)
+            write(key, made.key)
+            write(certificate, made.certificate)
+    return {
+        "certificate": str(certificate),
+        "key": str(key),
+        "authority": str(found.folder / CA_CERTIFICATE),
+        "identity": found.name,
+        "not_after": made.not_after.isoformat(),
+    }
+
+
+def _lifetime(days: int) -> datetime.timedelta:
+    if not 0 < days <= _MAX_DAYS:
+        raise UsageError(f"--days {days}: from 1 to {_MAX_DAYS}")
+    return datetime.timedelta(days=days)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        hint = "lazymem pki init" if path.name in (CA_CERTIFICATE, CA_KEY) else "lazymem pki issue, without --renew,"
+        raise UsageError(f"there is no {path}: {hint} makes it") from error
+
+
+class _Writer:
+    """Fills files that were created empty."""
+
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        self.made: list[Path] = []
+        for path in paths:
+            try:
+                mode = 0o644 if path.suffix == ".crt" else 0o600
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+            except FileExistsError as error:
+                self.remove()
+                raise UsageError(f"{path} exists, and is not replaced: name another one, or move it away") from error
+            self.made.append(path)
+
+    def __call__(self, path: Path, data: bytes) -> None:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        for path in self.made:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _new_files(*paths: Path) -> Iterator[_Writer]:
+    """All of them whole at the end, or none. Raises UsageError where one is there already."""
+    writer = _Writer(paths)
+    try:
+        yield writer
+    except BaseException:
+        writer.remove()
+        raise
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Whole, at once: whoever reads it meanwhile has the one or the other."""
+    beside = path.with_name(f".new.{path.name}")
+    beside.unlink(missing_ok=True)
+    with _new_files(beside) as write:
+        write(beside, data)
+        os.replace(beside, path)
+
+
+def _told(said: dict[str, object]) -> str:
+    text = f"{said['certificate']} and {said['key']}, until {str(said['not_after'])[:10]}"
+    if "authority" not in said:
+        return f"an authority: {text}. Its key signs: keep it where it is"
+    return f"{text}. For {said['identity']} alone, with {said['authority']}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

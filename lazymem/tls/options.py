@@ -1,0 +1,39 @@
+"""The options of TLS, the same at every command that connects or listens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lazymem.errors import UsageError
+from lazymem.settings import TlsSettings
+
+_ALL = "--tls-cert, --tls-key and --tls-ca"
+
+
+def add_tls_options(parser: argparse.ArgumentParser, *, name: bool) -> None:
+    """`name`: also --tls-name, for a client. `lazymem pki` makes the files."""
+    group = parser.add_argument_group("TLS, over TCP (lazymem pki makes the files)")
+    group.add_argument("--tls-cert", metavar="FILE", type=Path, help="our certificate, PEM")
+    group.add_argument("--tls-key", metavar="FILE", type=Path, help="its key, PEM, mode 0600")
+    group.add_argument("--tls-ca", metavar="FILE", type=Path, help="the authority of the other side's certificate, PEM")
+    if name:
+        group.add_argument(
+            "--tls-name", metavar="NAME", help="what the server's certificate must be for (default: the host)"
+        )
+
+
+def maybe_tls(found: argparse.Namespace) -> TlsSettings | None:
+    """What `add_tls_options` found; None without TLS. The files are not looked at.
+
+    Raises:
+        UsageError: some of the options, and not all.
+    """
+    files = (found.tls_cert, found.tls_key, found.tls_ca)
+    name = getattr(found, "tls_name", None)
+    if not any(files) and not name:
+        return None
+    if not all(files):
+        raise UsageError(f"TLS needs {_ALL} (lazymem pki makes all three)")
+    cert, key, ca = (path.absolute() for path in files)
+    return TlsSettings(cert, key, ca, name or "")
