@@ -18,7 +18,8 @@ from lazymem.tls.failures import Side
 
 log = logging.getLogger(__name__)
 
-_Signature = tuple[tuple[int, int, int], ...]
+_Signature = tuple[tuple[int, int, int], ...] | None
+"""What changes when a file does; None: one is missing, which `make_context` then says better."""
 
 
 class Contexts:
@@ -36,7 +37,7 @@ class Contexts:
             UsageError: a file cannot be used, and never could.
         """
         try:
-            signature = _signature(self._settings)
+            signature = _maybe_signature(self._settings)
             if self._made is None or self._made[0] != signature:
                 self._made = signature, make_context(self._settings, self._side)
                 self._complained = ""
@@ -109,9 +110,9 @@ def _why(error: OSError, otherwise: str) -> str:
     return otherwise
 
 
-def _signature(settings: TlsSettings) -> _Signature:
+def _maybe_signature(settings: TlsSettings) -> _Signature:
     try:
         found = [os.stat(path) for path in (settings.cert, settings.key, settings.ca)]
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
+    except OSError:
+        return None
     return tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in found)

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.mounts import WAIT_SECONDS, Stage
 from tests.support.snapshots import BuiltSnapshot
 
-NEVER = {"rich", "pygments", "unicorn", "asyncio", "multiprocessing", "sdnotify", "http", "xml"}
+NEVER = {"cryptography", "rich", "pygments", "unicorn", "asyncio", "multiprocessing", "sdnotify", "http", "xml"}
 """For a terminal, another program, a service manager."""
 
 METADATA = {"importlib.metadata", "email.message", "zipfile"}
