@@ -86,6 +86,10 @@ RECORDED_FOLDER = "recorded"
 """Of a run's folder: what a server has learned before."""
 
 
+PKI_FOLDER = "pki"
+SERVER_NAME, CLIENT_NAME = "server", "client"
+
+
 def serve_lazymem(image: Image, folder: Path) -> AbstractContextManager[Server]:
     return _serve_lazymem(image, folder)
 
@@ -93,6 +97,21 @@ def serve_lazymem(image: Image, folder: Path) -> AbstractContextManager[Server]:
 def serve_recorded(image: Image, folder: Path) -> AbstractContextManager[Server]:
     """With a working set in `folder`, which the measure put there."""
     return _serve_lazymem(image, folder, "--learn", str(folder / RECORDED_FOLDER))
+
+
+def serve_tls(image: Image, folder: Path) -> AbstractContextManager[Server]:
+    """With certificates of its own, made before any clock runs; the client's are `mount_tls`'s."""
+    pki = folder / PKI_FOLDER
+    for words in (("init", pki), ("issue", pki, SERVER_NAME, "--server"), ("issue", pki, CLIENT_NAME, "--client")):
+        command = [sys.executable, "-m", "lazymem.cli.pki", *map(str, words)]
+        subprocess.run(command, check=True, capture_output=True)
+    return _serve_lazymem(image, folder, *_tls_options(folder, SERVER_NAME), "--allow", CLIENT_NAME)
+
+
+def _tls_options(folder: Path, name: str) -> tuple[str, ...]:
+    pki = folder / PKI_FOLDER
+    words = ("--tls-cert", pki / f"{name}.crt", "--tls-key", pki / f"{name}.key", "--tls-ca", pki / "ca.crt")
+    return tuple(map(str, words))
 
 
 @contextmanager
@@ -134,6 +153,16 @@ def mount_lazymem(*options: str, module: str = "lazymem.cli.mount") -> MountIt:
             shutil.rmtree(cache, ignore_errors=True)
             if not ended:
                 raise WayError("lazymem's daemon did not end after its unmount")
+
+    return mount
+
+
+def mount_tls(*options: str) -> MountIt:
+    """As `mount_lazymem`, of a server by `serve_tls`."""
+
+    def mount(through: Through, image: Image, folder: Path) -> AbstractContextManager[Mount]:
+        tls = (*_tls_options(folder, CLIENT_NAME), "--tls-name", SERVER_NAME)
+        return mount_lazymem(*options, *tls)(through, image, folder)
 
     return mount
 
@@ -281,6 +310,8 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 LAZYMEM = Way("lazymem", "lazymem", serve_lazymem, mount_lazymem("--prefetch", "all"))
 LAZYMEM_NONE = Way("lazymem-none", "lazymem, guessing off", serve_lazymem, mount_lazymem("--prefetch", "none"))
+LAZYMEM_TLS = Way("lazymem-tls", "lazymem, TLS", serve_tls, mount_tls("--prefetch", "all"))
+LAZYMEM_NONE_TLS = Way("lazymem-none-tls", "lazymem, guessing off, TLS", serve_tls, mount_tls("--prefetch", "none"))
 LAZYMEM_RECORDED = Way("lazymem-recorded", "lazymem, recorded", serve_recorded, mount_lazymem("--prefetch", "all"))
 LAZYMEM_TEMPLATE = Way(
     "lazymem-template",
@@ -295,6 +326,18 @@ LOCAL = Way("local", "local", serve_nothing, mount_local)
 
 POSTCOPY = Way("postcopy", "QEMU post-copy", serve_nothing, mount_nothing)
 
-_ALL = (LAZYMEM, LAZYMEM_NONE, LAZYMEM_RECORDED, LAZYMEM_TEMPLATE, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)
+_ALL = (
+    LAZYMEM,
+    LAZYMEM_NONE,
+    LAZYMEM_TLS,
+    LAZYMEM_NONE_TLS,
+    LAZYMEM_RECORDED,
+    LAZYMEM_TEMPLATE,
+    NBDFUSE,
+    QSD,
+    POSTCOPY,
+    COPY,
+    LOCAL,
+)
 
 WAYS = {way.name: way for way in _ALL}

@@ -75,7 +75,7 @@ def _run_sequential(context: Context) -> Sample:
 FILL = Measure(
     "fill",
     "everything held",
-    pairs(("loopback", "1ms", "20ms"), ("lazymem", "nbdfuse", "qsd", "copy")),
+    (*pairs(("loopback", "1ms", "20ms"), ("lazymem", "nbdfuse", "qsd", "copy")), ("loopback", "lazymem-tls")),
     _run_fill,
     (
         Target(

@@ -71,6 +71,7 @@ def make_context(settings: TlsSettings, side: Side) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if client else ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = client
+    context.hostname_checks_common_name = False  # a name that anybody may have written there; alternative names count
     context.verify_mode = ssl.CERT_REQUIRED
     if not client:
         context.num_tickets = 0  # nobody resumes a session, so nobody skips being asked for a certificate

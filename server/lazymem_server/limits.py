@@ -1,8 +1,8 @@
 """What one client may cost the server, and all of them together. Each bound with its reason.
 
 The worst case of memory is `max_clients` times (`max_unsent_bytes` + one answer step of up to 1 MiB + a thread + open
-requests), 450 MiB, and with `--learn` another MiB a client; what a well-behaved client costs is a thread and a buffer
-of `demand_frame_pages`, some 200 KiB.
+requests), 450 MiB, with `--learn` another MiB a client, with TLS 0.2 MiB for records and OpenSSL's state; what a
+well-behaved client costs is a thread and a buffer of `demand_frame_pages`, some 200 KiB.
 """
 
 from __future__ import annotations

@@ -184,6 +184,20 @@ async def test_a_name_that_exists_is_refused_as_one_that_does_not(
         await assert_is_served(serving, snapshot, pki.client())
 
 
+async def test_our_client_with_tls_at_a_server_without(
+    snapshot: BuiltSnapshot, pki: Pki, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with trio.open_nursery() as nursery:
+        serving: Serving = await nursery.start(serve, [snapshot.folder], ["127.0.0.1:0"])
+        error = await refusal(serving, pki.client())
+        assert type(error) is TlsError
+        assert "the server does not speak TLS: both sides need --tls-cert" in str(error)
+        await wait_said(caplog, "it speaks TLS, and this server has none")
+        await assert_is_served(serving, snapshot, None)
+        nursery.cancel_scope.cancel()
+
+
 # ---- what is no client of ours
 
 

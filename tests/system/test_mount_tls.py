@@ -162,7 +162,8 @@ def test_insecure_is_a_word_that_has_to_be_said(snapshot: BuiltSnapshot) -> None
 def test_a_systemd_socket_that_others_reach_is_refused_too(snapshot: BuiltSnapshot) -> None:
     """The unit's socket may have been widened without a thought of TLS."""
     program = (
-        "import os, socket, sys; s = socket.create_server(('0.0.0.0', 0)); os.dup2(s.fileno(), 3); os.set_inheritable(3, True); "
+        "import os, socket, sys; s = socket.create_server(('0.0.0.0', 0)); os.dup2(s.fileno(), 3); "
+        "os.set_inheritable(3, True); "
         "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); "
         "os.execv(sys.executable, [sys.executable, '-m', 'lazymem_server.app', sys.argv[1]])"
     )

@@ -17,7 +17,7 @@ from tests.support.mounts import Mounted
 pytestmark = pytest.mark.system
 
 CHECKOUT = Path(__file__).parents[2]
-PORTS = ("7411", "7412")
+PORTS = ("7411", "7412", "7413")
 
 
 def _free_port() -> str:
@@ -66,7 +66,7 @@ def test_the_tour(folder: Path) -> None:
     try:
         shell.wait(120)
     finally:
-        os.killpg(shell.pid, signal.SIGKILL)  # what the tour left running: its two servers
+        os.killpg(shell.pid, signal.SIGKILL)  # what the tour left running: its servers
         shell.wait()
         output = (folder / "output").read_text()
     assert shell.returncode == 0, output

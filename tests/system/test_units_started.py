@@ -215,3 +215,38 @@ def test_a_server_that_is_restarted_is_only_waited_for(machine: SystemdMachine) 
     machine.run("systemctl", "restart", SERVER)
     machine.shell("cksum /run/lazymem/web/pc.ram")
     assert tick(machine) > before
+
+
+def test_a_guest_from_another_host_over_tls(installed: SystemdMachine) -> None:
+    """As "Over a network" says; after it all is as before, for the tests that come then."""
+    machine = installed
+    configure(machine, RAM_MIB)
+    machine.shell("mkdir /root/before && cp /etc/lazymem/*.conf /root/before/")
+    for block in ("pki", "tls-serve", "tls-mount"):
+        machine.shell(commands(block))
+    dialled = 's/^LAZYMEM_MOUNT_OPTIONS="/&--tls-name ram.example.net /'  # it is 127.0.0.1 here
+    machine.shell(f"sed -i '{dialled}' /etc/lazymem/mount-web.conf")
+    try:
+        machine.shell(commands("start"))
+        assert "0.0.0.0:7411" in machine.shell(
+            f"systemctl show --property=Listen {SERVER.replace('.service', '.socket')}"
+        )
+        before, daemon = tick(machine), machine.show(MOUNT, "MainPID")
+        machine.shell(f"kill -KILL {daemon}")
+        machine.wait_shown(MOUNT, "NRestarts", "1")
+        machine.wait_shown(MOUNT, "ActiveState", "active")
+        machine.shell("cksum /run/lazymem/web/pc.ram")
+        machine.run("systemctl", "restart", SERVER)
+        assert tick(machine) > before
+        assert "(host-b): takes web" in machine.log()
+        machine.run("systemctl", "stop", VM, MOUNT)
+        machine.shell("sed -i 's/^LAZYMEM_SERVE_OPTIONS=.*/LAZYMEM_SERVE_OPTIONS=/' /etc/lazymem/serve-7411.conf")
+        machine.run("systemctl", "stop", SERVER)
+        assert machine.run("systemctl", "start", SERVER, check=False).returncode == 1
+        assert "0.0.0.0 without TLS" in machine.log()
+    finally:
+        machine.run("systemctl", "stop", VM, MOUNT, SERVER, SERVER.replace(".service", ".socket"))
+        machine.shell("rm -r /etc/systemd/system/lazymem-serve@.socket.d; systemctl daemon-reload")
+        machine.shell("cp /root/before/*.conf /etc/lazymem/")
+        machine.run("systemctl", "reset-failed", check=False)
+        machine.run("systemctl", "start", SERVER.replace(".service", ".socket"))
