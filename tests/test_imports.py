@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fetch": BASE | {"wire", "tls"},
     "fs": BASE | {"store"},
     "vm": BASE | {"snapshot"},
-    "handover": BASE | {"wire", "snapshot", "vm"},
+    "handover": BASE | {"wire", "snapshot", "vm", "tls"},
     # The demo's guest and processes: a QEMU from outside, looked at through vm's monitor client.
     "demo": BASE | {"vm", "snapshot"},
     "lazymem_server": BASE | {"wire", "snapshot", "tls"},

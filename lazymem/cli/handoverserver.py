@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import trio
+from lazymem_server.allowed import ANY, parse_allowed
 from lazymem_server.app import Serving
 from lazymem_server.catalog import Catalog
+from lazymem_server.gate import Gate, plaintext_refusal
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import Listeners
 
 from lazymem.errors import LazymemError, RemoteProtocolError
 from lazymem.handover import messages
-from lazymem.handover.channel import first_bytes
+from lazymem.handover.channel import PROTOCOL, Channel, Stream, first_bytes
 from lazymem.handover.receivers import Receivers
+from lazymem.settings import TlsSettings
 from lazymem.snapshot.liveram import LiveRam
 from lazymem.snapshot.reader import SnapshotReader
+from lazymem.tls.stream import TlsStream
 
 _FIRST_SECONDS = 10.0
 """For a connection to say what it is."""
@@ -27,6 +33,8 @@ _MAX_CONNECTIONS = 32
 _MAX_SILENT = 256
 """Connections that have not said yet what they are: more than clients and receivers that come at once, and fewer than
 a process may have descriptors."""
+
+log = logging.getLogger("lazymem.server")
 
 _MARK = messages.CONTROL[:2]
 """What no page client's first frame begins with: its length is under 512, so its second byte is 0 or 1."""
@@ -55,10 +63,13 @@ class LiveCatalog(Catalog):
 class HandoverServer:
     """Fits `handover.sending.PageServer`. `receivers` is set before `run`."""
 
-    def __init__(self, listeners: Listeners) -> None:
+    def __init__(self, listeners: Listeners, tls: TlsSettings | None = None, allow: Sequence[str] = ()) -> None:
+        """`allow`: with `tls`, the identities (as for lazymem-serve) that may take the guest; nobody else may."""
         self._catalog = LiveCatalog()
+        self._allowed = parse_allowed(allow)
+        gate = None if tls is None else Gate(tls, self._allowed, ServerLimits(), PROTOCOL, _plaintext_refusal)
         self.receivers: Receivers | None = None
-        self._serving = Serving(self._catalog, listeners, ServerLimits(), maybe_divert=self._divert)
+        self._serving = Serving(self._catalog, listeners, ServerLimits(), maybe_divert=self._divert, maybe_gate=gate)
         self._connections = 0
         self._silent = 0
 
@@ -78,7 +89,9 @@ class HandoverServer:
         finally:
             self._catalog.close()
 
-    async def _divert(self, stream: trio.SocketStream) -> bool:
+    async def _divert(self, stream: Stream) -> bool:
+        if isinstance(stream, TlsStream):  # it said what it is
+            return await self._take(stream)
         if self._silent >= _MAX_SILENT:
             return True
         self._silent += 1
@@ -90,6 +103,9 @@ class HandoverServer:
             self._silent -= 1
         if not is_receiver:
             return is_receiver is None  # silent for too long: its end
+        return await self._take(stream)
+
+    async def _take(self, stream: Stream) -> bool:
         if self._connections >= _MAX_CONNECTIONS:
             return True
         self._connections += 1
@@ -101,9 +117,13 @@ class HandoverServer:
             self._connections -= 1
         return True
 
-    async def _serve(self, stream: trio.SocketStream) -> None:
+    async def _serve(self, stream: Stream) -> None:
         assert self.receivers is not None
-        if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+        if isinstance(stream, TlsStream):
+            if not self._allowed.permits(ANY, stream.identities):
+                await _refuse(stream)
+                return
+        elif stream.socket.family in (socket.AF_INET, socket.AF_INET6):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         kind = await first_bytes(stream, messages.MAGIC_BYTES)
         if kind == messages.CONTROL:
@@ -113,6 +133,22 @@ class HandoverServer:
             await self.receivers.keep_for_state(stream, handover)
         else:
             raise RemoteProtocolError("a connection that says nothing known")
+
+
+def _plaintext_refusal(heard: bytes) -> bytes:
+    if heard.startswith(_MARK):
+        return messages.encode(messages.No("it speaks TLS: give lazymem receive --tls-cert, --tls-key and --tls-ca"))
+    return plaintext_refusal(heard)
+
+
+async def _refuse(stream: TlsStream) -> None:
+    """Reads on until the other side has heard it: closing with unread data is a reset, which would overtake it."""
+    who = ", ".join(stream.identities) or "a client without a name"
+    log.warning("%s: refused: it may not take the guest (--allow)", who)
+    with trio.move_on_after(_FIRST_SECONDS):
+        await Channel(stream).send(messages.No(f"{who} may not take this guest"))
+        while await stream.receive_some():
+            pass
 
 
 async def _is_receiver(stream: trio.SocketStream) -> bool:

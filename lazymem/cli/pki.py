@@ -73,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     issue = commands.add_parser("issue", help="make a host's certificate", formatter_class=form, epilog=_EPILOG)
     issue.add_argument("folder", metavar="DIR", type=Path, help="where 'lazymem pki init' made the authority")
     issue.add_argument("name", metavar="NAME", help="the host; and what lazymem-serve knows its clients by")
-    issue.add_argument("--server", action="store_true", help="for lazymem-serve, dialled as NAME")
-    issue.add_argument("--client", action="store_true", help="for lazymem-mount")
+    issue.add_argument("--server", action="store_true", help="for lazymem-serve, lazymem send, dialled as NAME")
+    issue.add_argument("--client", action="store_true", help="for lazymem-mount, lazymem receive")
     issue.add_argument(
         "--host", action="append", default=[], metavar="HOST", help="a name or address that clients dial, too; repeated"
     )

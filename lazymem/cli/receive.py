@@ -21,11 +21,13 @@ from lazymem.errors import BusyError, GuestCrashError, IdentityError, LazymemErr
 from lazymem.fs import checks, mountinfo
 from lazymem.handover import requests
 from lazymem.handover.arriving import ArrivingGuest, maybe_arrived
+from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal, default_folder
 from lazymem.handover.receiving import Arriving, Outcome, Receiver
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import Destination
 from lazymem.settings import parse_endpoint
+from lazymem.tls.options import add_tls_options, maybe_tls
 
 PROGRAM = "lazymem receive"
 _ASK_SECONDS = 60.0
@@ -35,6 +37,7 @@ _EPILOG = """examples:
   lazymem receive source.example:7412 /mnt/ram -serial file:console          lazymem-vm's options follow the folder
   lazymem receive source.example:7412 /mnt/ram -qmp unix:qmp -- -netdev user,id=n0 -device virtio-net-pci,netdev=n0
                                                                              behind the --, QEMU's
+  lazymem receive source.example:7412 /mnt/ram --tls-cert host-b.crt --tls-key host-b.key --tls-ca ca.crt
   lazymem receive --take /mnt/ram     the source is dead, and its decision was never heard
 """
 
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         mountpoint = Path(mountinfo.real_path(found.mountpoint))
         options = tuple(found.options)
         cache = None if found.cache is None else found.cache.absolute()
-        wanted = Wanted(mountpoint, cache, options, tuple(vm_words), tuple(more), found.force)
+        wanted = Wanted(mountpoint, cache, options, tuple(vm_words), tuple(more), found.force, maybe_tls(found))
         folder = found.journal or default_folder("receive", str(mountpoint))
         return _run(found, wanted, folder.absolute())
     except LazymemError as error:
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mount-option", dest="options", metavar="OPT", action="append", default=[], help="lazymem-mount's -o OPT"
     )
+    add_tls_options(parser, name=True)
     parser.add_argument("--force", action="store_true", help="although this host has little memory or disk for it")
     parser.add_argument(
         "--take",
@@ -153,7 +157,7 @@ class _Coming:
 
     async def anew(self) -> Outcome:
         began = time.monotonic()
-        link = SourceLink(parse_endpoint(self._found.source), say)
+        link = SourceLink(parse_endpoint(self._found.source), say, tls=self._wanted.tls)
         try:
             receiver, incoming = await self._prepare(link, began)
         except BaseException:
@@ -162,7 +166,7 @@ class _Coming:
             raise
         return await self._to_the_end(receiver, incoming)
 
-    async def _prepare(self, link: SourceLink, began: float) -> tuple[Receiver, tuple[trio.SocketStream, Path]]:
+    async def _prepare(self, link: SourceLink, began: float) -> tuple[Receiver, tuple[Stream, Path]]:
         """Everything that can fail before the source is told to begin."""
         checks.check_mount_point(str(self._wanted.mountpoint))
         offer = await link.first()
@@ -193,7 +197,7 @@ class _Coming:
         assert found is not None
         emulator = before.emulator_pid, before.emulator_began, Path(before.monitor), Path(before.sockets)
         self.host.adopt(found.handover, *emulator)
-        link = SourceLink(parse_endpoint(before.source), say, found.handover)
+        link = SourceLink(parse_endpoint(before.source), say, found.handover, self._wanted.tls)
         alive = self.host.maybe_exit_code() is None
         guest = await trio.to_thread.run_sync(maybe_arrived, Path(before.monitor)) if alive else None
         receiver = self._receiver(link, guest, before, Destination(found.state), time.monotonic())
@@ -209,7 +213,7 @@ class _Coming:
     def _print_report(self, report: dict[str, Any]) -> None:
         print(json.dumps(report) if self._found.json else as_text(report), flush=True)
 
-    async def _to_the_end(self, receiver: Receiver, incoming: tuple[trio.SocketStream, Path] | None) -> Outcome:
+    async def _to_the_end(self, receiver: Receiver, incoming: tuple[Stream, Path] | None) -> Outcome:
         self.receiver = receiver
         async with trio.open_nursery() as nursery:
             if self._found.take:

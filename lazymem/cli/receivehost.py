@@ -36,8 +36,9 @@ from lazymem.errors import (
 from lazymem.fs import mountinfo
 from lazymem.handover.arriving import WAITS, ArrivingGuest, boot_id
 from lazymem.handover.messages import Offer
-from lazymem.settings import Endpoint, default_cache_dir
+from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir
 from lazymem.snapshot.manifest import emulator_of
+from lazymem.tls.options import tls_words
 
 LOG_NAME = "emulator.log"
 _MOUNT_LOG_NAME = "mount.log"
@@ -77,6 +78,7 @@ class Wanted(Struct, frozen=True):
     words: tuple[str, ...]
     more: tuple[str, ...]
     force: bool = False
+    tls: TlsSettings | None = None
 
 
 class ReceiveHost:
@@ -134,6 +136,8 @@ class ReceiveHost:
         command += [] if wanted.cache is None else ["--cache", str(wanted.cache)]
         for option in wanted.mount_options:
             command += ["-o", option]
+        if wanted.tls is not None and isinstance(endpoint, TcpEndpoint):
+            command += tls_words(wanted.tls)
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise MountError(done.stderr.strip().removeprefix("lazymem-mount: ") or "lazymem-mount failed")

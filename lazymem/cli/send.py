@@ -20,13 +20,14 @@ from lazymem_server.listeners import Listeners, parse_listen
 from lazymem.cli.groups import cause_of
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.handoverserver import HandoverServer
-from lazymem.errors import BusyError, IdentityError, LazymemError, MonitorError, StoreError
+from lazymem.errors import BusyError, IdentityError, LazymemError, MonitorError, StoreError, UsageError
 from lazymem.handover import requests
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.journal import Journal, default_folder
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.sending import Leaving, Outcome, Sender
 from lazymem.handover.states import Source
+from lazymem.tls.options import add_tls_options, maybe_tls
 
 PROGRAM = "lazymem send"
 DEFAULT_LISTEN = "127.0.0.1:7412"
@@ -38,7 +39,9 @@ _BACK_SECONDS = 5.0
 """For a destination that lives to come back to a new lazymem send: it tries each two seconds."""
 
 _EPILOG = """examples:
-  lazymem send --qmp /run/vm/qmp.sock --listen 10.0.0.1:7412    then there: lazymem receive 10.0.0.1:7412 /mnt/ram
+  lazymem send --qmp /run/vm/qmp.sock --listen 10.0.0.1:7412 --allow host-b \
+      --tls-cert host-a.crt --tls-key host-a.key --tls-ca ca.crt                (lazymem pki --help: the files)
+      then there: lazymem receive 10.0.0.1:7412 /mnt/ram --tls-cert host-b.crt --tls-key host-b.key --tls-ca ca.crt
   lazymem send --qmp /run/vm/qmp.sock                           again, after it was killed: it goes on where it was
   lazymem send --qmp /run/vm/qmp.sock --reclaim                 the other host is dead, and took its decision along
 """
@@ -80,6 +83,17 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_LISTEN,
         help="for the receiver, or unix:PATH; whoever can connect can take the guest (default: %(default)s)",
     )
+    add_tls_options(parser, name=False)
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="IDENTITY[,IDENTITY...]",
+        help="with TLS: who may take the guest (names in client certificates; '*': whoever has one); may be repeated",
+    )
+    parser.add_argument(
+        "--insecure", action="store_true", help="listen where others can reach it, without TLS: they can take the guest"
+    )
     parser.add_argument(
         "--disks-handled", action="store_true", help="the guest's writable disks are at the destination, too"
     )
@@ -119,7 +133,12 @@ def _with_journal(found: argparse.Namespace, journal: Journal) -> int:
             undo.callback(guest.close)
             if is_here and before is not None and before.emulator_pid not in (None, guest.pid):
                 before = None  # that guest has ended, and nothing of it was given away
-        listeners = undo.enter_context(Listeners())
+        tls = maybe_tls(found)
+        if tls is None and found.allow:
+            raise UsageError("--allow needs --tls-cert, --tls-key and --tls-ca: without TLS nobody has a name")
+        if tls is not None and not found.allow:
+            raise UsageError("nobody may take the guest: say --allow with the name of the destination's certificate")
+        listeners = undo.enter_context(Listeners(private=tls is None and not found.insecure))
         listeners.open([parse_listen(before.address if before is not None else found.listen)])
         try:
             outcome, state_bytes = trio.run(_send, found, journal, before, guest, listeners)
@@ -171,7 +190,7 @@ async def _send(
     guest: LeavingGuest | None,
     listeners: Listeners,
 ) -> tuple[Outcome, int]:
-    server = HandoverServer(listeners)
+    server = HandoverServer(listeners, maybe_tls(found), found.allow)
     maybe_look = None
     if before is None:
         before = await trio.to_thread.run_sync(_look, found, guest, server.address)

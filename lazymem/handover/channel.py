@@ -7,9 +7,15 @@ from contextlib import suppress
 
 import trio
 
-from lazymem.errors import RemoteProtocolError, ServerUnreachableError
+from lazymem.errors import RemoteProtocolError, ServerUnreachableError, TlsError
 from lazymem.handover.messages import Message, Ping, Pong, Receiver, encode
-from lazymem.settings import Endpoint, TcpEndpoint
+from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings
+from lazymem.tls.stream import TlsStream, secured
+
+Stream = trio.SocketStream | TlsStream
+
+PROTOCOL = "lazymem-handover"
+"""By ALPN: a page client at the same address names none."""
 
 PING_SECONDS = 2.0
 SILENCE_SECONDS = 10.0
@@ -24,7 +30,7 @@ _NETWORK = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 class Channel:
     """Owns the stream. One task receives; any may send."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._receiver = Receiver()
         self._waiting: deque[Message] = deque()
@@ -48,6 +54,7 @@ class Channel:
 
         Raises:
             ServerUnreachableError: the other side is gone, or silent for too long.
+            TlsError: it does not believe us.
             RemoteProtocolError: it speaks something else.
         """
         while True:
@@ -61,6 +68,8 @@ class Channel:
                 with trio.fail_after(silence_seconds):
                     data = await self._stream.receive_some(_CHUNK_BYTES)
             except (*_NETWORK, trio.TooSlowError) as error:
+                if isinstance(error.__cause__, TlsError):
+                    raise error.__cause__ from error
                 raise ServerUnreachableError("the other side of the hand-over is gone, or silent") from error
             if not data:
                 raise ServerUnreachableError("the other side of the hand-over ended the connection")
@@ -83,18 +92,21 @@ class Channel:
         await trio.aclose_forcefully(self._stream)
 
 
-async def dial(endpoint: Endpoint, greeting: bytes) -> trio.SocketStream:
-    """A new connection, of the kind that `greeting` says.
+async def dial(endpoint: Endpoint, greeting: bytes, tls: TlsSettings | None = None) -> Stream:
+    """A new connection, of the kind that `greeting` says; over TCP with `tls`, if any.
 
     Raises:
         ServerUnreachableError: nobody there.
+        TlsError: not the one that is meant.
     """
     try:
         with trio.fail_after(DIAL_SECONDS):
-            if isinstance(endpoint, TcpEndpoint):
+            if not isinstance(endpoint, TcpEndpoint):
+                stream: Stream = await trio.open_unix_socket(endpoint.path)
+            elif tls is None:
                 stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
             else:
-                stream = await trio.open_unix_socket(endpoint.path)
+                stream = await _dial_tls(endpoint, tls)
             await stream.send_all(greeting)
     except trio.TooSlowError as error:
         raise ServerUnreachableError(f"{endpoint} does not answer") from error
@@ -103,7 +115,18 @@ async def dial(endpoint: Endpoint, greeting: bytes) -> trio.SocketStream:
     return stream
 
 
-async def first_bytes(stream: trio.SocketStream, count: int, seconds: float = DIAL_SECONDS) -> bytes:
+async def _dial_tls(endpoint: TcpEndpoint, tls: TlsSettings) -> TlsStream:
+    stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+    try:
+        return await secured(stream, tls, endpoint.host, PROTOCOL)
+    except BaseException as error:
+        await trio.aclose_forcefully(stream)
+        if isinstance(error, TlsError | ServerUnreachableError):
+            raise type(error)(f"{endpoint}: {error}") from error
+        raise
+
+
+async def first_bytes(stream: Stream, count: int, seconds: float = DIAL_SECONDS) -> bytes:
     """So many bytes, no more, from a connection's begin.
 
     Raises:

@@ -14,7 +14,7 @@ import trio
 
 from lazymem.errors import BusyError, LazymemError, RemoteProtocolError, ServerUnreachableError
 from lazymem.handover import messages
-from lazymem.handover.channel import Channel
+from lazymem.handover.channel import Channel, Stream
 from lazymem.handover.states import Event
 
 _STATE_CONNECTION_SECONDS = 10.0
@@ -55,7 +55,7 @@ class Receivers:
         self._state: _StateConnection | None = None
         self._state_came = trio.Event()
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: Stream) -> None:
         """A control connection, whose first bytes were read, to its end."""
         channel = Channel(stream)
         try:
@@ -121,7 +121,7 @@ class Receivers:
 
     # ---- the connection that takes the device state
 
-    async def keep_for_state(self, stream: trio.SocketStream, handover: str) -> None:
+    async def keep_for_state(self, stream: Stream, handover: str) -> None:
         """Keep it open until it is of no more use."""
         if self.peer is None or handover != self._door.handover:
             return
@@ -134,7 +134,7 @@ class Receivers:
         self._state_came = trio.Event()
         await kept.closed.wait()
 
-    async def state_connection(self, handover: str) -> trio.SocketStream:
+    async def state_connection(self, handover: str) -> Stream:
         """
         Raises:
             BusyError: none comes.
@@ -154,7 +154,7 @@ class Receivers:
 class _StateConnection:
     """The one that is kept: as long as it is not `closed`."""
 
-    def __init__(self, handover: str, stream: trio.SocketStream) -> None:
+    def __init__(self, handover: str, stream: Stream) -> None:
         self.handover = handover
         self.stream = stream
         self.closed = trio.Event()

@@ -23,6 +23,7 @@ from lazymem.errors import (
 )
 from lazymem.handover import messages, requests
 from lazymem.handover.arriving import ArrivingGuest, has_state
+from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal
 from lazymem.handover.polling import until
 from lazymem.handover.relay import bring_in
@@ -145,7 +146,7 @@ class Receiver:
 
     # ---- life
 
-    async def run(self, incoming: tuple[trio.SocketStream, Path] | None) -> Outcome:
+    async def run(self, incoming: tuple[Stream, Path] | None) -> Outcome:
         """Until the guest has ended here, or is to run elsewhere. `incoming`: the connection that brings the state, and
         the socket on which the emulator takes it; None in a restarted process.
 
@@ -218,7 +219,7 @@ class Receiver:
         with suppress(trio.WouldBlock):
             self._put.send_nowait((event, payload))
 
-    async def _bring_in(self, stream: trio.SocketStream, emulator: Path) -> None:
+    async def _bring_in(self, stream: Stream, emulator: Path) -> None:
         def received(count: int) -> None:
             self._received_bytes = count
             self._nursery.start_soon(self._link.say, messages.Received(count))

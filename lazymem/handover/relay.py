@@ -19,6 +19,8 @@ from pathlib import Path
 import trio
 
 from lazymem.errors import MonitorError, SaveStreamError
+from lazymem.handover.channel import Stream
+from lazymem.tls.stream import TlsSocket, TlsStream
 
 _CHUNK_BYTES = 256 * 1024
 _MAX_SOCKET_PATH = 107
@@ -30,7 +32,7 @@ _AHEAD_CHUNKS = 256
 class Outgoing:
     """Listens on a fresh unix socket for one emulator, and hands what it sends on to `target`, which it then owns."""
 
-    def __init__(self, target: socket.socket, beside: Path, for_user: int) -> None:
+    def __init__(self, target: socket.socket | TlsSocket, beside: Path, for_user: int) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._target = target
         self._connection: socket.socket | None = None
@@ -107,19 +109,21 @@ class Outgoing:
             self._folder.cleanup()
 
 
-def _shut_down(sock: socket.socket) -> None:
+def _shut_down(sock: socket.socket | TlsSocket) -> None:
     with suppress(OSError):  # not connected, or closed: then nobody waits in it
         sock.shutdown(socket.SHUT_RDWR)
 
 
-def as_plain_socket(stream: trio.SocketStream) -> socket.socket:
+def as_plain_socket(stream: Stream) -> socket.socket | TlsSocket:
     """The stream's socket, blocking and on its own; the stream is of no more use."""
+    if isinstance(stream, TlsStream):
+        return stream.as_plain_socket()
     plain = socket.socket(fileno=os.dup(stream.socket.fileno()))
     plain.setblocking(True)
     return plain
 
 
-async def bring_in(source: trio.SocketStream, emulator: Path, on_received: Callable[[int], None]) -> None:
+async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], None]) -> None:
     """All that comes, into the emulator that listens on the unix socket. `on_received` gets the number of bytes when
     the last one is here, which may be long before the emulator has taken it.
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 
 import trio
 
-from lazymem.errors import RemoteProtocolError, ServerRefusedError, ServerUnreachableError
+from lazymem.errors import RemoteProtocolError, ServerRefusedError, ServerUnreachableError, TlsError, UsageError
 from lazymem.handover import messages
 from lazymem.handover.arriving import boot_id
-from lazymem.handover.channel import Channel, dial
+from lazymem.handover.channel import Channel, Stream, dial
 from lazymem.handover.states import Event
-from lazymem.settings import Endpoint
+from lazymem.settings import Endpoint, TlsSettings
 
 _RETRY_SECONDS = (0.1, 2.0)
 """Between tries: the first pause and the longest. They double."""
@@ -33,13 +33,16 @@ OnEvent = Callable[[Event, object], Awaitable[None]]
 class SourceLink:
     """`handover`: its id; `clock_ahead_seconds`: how much the source's clock is ahead of ours."""
 
-    def __init__(self, endpoint: Endpoint, say: Callable[[str], None], handover: str = "") -> None:
+    def __init__(
+        self, endpoint: Endpoint, say: Callable[[str], None], handover: str = "", tls: TlsSettings | None = None
+    ) -> None:
         self.endpoint = endpoint
         self.handover = handover
         self.clock_ahead_seconds = 0.0
         self.let_go = False
         """The source has said its last word: it has let go, or keeps the guest, or knows nothing of this."""
         self._say = say
+        self._tls = tls
         self._is_done = False
         self._channel: Channel | None = None
 
@@ -51,6 +54,7 @@ class SourceLink:
         """Connect for the first time.
 
         Raises:
+            TlsError: it is not the one that is meant, or does not believe us.
             ServerUnreachableError: nobody is there.
             ServerRefusedError: somebody is, and says no.
             RemoteProtocolError: it is no lazymem send.
@@ -70,7 +74,7 @@ class SourceLink:
         return answer
 
     async def _connect(self) -> Channel:
-        return Channel(await dial(self.endpoint, messages.CONTROL))
+        return Channel(await dial(self.endpoint, messages.CONTROL, self._tls))
 
     async def _greeted(self, channel: Channel) -> messages.Message:
         await channel.send(messages.Hello(messages.VERSION, boot_id(), self.handover))
@@ -89,13 +93,13 @@ class SourceLink:
             looks.append((heard - asked, answer.seconds - (asked + heard) / 2))
         self.clock_ahead_seconds = min(looks)[1]
 
-    async def open_state(self) -> trio.SocketStream:
+    async def open_state(self) -> Stream:
         """The connection that brings the device state.
 
         Raises:
             ServerUnreachableError: nobody is there any more.
         """
-        return await dial(self.endpoint, messages.STATE + bytes.fromhex(self.handover))
+        return await dial(self.endpoint, messages.STATE + bytes.fromhex(self.handover), self._tls)
 
     async def say(self, message: messages.Message) -> None:
         """To the source, if it is there; else it asks when it is."""
@@ -126,7 +130,7 @@ class SourceLink:
                 await on_event(Event.LOST, None)
             await trio.sleep(pause)
             pause = min(2 * pause, longest)
-            with suppress(ServerUnreachableError, RemoteProtocolError):
+            with suppress(ServerUnreachableError, RemoteProtocolError, TlsError, UsageError):
                 await self._again(on_event)
 
     async def _again(self, on_event: OnEvent) -> None:
@@ -151,7 +155,7 @@ class SourceLink:
     async def _listen(self, channel: Channel, on_event: OnEvent) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.keep_alive)
-            with suppress(ServerUnreachableError, RemoteProtocolError):
+            with suppress(ServerUnreachableError, RemoteProtocolError, TlsError, UsageError):
                 while True:
                     message = await channel.receive()
                     event = _EVENTS.get(type(message))

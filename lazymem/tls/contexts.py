@@ -25,9 +25,11 @@ _Signature = tuple[tuple[int, int, int], ...] | None
 class Contexts:
     """The context of one side, from its files as they are at each call."""
 
-    def __init__(self, settings: TlsSettings, side: Side) -> None:
+    def __init__(self, settings: TlsSettings, side: Side, protocol: str = "") -> None:
+        """`protocol`: as for `make_context`."""
         self._settings = settings
         self._side = side
+        self._protocol = protocol
         self._made: tuple[_Signature, ssl.SSLContext] | None = None
         self._complained = ""
 
@@ -39,7 +41,7 @@ class Contexts:
         try:
             signature = _maybe_signature(self._settings)
             if self._made is None or self._made[0] != signature:
-                self._made = signature, make_context(self._settings, self._side)
+                self._made = signature, make_context(self._settings, self._side, self._protocol)
                 self._complained = ""
         except UsageError as error:
             if self._made is None:
@@ -50,19 +52,20 @@ class Contexts:
         return self._made[1]
 
 
-_clients: dict[TlsSettings, Contexts] = {}
+_clients: dict[tuple[TlsSettings, str], Contexts] = {}
 """A process has one set of files, or few."""
 
 
-def client_context(settings: TlsSettings) -> ssl.SSLContext:
+def client_context(settings: TlsSettings, protocol: str = "") -> ssl.SSLContext:
     """A client's, for a connection that is made now. Raises UsageError as `Contexts.current`."""
-    if settings not in _clients:
-        _clients[settings] = Contexts(settings, Side.CLIENT)
-    return _clients[settings].current()
+    if (settings, protocol) not in _clients:
+        _clients[settings, protocol] = Contexts(settings, Side.CLIENT, protocol)
+    return _clients[settings, protocol].current()
 
 
-def make_context(settings: TlsSettings, side: Side) -> ssl.SSLContext:
-    """
+def make_context(settings: TlsSettings, side: Side, protocol: str = "") -> ssl.SSLContext:
+    """`protocol`: what a client wants to speak, or a server knows, that is not the pages' (by ALPN, RFC 7301).
+
     Raises:
         UsageError: which file cannot be used, and why.
     """
@@ -73,6 +76,8 @@ def make_context(settings: TlsSettings, side: Side) -> ssl.SSLContext:
     context.check_hostname = client
     context.hostname_checks_common_name = False  # a name that anybody may have written there; alternative names count
     context.verify_mode = ssl.CERT_REQUIRED
+    if protocol:
+        context.set_alpn_protocols([protocol])
     if not client:
         context.num_tickets = 0  # nobody resumes a session, so nobody skips being asked for a certificate
     try:

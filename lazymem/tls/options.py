@@ -23,6 +23,12 @@ def add_tls_options(parser: argparse.ArgumentParser, *, name: bool) -> None:
         )
 
 
+def tls_words(settings: TlsSettings) -> list[str]:
+    """The same options, for another command."""
+    words = ["--tls-cert", str(settings.cert), "--tls-key", str(settings.key), "--tls-ca", str(settings.ca)]
+    return [*words, "--tls-name", settings.name] if settings.name else words
+
+
 def maybe_tls(found: argparse.Namespace) -> TlsSettings | None:
     """What `add_tls_options` found; None without TLS. The files are not looked at.
 

@@ -85,6 +85,11 @@ class TlsPipe:
         """As `ssl.SSLSocket.getpeercert`, after the handshake."""
         return dict(self._object.getpeercert() or {})
 
+    @property
+    def protocol(self) -> str | None:
+        """What both sides speak, by ALPN (RFC 7301); None: the client named nothing, or nothing that is known here."""
+        return self._object.selected_alpn_protocol()
+
     # ---- out
 
     @property

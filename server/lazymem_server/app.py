@@ -18,6 +18,7 @@ import contextlib
 import json
 import logging
 import signal
+import socket
 import sys
 import threading
 from collections import Counter
@@ -32,6 +33,7 @@ from lazymem.errors import LazymemError, UsageError
 from lazymem.settings import TlsSettings
 from lazymem.timeslice import ask_for_short_slices
 from lazymem.tls.options import add_tls_options, maybe_tls
+from lazymem.tls.stream import TlsStream
 from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.allowed import parse_allowed
@@ -55,8 +57,9 @@ SWITCH_SECONDS = 0.0005
 """After so long a session's thread gives another one its turn (Python's own 5 ms would be a whole fault's waiting)."""
 
 
-Divert = Callable[[trio.SocketStream], Awaitable[bool]]
-"""Gets a connection that nothing was read from. True: it speaks something else, and was served to its end."""
+Divert = Callable[[trio.SocketStream | TlsStream], Awaitable[bool]]
+"""Gets a connection that nothing was read from, or one that said that it speaks something else. True: it does, and was
+served to its end."""
 
 
 class Serving:
@@ -130,13 +133,17 @@ class Serving:
                 nursery.cancel_scope.deadline = trio.current_time() + self._limits.goodbye_seconds
 
     async def _client(self, stream: trio.SocketStream) -> None:
-        if self._maybe_divert is not None and await self._maybe_divert(stream):
+        plain = self._maybe_gate is None or stream.socket.family == socket.AF_UNIX
+        if plain and self._maybe_divert is not None and await self._maybe_divert(stream):
             await trio.aclose_forcefully(stream)
             return
         host, peer = _peer(stream)
         tune(stream, self._limits.socket_unsent_bytes)
         maybe_admitted = await self._maybe_admitted(stream, host, peer)
-        if maybe_admitted is not None:
+        if maybe_admitted is not None and maybe_admitted.maybe_stream is not None:
+            if self._maybe_divert is not None:
+                await self._maybe_divert(maybe_admitted.maybe_stream)
+        elif maybe_admitted is not None:
             await self._serve(stream, host, maybe_admitted)
         await trio.aclose_forcefully(stream)
 
@@ -149,7 +156,7 @@ class Serving:
         except Exception:  # a bug met by a stranger must not end the others' connections
             log.exception("%s: lazymem-serve failed", peer)
             return None
-        if admitted is None or not self._is_full(host):
+        if admitted is None or admitted.maybe_stream is not None or not self._is_full(host):
             return admitted
         log.warning("%s: refused, too many clients", admitted.peer)
         frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))

@@ -19,6 +19,7 @@ from lazymem.settings import TlsSettings
 from lazymem.tls.contexts import Contexts
 from lazymem.tls.failures import Side
 from lazymem.tls.pipe import TlsPipe
+from lazymem.tls.stream import TlsStream
 from lazymem.wire.connection import ServerConnection
 from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.allowed import Allowed, CatalogForOne
@@ -50,26 +51,42 @@ class Admitted:
         self.writev: Callable[[int, Sequence[Piece]], int] = os.writev
         self.begun = b""
         self.sealed: Callable[[bytes], bytes] = bytes
+        self.maybe_stream: TlsStream | None = None
+        """Of a client that speaks another protocol than the pages'."""
 
     def through(self, pipe: TlsPipe) -> None:
-        """The socket carries TLS."""
+        """The socket carries TLS. Raises TlsError."""
         self.read = partial(_read, pipe)
         self.writev = partial(_writev, pipe)
         self.begun = pipe.take()
         self.sealed = pipe.sealed
 
 
+def plaintext_refusal(heard: bytes) -> bytes:
+    return ServerConnection().send(Error(0, ErrorCode.UNSUPPORTED_VERSION, SPEAKS_TLS))
+
+
 class Gate:
     """`stop` ends every handshake."""
 
-    def __init__(self, tls: TlsSettings, allowed: Allowed, limits: ServerLimits) -> None:
-        """
+    def __init__(
+        self,
+        tls: TlsSettings,
+        allowed: Allowed,
+        limits: ServerLimits,
+        protocol: str = "",
+        plaintext_refusal: Callable[[bytes], bytes] = plaintext_refusal,
+    ) -> None:
+        """`protocol`: what some clients speak instead of the pages' protocol. `plaintext_refusal`: what a client
+        without TLS is told, by what it said first.
+
         Raises:
             UsageError: a file of `tls` cannot be used.
         """
-        self._contexts = Contexts(tls, Side.SERVER)
+        self._contexts = Contexts(tls, Side.SERVER, protocol)
         self._contexts.current()
         self._allowed = allowed
+        self._plaintext_refusal = plaintext_refusal
         self._limits = limits
         self.handshakes = Handshakes(limits.max_handshakes, limits.handshake_seconds)
 
@@ -93,6 +110,9 @@ class Gate:
         identities = certificate_identities(pipe.peer_certificate())
         peer = f"{peer} ({', '.join(identities) or 'no name'})"
         admitted = Admitted(peer, CatalogForOne(catalog, self._allowed, identities, peer))
+        if pipe.protocol is not None:
+            admitted.maybe_stream = TlsStream(stream, pipe, identities)
+            return admitted
         try:
             admitted.through(pipe)
         except TlsError as error:
@@ -119,7 +139,8 @@ class Gate:
                     return False
                 heard = heard or data
                 if heard[:2] not in (TLS_BEGINS, TLS_BEGINS[:1]):
-                    await self._refuse_plaintext(stream, peer)
+                    log.warning("%s: refused: it does not speak TLS", peer)
+                    await say_last(stream, self._plaintext_refusal(heard), self._limits.farewell_seconds)
                     return False
                 pipe.feed(data)
             await stream.send_all(pipe.outgoing)
@@ -131,11 +152,6 @@ class Gate:
             log.info("%s: left during the TLS handshake", peer)
             return False
         return True
-
-    async def _refuse_plaintext(self, stream: trio.SocketStream, peer: str) -> None:
-        log.warning("%s: refused: it does not speak TLS", peer)
-        frame = ServerConnection().send(Error(0, ErrorCode.UNSUPPORTED_VERSION, SPEAKS_TLS))
-        await say_last(stream, frame, self._limits.farewell_seconds)
 
 
 def _read(pipe: TlsPipe, fd: int, size: int) -> bytes:

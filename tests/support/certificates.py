@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lazymem.settings import TlsSettings
 from lazymem.tls.authority import Issued, Wanted, issue, make_authority
+from lazymem.tls.options import tls_words
 
 YEAR = datetime.timedelta(days=365)
 OVER = datetime.timedelta(minutes=-30)
@@ -49,5 +50,4 @@ class Pki:
 
 def options(settings: TlsSettings) -> tuple[str, ...]:
     """As at a command line."""
-    found = ("--tls-cert", str(settings.cert), "--tls-key", str(settings.key), "--tls-ca", str(settings.ca))
-    return (*found, "--tls-name", settings.name) if settings.name else found
+    return tuple(tls_words(settings))

@@ -1,0 +1,106 @@
+"""A running guest handed over through TLS by the real commands; whoever may not take it hears so, and it goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+
+from lazymem.settings import TlsSettings
+from lazymem.vm.guests import build_guest
+from tests.support.certificates import Pki, options
+from tests.support.handover import Pair, pair
+from tests.support.vmprocess import Process, Start, starting, wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+
+RAM_MIB = 8
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with starting(tmp_path, RAM_MIB) as begin:
+        yield begin
+
+
+@pytest.fixture
+def guest(start: Start, tmp_path: Path) -> Process:
+    ram = tmp_path / "ram"
+    ram.touch()
+    os.truncate(ram, RAM_MIB << 20)
+    process = start("--pcram-file", ram, "-kernel", build_guest("heartbeat", tmp_path))
+    process.wait_ticks(2)
+    return process
+
+
+@pytest.fixture
+def pki(tmp_path: Path) -> Pki:
+    return Pki(tmp_path / "pki")
+
+
+def with_tls(two: Pair, source: TlsSettings | None, destination: TlsSettings | None, allow: str = "host-b") -> None:
+    if source is not None:
+        two.send.arguments += [*options(source), "--allow", allow]
+    if destination is not None:
+        two.receive.arguments += options(destination)
+
+
+def ticks(path: Path) -> list[int]:
+    text = path.read_text() if path.exists() else ""
+    return [int(line.split()[1]) for line in text.split("\n")[:-1] if line.startswith("tick ")]
+
+
+@pytest.mark.parametrize("step", ["", "RECORDED given"])
+def test_a_guest_goes_on_elsewhere(guest: Process, pki: Pki, tmp_path: Path, step: str) -> None:
+    """Also where the source is killed in the midst of it, and comes back."""
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        with_tls(two, pki.server(), pki.client())
+        two.begin(source_dies=step)
+        assert two.wait_settled() == (False, True)
+        assert two.send.wait() == 0, two.tell()
+        assert two.report()["state"] == "released"
+        wait_until(lambda: bool(ticks(tmp_path / "there")), "the guest to count on")
+
+
+def test_who_may_not_take_it_hears_so_and_the_next_one_takes_it(guest: Process, pki: Pki, tmp_path: Path) -> None:
+    stranger = Pki(tmp_path / "stranger").client(ca=pki.ca)
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        with_tls(two, pki.server(), None)
+        two.send.start()
+        address = two.address()
+        (tmp_path / "refused").mkdir()
+        journal = ("--journal", tmp_path / "refused.journal")
+        tries = (
+            (options(pki.client("host-z")), 10, "host-z may not take this guest"),
+            (options(stranger), 19, "does not know the authority of our certificate"),
+            (options(structs.replace(pki.client(), name="no.example")), 19, "for another name"),
+            ((), 10, "it speaks TLS: give lazymem receive --tls-cert"),
+        )
+        for words, code, said in tries:
+            done = two.receive.run(arguments=(address, tmp_path / "refused", *journal, *words))
+            assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+            assert done.stderr.count("\n") == 1
+        with_tls(two, None, pki.client())
+        two.receive.arguments += [address, str(two.mountpoint), *map(str, two._vm_options)]
+        two.receive.start()
+        assert two.wait_settled() == (False, True)
+        assert two.send.wait() == 0, two.tell()
+
+
+def test_a_source_without_tls(guest: Process, pki: Pki, tmp_path: Path) -> None:
+    with pair(tmp_path, guest.monitor) as two:
+        two.send.start()
+        done = two.receive.run(arguments=(two.address(), two.mountpoint, *options(pki.client())))
+        assert done.returncode == 19
+        assert "does not speak TLS" in done.stderr
+        for words, said in (
+            (("--listen", "0.0.0.0:0"), "without TLS"),
+            (("--allow", "host-b"), "--allow needs"),
+            (options(pki.server()), "nobody may take the guest"),
+        ):
+            done = two.send.run(arguments=("--qmp", guest.monitor, "--journal", tmp_path / "none", *words))
+            assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+            assert done.stderr.count("\n") == 1
