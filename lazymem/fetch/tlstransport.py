@@ -8,30 +8,28 @@ import socket
 import trio
 
 from lazymem.errors import ServerUnreachableError, TlsError
+from lazymem.fetch.transport import RECEIVE_BYTES, SocketTransport, lost
 from lazymem.settings import TlsSettings
 from lazymem.tls.contexts import client_context
 from lazymem.tls.failures import Side
 from lazymem.tls.pipe import TlsPipe
 
-RECEIVE_BYTES = 256 * 1024
-"""As without TLS; a few records more than that may be decrypted at a time."""
 
-
-class TlsTransport:
-    """A connected, non-blocking socket and the pipe that shook hands over it; owns the socket.
+class TlsTransport(SocketTransport):
+    """As its base, through the pipe that shook hands over the socket.
 
     What is received raises TlsError, too: a server that refuses our certificate says so after the handshake.
     """
 
     def __init__(self, connected: socket.socket, pipe: TlsPipe) -> None:
-        self._socket = connected
+        super().__init__(connected)
         self._pipe = pipe
 
     def send_nowait(self, data: bytes | memoryview) -> int:
         try:
             return self._pipe.offer((data,), self._send)
         except OSError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
 
     def _send(self, ciphertext: bytes | memoryview) -> int:
         try:
@@ -39,51 +37,22 @@ class TlsTransport:
         except BlockingIOError:
             return 0
 
-    async def send_all(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                await trio.lowlevel.wait_writable(self._socket)
-                view = view[self.send_nowait(view) :]
-        except (trio.ClosedResourceError, OSError) as error:
-            raise _lost(error) from error
-
     async def receive(self) -> bytes:
-        try:
-            while True:
-                data = self._pipe.take()
-                if data or self._pipe.ended:
-                    return data
-                await trio.lowlevel.wait_readable(self._socket)
-                try:
-                    ciphertext = self._socket.recv(RECEIVE_BYTES)
-                except BlockingIOError:
-                    continue
-                if not ciphertext:
-                    return b""
-                self._pipe.feed(ciphertext)
-        except (trio.ClosedResourceError, OSError, ValueError) as error:  # ValueError: closed, so its number is -1
-            raise _lost(error) from error
+        while True:
+            data = self._pipe.take()
+            if data or self._pipe.ended:
+                return data
+            ciphertext = await super().receive()
+            if not ciphertext:
+                return b""
+            self._pipe.feed(ciphertext)
 
     def receive_nowait(self) -> bytes | None:
-        try:
-            ciphertext = self._socket.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise _lost(error) from error
-        if not ciphertext:
+        ciphertext = super().receive_nowait()
+        if ciphertext is None:
             return None
         self._pipe.feed(ciphertext)
         return self._pipe.take() or None
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def close(self) -> None:
-        if self._socket.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._socket)
-            self._socket.close()
 
 
 async def secure(connected: socket.socket, settings: TlsSettings, host: str) -> TlsTransport:
@@ -124,8 +93,3 @@ async def _send_all(connected: socket.socket, data: bytes) -> None:
     while view:
         await trio.lowlevel.wait_writable(connected)
         view = view[connected.send(view) :]
-
-
-def _lost(error: Exception) -> ServerUnreachableError:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return ServerUnreachableError(f"connection lost: {text}")

@@ -26,7 +26,8 @@ class Transport(Protocol):
     """One connected byte stream. One task may receive while others send."""
 
     def send_nowait(self, data: bytes | memoryview) -> int:
-        """Hand over what fits now; returns how many bytes that was (0: would block).
+        """Hand over what fits now; returns how many bytes that was (0: would block). What was not taken is offered
+        again, first and unchanged.
 
         Raises:
             ServerUnreachableError: the stream is broken.
@@ -70,7 +71,7 @@ class SocketTransport:
         except BlockingIOError:
             return 0
         except OSError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
 
     async def send_all(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -79,7 +80,7 @@ class SocketTransport:
                 await trio.lowlevel.wait_writable(self._socket)
                 view = view[self.send_nowait(view) :]
         except (trio.ClosedResourceError, OSError) as error:
-            raise _lost(error) from error
+            raise lost(error) from error
 
     async def receive(self) -> bytes:
         try:
@@ -90,7 +91,7 @@ class SocketTransport:
                 except BlockingIOError:
                     continue
         except (trio.ClosedResourceError, OSError, ValueError) as error:  # ValueError: closed, so its number is -1
-            raise _lost(error) from error
+            raise lost(error) from error
 
     def receive_nowait(self) -> bytes | None:
         try:
@@ -98,7 +99,7 @@ class SocketTransport:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise _lost(error) from error
+            raise lost(error) from error
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -168,7 +169,8 @@ def _tune(tcp: socket.socket, link: LinkSettings) -> None:
     tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(timeout_seconds * 1000))
 
 
-def _lost(error: Exception) -> ServerUnreachableError:
+def lost(error: Exception) -> ServerUnreachableError:
+    """What a broken connection is called."""
     return ServerUnreachableError(f"connection lost: {_reason(error)}")
 
 

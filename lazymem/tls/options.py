@@ -33,13 +33,15 @@ def maybe_tls(found: argparse.Namespace) -> TlsSettings | None:
     """What `add_tls_options` found; None without TLS. The files are not looked at.
 
     Raises:
-        UsageError: some of the options, and not all.
+        UsageError: some of the options, and not all; or a name that none can have.
     """
     files = (found.tls_cert, found.tls_key, found.tls_ca)
     name = getattr(found, "tls_name", None)
-    if not any(files) and not name:
+    if not any(files) and name is None:
         return None
     if not all(files):
         raise UsageError(f"TLS needs {_ALL} (lazymem pki makes all three)")
+    if name is not None and (not name or name.startswith(".") or not name.isascii() or " " in name):
+        raise UsageError(f"--tls-name {name!r}: no certificate is for this name")
     cert, key, ca = (path.absolute() for path in files)
     return TlsSettings(cert, key, ca, name or "")

@@ -25,6 +25,7 @@ from lazymem.wire.messages import Error, ErrorCode
 from lazymem_server.allowed import Allowed, CatalogForOne
 from lazymem_server.catalog import Catalog, Published
 from lazymem_server.ending import SessionEnd, say_last
+from lazymem_server.fewlines import FewLines
 from lazymem_server.handshakes import Handshakes
 from lazymem_server.identity import certificate_identities, user_identities
 from lazymem_server.limits import ServerLimits
@@ -88,6 +89,7 @@ class Gate:
         self._allowed = allowed
         self._plaintext_refusal = plaintext_refusal
         self._limits = limits
+        self._log = FewLines()
         self.handshakes = Handshakes(limits.max_handshakes, limits.handshake_seconds)
 
     def stop(self) -> None:
@@ -105,7 +107,7 @@ class Gate:
                 return None
         if handshake.scope.cancelled_caught:
             why = "too many handshakes" if handshake.evicted else f"no TLS in {self._limits.handshake_seconds:g} s"
-            log.warning("%s: dropped: %s", peer, why)
+            self._log.warning("%s: dropped: %s", peer, why)
             return None
         identities = certificate_identities(pipe.peer_certificate())
         peer = f"{peer} ({', '.join(identities) or 'no name'})"
@@ -116,7 +118,7 @@ class Gate:
         try:
             admitted.through(pipe)
         except TlsError as error:
-            log.warning("%s: refused: %s", peer, error)
+            self._log.warning("%s: refused: %s", peer, error)
             return None
         return admitted
 
@@ -135,21 +137,21 @@ class Gate:
                 await stream.send_all(pipe.outgoing)
                 data = bytes(await stream.receive_some(RECEIVE_BYTES))
                 if not data:
-                    log.info("%s: left before TLS began", peer)
+                    log.debug("%s: left before TLS began", peer)
                     return False
                 heard = heard or data
                 if heard[:2] not in (TLS_BEGINS, TLS_BEGINS[:1]):
-                    log.warning("%s: refused: it does not speak TLS", peer)
+                    self._log.warning("%s: refused: it does not speak TLS", peer)
                     await say_last(stream, self._plaintext_refusal(heard), self._limits.farewell_seconds)
                     return False
                 pipe.feed(data)
             await stream.send_all(pipe.outgoing)
         except TlsError as error:
-            log.warning("%s: refused: %s", peer, error)
+            self._log.warning("%s: refused: %s", peer, error)
             await say_last(stream, pipe.outgoing, self._limits.farewell_seconds)
             return False
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            log.info("%s: left during the TLS handshake", peer)
+            log.debug("%s: left during the TLS handshake", peer)
             return False
         return True
 

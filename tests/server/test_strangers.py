@@ -21,8 +21,9 @@ from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.settings import LinkSettings, TlsSettings, parse_server
 from lazymem.tls.contexts import make_context
 from lazymem.tls.failures import Side
-from lazymem.wire.connection import ClientConnection
-from lazymem.wire.messages import Hello
+from lazymem.tls.pipe import TlsPipe
+from lazymem.wire.connection import NEED_DATA, ClientConnection
+from lazymem.wire.messages import Hello, Welcome
 from tests.support.certificates import OVER, Pki
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
@@ -114,6 +115,25 @@ def client_hello(tls: TlsSettings) -> bytes:
 async def test_who_has_a_certificate_is_served(snapshot: BuiltSnapshot, pki: Pki) -> None:
     async with served(snapshot, pki.server()) as serving:
         await assert_is_served(serving, snapshot, pki.client())
+
+
+async def test_a_hello_that_comes_with_the_end_of_the_handshake(snapshot: BuiltSnapshot, pki: Pki) -> None:
+    """The thread that serves is woken by nothing for it: the socket has been read."""
+    pipe = TlsPipe(make_context(pki.client(), Side.CLIENT), Side.CLIENT, "localhost")
+    async with served(snapshot, pki.server()) as serving:
+        host, _, port = serving.addresses[0].rpartition(":")
+        with trio.fail_after(20):
+            async with await trio.open_tcp_stream(host, int(port)) as stream:
+                while not pipe.handshake():
+                    await stream.send_all(pipe.outgoing)
+                    pipe.feed(bytes(await stream.receive_some(65536)))
+                connection = ClientConnection()
+                await stream.send_all(pipe.outgoing + pipe.sealed(connection.send(Hello("web"))))
+                while (event := connection.next_event()) is NEED_DATA:
+                    pipe.feed(bytes(await stream.receive_some(65536)))
+                    if data := pipe.take():
+                        connection.receive_data(data)
+        assert isinstance(event, Welcome)
 
 
 # ---- our own client, with what is wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -94,6 +95,38 @@ def test_certificates_renewed_on_both_sides_while_the_server_is_away(
         pki.client()
         assert page_of(ram, 300) == snapshot.page(300)
     assert "our certificate has expired" in mount.log.read_text()
+
+
+def test_a_socket_that_is_always_full(mounts: Stage, pki: Pki, tmp_path: Path) -> None:
+    """Behind a link slower than both ends: the kernel takes parts of records, and demands go between the guesses."""
+    big = make_snapshot(tmp_path / "big", pages=2048, seed=5)
+    server = serve(mounts, pki, big.folder)
+    words = ["--target", server.address, "--rate", "8000000", "--round-trip", "0.004"]
+    relay = subprocess.Popen(
+        [sys.executable, "-m", "bench.relay", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert relay.stdout is not None
+        address = f"127.0.0.1:{json.loads(relay.stdout.readline())['listening']}"
+        mount = mounts.mount(address, *options(pki.client()))
+        with mount.open_map() as ram:
+            for number in range(2047, 0, -129):
+                assert page_of(ram, number) == big.page(number)
+        assert mount.ram_path.read_bytes() == big.ram
+        assert mount.status()["reconnects"] == 0
+    finally:
+        relay.terminate()
+        relay.communicate()
+
+
+def test_a_unix_socket_beside_tls(mounts: Stage, pki: Pki, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """Its mode says who may connect, and we are the server's own user: no certificate, and every name."""
+    path = tmp_path / "s"
+    rules = ("--allow", "host-b", "--listen", f"unix:{path}")
+    mounts.serve(snapshot.folder, arguments=(*options(pki.server()), *rules))
+    mount = mounts.mount(f"unix:{path}", *QUIET)
+    with mount.open_map() as ram:
+        assert page_of(ram, 3) == snapshot.page(3)
 
 
 def test_a_mount_over_a_name_that_is_not_dialled(mounts: Stage, pki: Pki, snapshot: BuiltSnapshot) -> None:
