@@ -67,6 +67,7 @@ class HandoverServer:
         """`allow`: with `tls`, the identities (as for lazymem-serve) that may take the guest; nobody else may."""
         self._catalog = LiveCatalog()
         self._allowed = parse_allowed(allow)
+        self._allowed.check(())  # there is no name to say anything of
         gate = None if tls is None else Gate(tls, self._allowed, ServerLimits(), PROTOCOL, _plaintext_refusal)
         self.receivers: Receivers | None = None
         self._serving = Serving(self._catalog, listeners, ServerLimits(), maybe_divert=self._divert, maybe_gate=gate)

@@ -59,11 +59,11 @@ def issue(authority: Issued, wanted: Wanted, lifetime: datetime.timedelta, maybe
     Raises:
         UsageError: the authority has expired, or cannot be read; a name that no certificate can have.
     """
-    signer, signer_key = _load(authority.certificate), _load_key(authority.key)
+    signer, signer_key = _load(authority.certificate, "the authority's"), _load_key(authority.key, "the authority's")
     left = signer.not_valid_after_utc - _now()
     if left <= datetime.timedelta(0):
         raise UsageError("the authority itself has expired: make another one with 'lazymem pki init'")
-    key = _load_key(maybe_key) if maybe_key is not None else ec.generate_private_key(ec.SECP256R1())
+    key = _load_key(maybe_key, "the host's") if maybe_key is not None else ec.generate_private_key(ec.SECP256R1())
     builder = _begun(_subject(wanted.name), signer.subject, key.public_key(), min(lifetime, left))
     identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key())
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -76,12 +76,12 @@ def issue(authority: Issued, wanted: Wanted, lifetime: datetime.timedelta, maybe
 
 def read_wanted(certificate: bytes) -> Wanted:
     """What an earlier certificate of ours was for, to renew it. Raises UsageError: it is none."""
-    found = _load(certificate)
+    found = _load(certificate, "the host's")
     try:
         purposes = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound as error:
-        raise UsageError("it is not a certificate that 'lazymem pki issue' made") from error
+        raise UsageError("the host's certificate is not one that 'lazymem pki issue' made") from error
     common = found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     dialled = (*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress)))
     return Wanted(
@@ -160,18 +160,18 @@ def _dns_name(host: str) -> x509.GeneralName:
         raise UsageError(f"{host!r} cannot be a host's name: write it in ASCII (xn--...)") from error
 
 
-def _load(certificate: bytes) -> x509.Certificate:
+def _load(certificate: bytes, whose: str) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(certificate)
     except ValueError as error:
-        raise UsageError("there is no certificate in it") from error
+        raise UsageError(f"in {whose} .crt file is no certificate") from error
 
 
-def _load_key(key: bytes) -> ec.EllipticCurvePrivateKey:
+def _load_key(key: bytes, whose: str) -> ec.EllipticCurvePrivateKey:
     try:
         found = serialization.load_pem_private_key(key, password=None)
     except (ValueError, TypeError) as error:  # TypeError: it has a password
-        raise UsageError("there is no key in it, or one with a password") from error
+        raise UsageError(f"in {whose} .key file is no key, or one with a password") from error
     if not isinstance(found, ec.EllipticCurvePrivateKey):
-        raise UsageError("the key is not one that 'lazymem pki' made")
+        raise UsageError(f"{whose} key is not one that 'lazymem pki' made")
     return found

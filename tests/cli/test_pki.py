@@ -160,6 +160,18 @@ def test_an_expired_authority_signs_nothing(folder: Path, capsys: pytest.Capture
     assert "expired" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["ca.crt", "ca.key", "host.crt", "host.key"])
+def test_damaged_files_are_named(folder: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
+    assert run("issue", folder, "host", "--client") == 0
+    (folder / file).write_bytes((folder / file).read_bytes()[:80])
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    assert run("issue", folder, "host", "--renew") == 2
+    whose, kind = file.split(".")
+    assert f"in the {'authority' if whose == 'ca' else 'host'}'s .{kind} file is no" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_the_man_page_names_all_options() -> None:
     text = PAGE.read_text()
     for command in ("init", "issue"):

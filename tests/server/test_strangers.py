@@ -248,7 +248,8 @@ STRANGERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 async def test_strangers_end_soon_and_stop_nobody(
     snapshot: BuiltSnapshot, pki: Pki, caplog: pytest.LogCaptureFixture, says: Callable[[bytes], bytes], logged: str
 ) -> None:
-    async with served(snapshot, pki.server(), BRIEF) as serving:
+    limits = BRIEF if logged.startswith("no TLS in") else None  # a busy machine may take longer to hear of the others
+    async with served(snapshot, pki.server(), limits) as serving:
         host, _, port = serving.addresses[0].rpartition(":")
         async with await trio.open_tcp_stream(host, int(port)) as stream:
             data = says(client_hello(pki.client()))
@@ -318,7 +319,7 @@ async def test_a_full_server_says_so_through_tls(
     snapshot: BuiltSnapshot, pki: Pki, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with served(snapshot, pki.server(), ServerLimits(max_clients=1)) as serving, trio.open_nursery() as nursery:
-        link = LinkSettings(tls=pki.client(), connect_timeout_seconds=0.1)
+        link = LinkSettings(tls=pki.client(), connect_timeout_seconds=2.0)
         await connect(nursery, parse_server(serving.addresses[0]), link)
         with trio.fail_after(20), pytest.raises(ServerRefusedError, match="too many clients"):
             await connect(nursery, parse_server(serving.addresses[0]), link)

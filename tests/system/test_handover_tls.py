@@ -100,6 +100,7 @@ def test_a_source_without_tls(guest: Process, pki: Pki, tmp_path: Path) -> None:
             (("--listen", "0.0.0.0:0"), "without TLS"),
             (("--allow", "host-b"), "--allow needs"),
             (options(pki.server()), "nobody may take the guest"),
+            ((*options(pki.server()), "--allow", "web=host-b"), "no snapshot is called 'web'"),
         ):
             done = two.send.run(arguments=("--qmp", guest.monitor, "--journal", tmp_path / "none", *words))
             assert (done.returncode, said in done.stderr) == (2, True), done.stderr

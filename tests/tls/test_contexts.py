@@ -121,4 +121,5 @@ def test_files_that_went_bad_leave_the_last_good_ones_in_use(own: Pki, caplog: p
     found.cert.unlink()
     assert contexts.current() is first
     found.cert.write_bytes(whole)
+    os.utime(found.cert, (1, 1))
     assert contexts.current() is not first

@@ -28,7 +28,7 @@ def test_none_of_them_is_no_tls() -> None:
 def test_paths_are_as_the_next_daemon_needs_them() -> None:
     found = maybe_tls(parsed(*FILES))
     assert found == TlsSettings(Path("a.crt").absolute(), Path("a.key").absolute(), Path("ca.crt").absolute())
-    assert maybe_tls(parsed(*tls_words(found))) == found  # type: ignore[arg-type]  # it is not None
+    assert maybe_tls(parsed(*tls_words(found))) == found
     named = maybe_tls(parsed(*FILES, "--tls-name", "ram.example"))
     assert named is not None
     assert named.name == "ram.example"
