@@ -204,6 +204,9 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         from lazymem.fs.session import MountOptions
         from lazymem.timeslice import ask_for_short_slices
 
+        if settings.link.tls is not None:  # now, and not when a guest waits for a next daemon
+            from lazymem.fetch import tlstransport  # noqa: F401
+
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
     options = MountOptions.parse(found.options)
     again = restart(_parser(), found, settings)

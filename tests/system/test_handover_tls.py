@@ -61,6 +61,7 @@ def test_a_guest_goes_on_elsewhere(guest: Process, pki: Pki, tmp_path: Path, ste
         two.begin(source_dies=step)
         assert two.wait_settled() == (False, True)
         assert two.send.wait() == 0, two.tell()
+        assert guest.end() == (0, "")
         assert two.report()["state"] == "released"
         wait_until(lambda: bool(ticks(tmp_path / "there")), "the guest to count on")
 
@@ -88,6 +89,7 @@ def test_who_may_not_take_it_hears_so_and_the_next_one_takes_it(guest: Process, 
         two.receive.start()
         assert two.wait_settled() == (False, True)
         assert two.send.wait() == 0, two.tell()
+        assert guest.end() == (0, "")
 
 
 def test_a_source_without_tls(guest: Process, pki: Pki, tmp_path: Path) -> None:
