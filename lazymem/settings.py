@@ -7,7 +7,8 @@ How a server is named:
     unix:PATH[:/NAME]          unix:/run/lazymem.sock, unix:/run/lazymem.sock:/web
 
 NAME picks one snapshot of several; without it the server's only one is meant. A socket whose own path holds ``:/``
-cannot be named.
+cannot be named. Several servers of one snapshot stand in one word, with commas between them (a comma of a path or a
+name is written twice): a:7411,b:7411/web
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import enum
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct, field
@@ -29,6 +30,9 @@ MAX_NAME_BYTES = 255
 
 DEFAULT_RECORD_SECONDS = 60.0
 """From the first touch on: a guest that was resumed is at its work by then."""
+
+MAX_SERVERS = 16
+"""Addresses of one snapshot. All are tried before a wait, and each that is silent costs seconds of a guest's."""
 
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path holds 108 bytes with its zero."""
@@ -118,6 +122,31 @@ def parse_server(text: str) -> ServerAddress:
     return ServerAddress(endpoint, name)
 
 
+def parse_servers(text: str) -> tuple[ServerAddress, ...]:
+    """One or several servers of one snapshot, in the order in which they are tried first (spelling: see the module).
+
+    Raises:
+        UsageError: with what is wrong, and with which of them.
+    """
+    words = text.replace(",,", "\0").split(",")  # no argument of a command can hold a zero byte
+    found = [parse_server(word.replace("\0", ",")) for word in words]
+    if len(set(found)) != len(found):
+        raise UsageError(f"{text!r} names a server twice")
+    if len(found) > MAX_SERVERS:
+        raise UsageError(f"{text!r}: {len(found)} servers, and more than {MAX_SERVERS} are not tried")
+    return tuple(found)
+
+
+def servers_text(servers: Sequence[ServerAddress]) -> str:
+    """What `parse_servers` reads."""
+    return ",".join(escaped_server(str(server)) for server in servers)
+
+
+def escaped_server(text: str) -> str:
+    """One server as a word of several."""
+    return text.replace(",", ",,")
+
+
 def is_snapshot_name(name: str) -> bool:
     """Whether a folder, and so a snapshot, can have this name."""
     return (
@@ -146,11 +175,18 @@ class LinkSettings(Struct, frozen=True):
 
     connect_timeout_seconds: float = 10.0
     """A SYN is sent again after 1, 3 and 7 s; who has not answered by then is not there."""
+    next_server_seconds: float = 3.0
+    """With several addresses: for one to connect and to say its welcome each, before the next is tried. Covers one lost
+    SYN, or a round trip of any link."""
     handshake_timeout_seconds: float = 10.0
     ping_interval_seconds: float = 2.0
     """A connection silent for so long while something is expected from it is asked whether it lives."""
     ping_timeout_seconds: float = 5.0
     """Silence behind a ping after which the peer counts as dead: several round trips of any link, and seconds only."""
+    trickle_seconds: float = 10.0
+    """For the answer to a ping while something else comes: it stands behind what was asked for before."""
+    trickle_bytes_per_second: float = 1024.0
+    """One that brings less than this, and not the answer to a ping, is as good as dead: a modem brings more."""
     backoff_base_seconds: float = 0.05
     backoff_cap_seconds: float = 5.0
     """A guest stands still meanwhile: after a server's return it waits for this at most."""
@@ -163,12 +199,12 @@ class LinkSettings(Struct, frozen=True):
 
 
 class MountSettings(Struct, frozen=True):
-    """Everything that a mount was told. `state_dir` None: the run's pages go at unmount.
+    """Everything that a mount was told. `servers`: of one snapshot. `state_dir` None: the run's pages go at unmount.
 
     `template`: many map the file privately, and its bytes never change.
     """
 
-    server: ServerAddress
+    servers: tuple[ServerAddress, ...]
     mountpoint: Path
     cache_dir: Path
     state_dir: Path | None = None

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 
 from lazymem.cli.fillprocess import FillOrder, FillProcess, FillReport
+from lazymem.fetch.client import Client
+from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager
 from lazymem.fetch.recorded import RecordedSet
 from lazymem.fetch.scheduler import Scheduler
@@ -14,6 +16,15 @@ from lazymem.pages import PageRange
 from lazymem.store.pristine import PristinePages
 
 log = logging.getLogger(__name__)
+
+
+async def tell_link(client: Client, last_demand: LastDemand) -> None:
+    """Have the filling process know whether demands have a connection. Until cancelled."""
+    while True:
+        await client.wait_connected()
+        last_demand.can_be_sent = True
+        await client.wait_lost()
+        last_demand.can_be_sent = False
 
 
 async def watch_fill(

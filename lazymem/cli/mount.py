@@ -27,7 +27,7 @@ with quick_imports(trio=False):
         TcpEndpoint,
         default_cache_dir,
         parse_endpoint,
-        parse_server,
+        parse_servers,
     )
     from lazymem.tls.options import add_tls_options, maybe_tls
 
@@ -41,6 +41,7 @@ _EPILOG = """examples:
   lazymem-mount ram.example:7411 /mnt/ram                     the server's only snapshot
   lazymem-mount ram.example:7411/web /mnt/ram --state /srv/run1
                                                               one of several; this run's writes are kept
+  lazymem-mount a.example:7411,b.example:7411 /mnt/ram        the same snapshot at two servers: if one goes, the other
   lazymem-mount unix:/run/lazymem.sock:/web /mnt/ram -o allow_other
   lazymem-mount ram.example:7411 /mnt/ram --tls-cert host-b.crt --tls-key host-b.key --tls-ca ca.crt
                                                               over TLS (lazymem pki --help: the files)
@@ -94,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("server", metavar="HOST:PORT[/NAME]", help="lazymem-serve's address, or unix:PATH[:/NAME]")
+    parser.add_argument(
+        "server",
+        metavar="HOST:PORT[/NAME][,...]",
+        help="lazymem-serve's address, or unix:PATH[:/NAME]; several of the same snapshot with commas between",
+    )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
     parser.add_argument("--state", metavar="DIR", type=Path, help="this run's written pages (default: gone at unmount)")
     parser.add_argument(
@@ -143,7 +148,7 @@ def _version() -> str:
 
 def _settings(found: argparse.Namespace) -> MountSettings:
     return MountSettings(
-        server=_from_anywhere(parse_server(found.server)),
+        servers=tuple(_from_anywhere(server) for server in parse_servers(found.server)),
         mountpoint=Path(mountinfo.real_path(found.mountpoint)),
         cache_dir=(found.cache or default_cache_dir()).absolute(),
         state_dir=found.state.absolute() if found.state else None,

@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from lazymem.cli.fillprocess import FillOrder, FillProcess
-from lazymem.cli.fillwatch import watch_fill
+from lazymem.cli.fillwatch import tell_link, watch_fill
 from lazymem.cli.mountrecording import ServersSet, maybe_recording
 from lazymem.cli.mountstatus import MAP_XATTR, MountStatus
 from lazymem.cli.mountwatch import Watch
@@ -38,7 +38,7 @@ from lazymem.fs.readahead import ReadAheads
 from lazymem.fs.session import MountOptions
 from lazymem.fs.tree import DIGESTS_INODE, MANIFEST_INODE, WRITTEN_INODE, Tree
 from lazymem.fs.writeback import WritebackPace
-from lazymem.settings import MountSettings, Prefetch
+from lazymem.settings import MountSettings, Prefetch, servers_text
 from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.coarsemap import coarse_map
@@ -148,6 +148,7 @@ async def _serve(
             welcome=msgspec.msgpack.encode(client.welcome),
         )
         maybe_filler.begin(order, recorded, state.written.fileno() if state is not None else None)
+        nursery.start_soon(tell_link, client, maybe_filler.last_demand)
         nursery.start_soon(watch_fill, maybe_filler, order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
     ram = GuestRam(pristine, state, scheduler)
@@ -201,8 +202,8 @@ async def _client(nursery: trio.Nursery, settings: MountSettings, survival: Surv
     """A mount that goes on does so without its server, if need be."""
     if survival.continues:
         welcome = msgspec.msgpack.decode(survival.record.contents.notes[WELCOME_NOTE], type=Welcome)
-        return resume(nursery, settings.server, welcome, settings.link)
-    client = await connect(nursery, settings.server, settings.link)
+        return resume(nursery, settings.servers, welcome, settings.link)
+    client = await connect(nursery, settings.servers, settings.link)
     survival.record.note(WELCOME_NOTE, msgspec.msgpack.encode(client.welcome))
     return client
 
@@ -303,7 +304,7 @@ async def _mount_and_serve(
     async with trio.open_nursery() as nursery:
         wish = await nursery.start(_wish_to_end)
         nursery.start_soon(survival.note_wish, wish)
-        async with _mounted(path, str(settings.server), options, survival) as (descriptor, mounted):
+        async with _mounted(path, servers_text(settings.servers), options, survival) as (descriptor, mounted):
             channel = Channel(
                 descriptor,
                 tree,

@@ -25,6 +25,9 @@ from lazymem.wire.messages import Welcome
 
 REPORT_SECONDS = 0.1
 LOOK_SECONDS = 0.01
+TURN_LOOK_SECONDS = 0.05
+"""How long after the demands' connection ours may come back, and nobody waits for it."""
+
 STUCK_SECONDS = 2.0
 """Nothing asked for, nothing held: a sweep ended and left pages that the server refuses, or that fail verification."""
 
@@ -66,7 +69,13 @@ async def _fill(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
         welcome = msgspec.msgpack.decode(order.welcome, type=Welcome)
-        client = resume(nursery, settings.server, welcome, settings.link)  # waits for a server that is away
+
+        async def wait_turn() -> None:
+            while not last_demand.can_be_sent:  # noqa: ASYNC110  # another process says so
+                await trio.sleep(TURN_LOOK_SECONDS)
+
+        # Waits for a server that is away; demands, which somebody waits for, come back before.
+        client = resume(nursery, settings.servers, welcome, settings.link, wait_turn=wait_turn)
         upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
         pristine = PristinePages(origin, cache, upper, maybe_written)
         guesses = prepager(

@@ -15,7 +15,7 @@ from lazymem.fetch.client import Client
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.fetch.stats import FetchStatistics, LinkStatistics
 from lazymem.fs.pagecache import PageCache
-from lazymem.settings import MountSettings
+from lazymem.settings import MountSettings, servers_text
 from lazymem.store.coarsemap import CoarseMap
 from lazymem.store.guestram import GuestRam
 from lazymem.store.touches import Touches
@@ -66,7 +66,9 @@ class MountStatus:
                 "version": __version__,
                 "survival": to_builtins(self._maybe_survival.statistics()) if self._maybe_survival else None,
                 "mountpoint": str(self._settings.mountpoint),
-                "server": str(self._settings.server),
+                "server": servers_text(self._settings.servers),
+                "servers": [str(server) for server in self._settings.servers],
+                "served_by": link.maybe_server,
                 "snapshot": self._client.welcome.name,
                 "identity": self._client.identity.hex(),
                 "hashed": self._client.welcome.hashed,

@@ -36,7 +36,7 @@ from lazymem.errors import (
 from lazymem.fs import mountinfo
 from lazymem.handover.arriving import WAITS, ArrivingGuest, boot_id
 from lazymem.handover.messages import Offer
-from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir
+from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir, escaped_server
 from lazymem.snapshot.manifest import emulator_of
 from lazymem.tls.options import tls_words
 
@@ -307,7 +307,7 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _server(endpoint: Endpoint, name: str) -> str:
     text = str(endpoint)
-    return f"{text}:/{name}" if text.startswith("unix:") else f"{text}/{name}"
+    return escaped_server(f"{text}:/{name}" if text.startswith("unix:") else f"{text}/{name}")
 
 
 def _began(pid: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from lazymem.settings import MountSettings
+from lazymem.settings import MountSettings, servers_text
 
 
 class Restart(Struct, frozen=True):
@@ -31,4 +31,4 @@ def restart(parser: argparse.ArgumentParser, found: argparse.Namespace, settings
         for each in value if isinstance(value, list) else [value]:
             text = str(each.absolute() if isinstance(each, Path) else each)
             options += [name] if action.nargs == 0 else [f"{name}={text}" if name.startswith("--") else f"{name}{text}"]
-    return Restart([*options, "--", str(settings.server), str(settings.mountpoint)], found.log)
+    return Restart([*options, "--", servers_text(settings.servers), str(settings.mountpoint)], found.log)

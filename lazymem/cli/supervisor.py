@@ -4,8 +4,8 @@
 
 It holds descriptors, and a next daemon that has loaded all it needs, and waits; whatever could fail is a daemon's.
 Whether to start again is read from the connection (unmounted, or aborted: over), never from an exit code. Daemons that
-do not start any more end the mount after `MAX_FAILURES` tries: a guest that gets SIGBUS is noticed, one that waits for
-ever is not.
+do not start are tried again for as long as the mount stands, since what keeps them from it may pass (no room, no
+descriptors, no memory): the guest waits meanwhile, and the log says so. `lazymem umount --force` ends that.
 
 It ends with the mount, so SIGTERM is the daemon's to obey and not its own.
 """
@@ -33,10 +33,14 @@ from lazymem.fs.sessionrecord import SessionRecord
 
 log = logging.getLogger("lazymem.supervisor")
 
-MAX_FAILURES = 8
 FIRST_PAUSE_SECONDS = 0.05
 MAX_PAUSE_SECONDS = 5.0
-"""Daemons that ended before they were ready, one after the other, and the pauses between: 12 s in all."""
+"""Between daemons that ended before they were ready, one after the other."""
+
+LOUD_FAILURES = 8
+"""So many in a row, within some 12 s, and it is said that nothing goes on, and again each `LOUD_SECONDS`."""
+
+LOUD_SECONDS = 60.0
 
 CROWD = 16
 CROWD_SECONDS = 30.0
@@ -94,6 +98,7 @@ class Supervisor:
         self._python = sys.executable
         self._next_python = sys.executable
         self._failures = 0
+        self._loud_at = 0.0
         self._deaths: list[float] = []
         self._maybe_next: Daemon | None = None  # it loads, and waits for the present one's end
         self._upgrading = False  # to that
@@ -108,7 +113,7 @@ class Supervisor:
         self._daemon = Daemon(int(fields["DAEMON"]), maybe_hello.maybe_descriptor, control, None)
 
     def run(self) -> int:
-        """Returns when the mount is over; the exit code says whether that was meant."""
+        """Returns when the mount is over: 0."""
         while True:
             self._wait()
             self._left = [process for process in self._left if process.poll() is None]
@@ -119,12 +124,13 @@ class Supervisor:
                 if FUSE not in self._held or session.is_over(self._held[FUSE]):
                     self._tidy()
                     return 0
-                if not self._go_on():
-                    return 1
+                self._go_on()
 
     def close(self) -> None:
         """Let go of everything, after `run`."""
-        self._daemon.close()
+        self._daemon.control.close()
+        if self._daemon.pidfd not in self._held.values():
+            os.close(self._daemon.pidfd)
         for name in list(self._held):
             self._let_go(name)
 
@@ -183,42 +189,60 @@ class Supervisor:
 
     # ---- the next daemon
 
-    def _go_on(self) -> bool:
-        """The daemon is dead and the mount is not; False: given up."""
+    def _go_on(self) -> None:
+        """The daemon is dead and the mount is not."""
         dead = self._daemon
         self._pause(dead)
         self._let_go_of_ended()
-        self._held[f"{PREDECESSOR}-{dead.pid}"] = os.dup(dead.pidfd)
+        self._held[f"{PREDECESSOR}-{dead.pid}"] = (
+            dead.pidfd
+        )  # a copy would need a descriptor, of which there may be none
         if dead.process is not None:
             self._left.append(dead.process)
         maybe_next, self._maybe_next = self._maybe_next, None
         while maybe_next is None or maybe_next.is_dead():
             if maybe_next is not None:
                 self._discard(maybe_next)
-            if self._failures >= MAX_FAILURES:
-                self._give_up()
-                return False
+                maybe_next = None
+            if session.is_over(self._held[FUSE]):
+                break  # while nothing went on
             try:
                 maybe_next = self._start(self._python)
             except OSError as error:
-                log.error("no next daemon can be started: %s", error)
-                self._failures += 1
-                time.sleep(_pause_seconds(self._failures))
-        dead.close()
+                self._note_failure(f"no next daemon can be started: {error}")
+        if maybe_next is None:
+            return
+        dead.control.close()
         self._daemon = maybe_next
         self._upgrading, self._spare_at = False, math.inf
         self._hand_over(maybe_next)
-        return True
 
     def _pause(self, dead: Daemon) -> None:
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if at > now - CROWD_SECONDS] + [now]
         if not dead.is_ready:
-            self._failures += 1
             self._next_python = self._python  # not what an upgrade wanted
-            time.sleep(_pause_seconds(self._failures))
+            self._note_failure(f"the daemon (pid {dead.pid}) ended before it was ready")
         elif len(self._deaths) > CROWD:
             time.sleep(CROWDED_PAUSE_SECONDS)
+
+    def _note_failure(self, what: str) -> None:
+        """Say it, not for ever each time; then the pause before the next try, or until the mount is over."""
+        self._failures += 1
+        now = time.monotonic()
+        if self._failures < LOUD_FAILURES:
+            log.error("%s", what)
+        elif now > self._loud_at:
+            self._loud_at = now + LOUD_SECONDS
+            log.error(
+                "%s: failure %d in a row. The guest waits, and it is tried again for as long as it is mounted; what "
+                "the daemons log says why (no room? no memory?). 'lazymem umount --force' gives up",
+                what,
+                self._failures,
+            )
+        over = select.poll()
+        over.register(self._held[FUSE], 0)
+        over.poll(_pause_seconds(self._failures) * 1000)
 
     def _start(self, python: str) -> Daemon:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -233,7 +257,13 @@ class Supervisor:
                 env={**os.environ, SUCCESSOR_VARIABLE: str(theirs.fileno())},
                 start_new_session=True,
             )
-        return Daemon(process.pid, os.pidfd_open(process.pid), ours, process)
+        try:
+            return Daemon(process.pid, os.pidfd_open(process.pid), ours, process)
+        except OSError:  # no descriptor left, for one
+            ours.close()
+            process.kill()
+            self._left.append(process)
+            raise
 
     def _hand_over(self, to: Daemon) -> None:
         """Everything that is held, then the word to begin. A daemon that dies over it is found dead like any other."""
@@ -301,14 +331,6 @@ class Supervisor:
 
                     remove_private(Path(contents.state_path))
 
-    def _give_up(self) -> None:
-        log.error("given up: %d daemons in a row ended before they were ready; the guest loses its RAM", MAX_FAILURES)
-        with contextlib.suppress(LazymemError):
-            maybe_mounted = SessionRecord.read(self._held[RECORD]).contents.maybe_mounted
-            self._let_go(FUSE)  # with its last descriptor goes the connection
-            if maybe_mounted is not None:
-                session.unmount(maybe_mounted.path, lazy=True)
-
 
 def _is_readable(descriptor: int) -> bool:
     looking = select.poll()
@@ -317,7 +339,7 @@ def _is_readable(descriptor: int) -> bool:
 
 
 def _pause_seconds(failures: int) -> float:
-    return float(min(FIRST_PAUSE_SECONDS * 2 ** (failures - 1), MAX_PAUSE_SECONDS))
+    return float(min(FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, 16), MAX_PAUSE_SECONDS))
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ with quick_imports(trio=False):
     from lazymem.cli import localserver, mount
     from lazymem.errors import LazymemError, UsageError
     from lazymem.fs import mountinfo
+    from lazymem.settings import escaped_server
 
 PROGRAM = "lazymem template"
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             return mount.mount(found)
         path = mountinfo.real_path(found.mountpoint)
         with localserver.started(folder, found.parent, path, _log(found)) as server:
-            found.server = f"unix:{server.socket}"
+            found.server = escaped_server(f"unix:{server.socket}")
             code = mount.mount(found)
             if code == 0 and not found.foreground:
                 server.keep()

@@ -1,40 +1,32 @@
-"""The client of one server: two lanes, one identity, connections that come back. Fits `store.source.PageSource`.
+"""The client of a snapshot's servers: two lanes, one identity, connections that come back. A `store.source.PageSource`.
 
 Demand and guesses have a connection each, so that on ours side nothing demanded queues behind a guess (rule 5). The
 background one is opened when the first guess is made. A lost server stalls requests and never fails them (rule 7);
 a server that publishes other RAM at the same address is not the one that was lost, and is refused as long as it does.
+Which of several servers is tried next: `servers`.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import trio
 
 from lazymem.digests import DIGEST_BYTES, TreeShape
-from lazymem.errors import (
-    IdentityError,
-    LazymemError,
-    RemoteProtocolError,
-    ServerRefusedError,
-    ServerUnreachableError,
-    TlsError,
-)
+from lazymem.errors import LazymemError, RemoteProtocolError, ServerRefusedError
 from lazymem.fetch.backoff import Backoff
-from lazymem.fetch.lane import Lane
+from lazymem.fetch.lane import Lane, Turn
 from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest, StoreRequest
-from lazymem.fetch.session import Session, open_session
+from lazymem.fetch.servers import DialAddress, Servers, dial_endpoint
+from lazymem.fetch.session import Session
 from lazymem.fetch.starter import OnFetched, OnHere
 from lazymem.fetch.stats import LinkCounters, LinkStatistics
-from lazymem.fetch.transport import Transport, dial
 from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
 from lazymem.settings import LinkSettings, ServerAddress
 from lazymem.wire.messages import PublishedFile, Welcome
-
-Dial = Callable[[], Awaitable[Transport]]
 
 INLINE_DECODE_PAGES = 32
 """zstd gives back 128 KiB in about 80 us; the way to a thread and back costs as much. Larger answers go there."""
@@ -69,23 +61,28 @@ class Client:
     def __init__(
         self,
         welcome: Welcome,
-        maybe_session: Session | None,
-        address: ServerAddress,
+        servers: Servers,
         link: LinkSettings,
         counters: LinkCounters,
-        dial_once: Dial,
+        maybe_open: tuple[Session, ServerAddress] | None = None,
+        wait_turn: Turn = trio.lowlevel.checkpoint,
     ) -> None:
+        """`maybe_open`: a session to begin with, and whom it is with. `wait_turn`: awaited before each other try."""
         self.welcome = welcome
-        self._address = address
-        self._name = address.name or welcome.name
+        self._servers = servers
         self._link = link
-        self._dial = dial_once
         self._counters = counters
         self._scope = trio.CancelScope()
         self._nursery: trio.Nursery | None = None
         rng = random.Random()
-        self._demand = Lane("demand", self._connect, self._backoff(rng), maybe_session)
-        self._background = Lane("background", self._connect, self._backoff(rng), on_lost=self._rescue_promoted)
+        self._demand = Lane("demand", self._connect, self._backoff(rng), maybe_open, wait_turn=wait_turn)
+        self._background = Lane(
+            "background",
+            self._connect,
+            self._backoff(rng),
+            on_lost=self._rescue_promoted,
+            wait_turn=self._demand.wait_connected,  # what nobody waits for comes back behind what somebody does
+        )
 
     # ---- what is published
 
@@ -281,7 +278,8 @@ class Client:
     def statistics(self) -> LinkStatistics:
         best = self.best_round_trip_seconds
         return LinkStatistics(
-            connection=f"{self._address}: {self._demand.state}",
+            connection=self._demand.state,
+            maybe_server=str(self._demand.maybe_server) if self._demand.connected else None,
             connected=self._demand.connected,
             reconnects=self._demand.reconnects + self._background.reconnects,
             wire_received_bytes=self._counters.wire_received_bytes,
@@ -289,6 +287,14 @@ class Client:
             open_requests=self._demand.open_requests + self._background.open_requests,
             round_trip_seconds=None if best == math.inf else best,
         )
+
+    async def wait_connected(self) -> None:
+        """Until demands can be sent."""
+        await self._demand.wait_connected()
+
+    async def wait_lost(self) -> None:
+        """Until they cannot."""
+        await self._demand.wait_lost()
 
     def close(self) -> None:
         """End the connections; requests that are open are never answered."""
@@ -306,13 +312,9 @@ class Client:
             self._demand.close()
             self._background.close()
 
-    async def _connect(self) -> Session:
-        """One try at a session with the same RAM as the first one's."""
-        session = await open_session(await self._dial(), self._name, self._link, self._counters)
-        if session.welcome.identity == self.identity and session.welcome.ram_bytes == self.welcome.ram_bytes:
-            return session
-        session.close()
-        raise IdentityError(f"{self._address} publishes another snapshot now than the one that this mount is of")
+    async def _connect(self, maybe_lost: ServerAddress | None) -> tuple[Session, ServerAddress]:
+        """One try at each server for a session with the same RAM as the first one's."""
+        return await self._servers.open_again(self.welcome, maybe_lost)
 
     def _backoff(self, rng: random.Random) -> Backoff:
         return Backoff(self._link.backoff_base_seconds, self._link.backoff_cap_seconds, rng)
@@ -320,14 +322,15 @@ class Client:
 
 async def connect(
     nursery: trio.Nursery,
-    address: ServerAddress,
+    server: ServerAddress | Sequence[ServerAddress],
     link: LinkSettings | None = None,
     *,
-    dial_once: Dial | None = None,
+    dial_address: DialAddress = dial_endpoint,
 ) -> Client:
     """Connect for the first time; the connections then live in `nursery` until `close` or its end.
 
-    A server that is full is asked again for `link.connect_timeout_seconds`; everything else fails at once.
+    `server`: one, or several of the same snapshot; the first that answers says which that is. One that is full is asked
+    again for `link.connect_timeout_seconds`; everything else fails at once.
 
     Raises:
         ServerUnreachableError: nobody there, or gone before its welcome.
@@ -336,53 +339,45 @@ async def connect(
         TlsError: the two do not come to believe each other.
     """
     link = link or LinkSettings()
-
-    async def dial_address() -> Transport:
-        return await dial(address.endpoint, link)
-
-    dial_once = dial_once or dial_address
     counters = LinkCounters()
+    servers = Servers(_several(server), link, counters, dial_address)
     backoff = Backoff(link.backoff_base_seconds, link.backoff_cap_seconds, random.Random())
     give_up_at = trio.current_time() + link.connect_timeout_seconds
     while True:
         try:
-            session = await open_session(await dial_once(), address.name, link, counters)
+            session, address = await servers.open_first()
             break
         except ServerRefusedError as error:
             if not error.temporary or trio.current_time() > give_up_at:
-                raise _located(error, address) from error
-        except (ServerUnreachableError, RemoteProtocolError, TlsError) as error:
-            raise _located(error, address) from error
+                raise
         await trio.sleep(backoff.next_delay())
-    client = Client(session.welcome, session, address, link, counters, dial_once)
+    client = Client(session.welcome, servers, link, counters, (session, address))
     nursery.start_soon(client._run)
     return client
 
 
 def resume(
     nursery: trio.Nursery,
-    address: ServerAddress,
+    server: ServerAddress | Sequence[ServerAddress],
     welcome: Welcome,
     link: LinkSettings | None = None,
     *,
-    dial_once: Dial | None = None,
+    wait_turn: Turn = trio.lowlevel.checkpoint,
+    dial_address: DialAddress = dial_endpoint,
 ) -> Client:
-    """As `connect`, for a mount that goes on: `welcome` is its first one, and a server that is away is waited for."""
+    """As `connect`, for a mount that goes on: `welcome` is its first one, and a server that is away is waited for.
+    `wait_turn`: awaited before each try to connect."""
     link = link or LinkSettings()
-
-    async def dial_address() -> Transport:
-        return await dial(address.endpoint, link)
-
-    client = Client(welcome, None, address, link, LinkCounters(), dial_once or dial_address)
+    counters = LinkCounters()
+    servers = Servers(_several(server), link, counters, dial_address)
+    client = Client(welcome, servers, link, counters, wait_turn=wait_turn)
     client._demand.connect_soon()
     nursery.start_soon(client._run)
     return client
 
 
-def _located(error: LazymemError, address: ServerAddress) -> LazymemError:
-    """The same error, saying which server."""
-    text = str(error)
-    return error if str(address.endpoint) in text else type(error)(f"{address}: {text}")
+def _several(server: ServerAddress | Sequence[ServerAddress]) -> Sequence[ServerAddress]:
+    return (server,) if isinstance(server, ServerAddress) else server
 
 
 def _decoded(request: FetchRequest) -> Fetched | LazymemError:

@@ -21,12 +21,15 @@ from lazymem.errors import LazymemError, LocalProtocolError
 from lazymem.fetch.backoff import Backoff
 from lazymem.fetch.requests import FetchRequest, Part, Request, maybe_again, refusal
 from lazymem.fetch.session import Session
+from lazymem.settings import ServerAddress
 from lazymem.wire.messages import Cancel, Cancelled, Error, Message
 
 logger = logging.getLogger(__name__)
 
-Connect = Callable[[], Awaitable[Session]]
-"""Dial, shake hands, check the identity; raises LazymemError."""
+Connect = Callable[[ServerAddress | None], Awaitable[tuple[Session, ServerAddress]]]
+"""Dial, shake hands, check the identity; gets whom the last connection was with, and raises LazymemError."""
+
+Turn = Callable[[], Awaitable[None]]
 
 MAX_REQUESTS = 4096
 """Requests of one lane at a time. The scheduler stays far below; whoever exceeds it has a leak."""
@@ -43,30 +46,36 @@ class Lane:
         name: str,
         connect: Connect,
         backoff: Backoff,
-        maybe_session: Session | None = None,
+        maybe_open: tuple[Session, ServerAddress] | None = None,
         on_lost: Callable[[], None] = lambda: None,
+        wait_turn: Turn = trio.lowlevel.checkpoint,
     ) -> None:
-        """`maybe_session` is an open one to start with; `on_lost` is called after each end of a connection."""
+        """`maybe_open` is a session to start with; `on_lost` is called after each end of a connection; `wait_turn` is
+        awaited before each try of another one."""
         self.name = name
         self._on_lost = on_lost
+        self._wait_turn = wait_turn
         self.reconnects = 0
         self._connect = connect
         self._backoff = backoff
-        self._first_session = maybe_session
+        self.maybe_server: ServerAddress | None = None
+        """Whom the connection is with, or was with last."""
+        self._maybe_first = maybe_open
         self._session: Session | None = None
         self._requests: dict[Request, None] = {}
         self._unsent: deque[tuple[Request, Part]] = deque()
         self._open: dict[int, tuple[Request, Part] | None] = {}
         self._next_id = 1
         self._wanted = trio.Event()
+        self._is_up, self._is_down = trio.Event(), trio.Event()
         self._nursery: trio.Nursery | None = None
         self._lost_since: float | None = None
         self._last_error: LazymemError | None = None
         self._refusing = False
         self._best_round_trip = math.inf
-        if maybe_session is not None:
+        if maybe_open is not None:
             self._wanted.set()
-            self._attach(maybe_session)
+            self._attach(*maybe_open)
 
     @property
     def connected(self) -> bool:
@@ -85,12 +94,20 @@ class Lane:
 
     @property
     def state(self) -> str:
-        """For people: connected, idle, or since when and why not."""
+        """For people: connected to whom, idle, or since when and why not."""
         if self._session is not None:
-            return "connected"
+            return f"{self.maybe_server}: connected"
         if self._lost_since is None:
             return "not connected yet"
         return f"trying to reconnect for {trio.current_time() - self._lost_since:.0f} s: {self._last_error}"
+
+    async def wait_connected(self) -> None:
+        """Returns at once where there is a connection."""
+        await self._is_up.wait()
+
+    async def wait_lost(self) -> None:
+        """Until there is no connection: at once after an end that `run` has not mended yet."""
+        await self._is_down.wait()
 
     def connect_soon(self) -> None:
         """Without waiting for the first request."""
@@ -153,18 +170,22 @@ class Lane:
         await self._wanted.wait()
         while True:
             try:
-                session = self._first_session or await self._connect()
-                self._first_session = None
-                await self._serve(session)
+                session, server = self._maybe_first or await self._connect_in_turn()
+                self._maybe_first = None
+                await self._serve(session, server)
             except LazymemError as error:
                 self._note_loss(error)
             await trio.sleep(self._backoff.next_delay())
+
+    async def _connect_in_turn(self) -> tuple[Session, ServerAddress]:
+        await self._wait_turn()
+        return await self._connect(self.maybe_server)
 
     def close(self) -> None:
         """Drop the connection, also one that `run` never came to; requests stay unanswered."""
         self._detach()
 
-    async def _serve(self, session: Session) -> None:
+    async def _serve(self, session: Session, server: ServerAddress) -> None:
         """Until the session is over, which raises. Its cause leaves the nursery by hand, so that it comes ungrouped."""
         cause: LazymemError | None = None
         started_at = trio.current_time()
@@ -172,7 +193,7 @@ class Lane:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 if self._session is None:
-                    self._attach(session)
+                    self._attach(session, server)
                 try:
                     await session.run(self._on_message, self._on_lone)
                 except LazymemError as error:
@@ -188,12 +209,16 @@ class Lane:
 
     # ---- the connection comes and goes
 
-    def _attach(self, session: Session) -> None:
+    def _attach(self, session: Session, server: ServerAddress) -> None:
         if self._lost_since is not None:
             self.reconnects += 1
-            logger.warning("%s connection is back after %.1f s", self.name, trio.current_time() - self._lost_since)
+            lasted = trio.current_time() - self._lost_since
+            logger.warning("%s connection is back after %.1f s, with %s", self.name, lasted, server)
         self._lost_since = None
+        self.maybe_server = server
         self._session = session
+        self._is_down = trio.Event()
+        self._is_up.set()
         for request in list(self._requests):
             self._queue(request, session)
         self._pump(session)
@@ -203,6 +228,8 @@ class Lane:
             self._best_round_trip = self.best_round_trip_seconds
             self._session.close()
         self._session = None
+        self._is_up = trio.Event()
+        self._is_down.set()
         self._open.clear()
         self._unsent.clear()
         for request in self._requests:
@@ -213,7 +240,9 @@ class Lane:
         """Log when it breaks and when the reason changes, not at every try."""
         if self._lost_since is None:
             self._lost_since = trio.current_time()
-            logger.warning("%s connection lost, trying again until it is back: %s", self.name, error)
+            logger.warning(
+                "%s connection to %s lost, trying again until it is back: %s", self.name, self.maybe_server, error
+            )
         elif str(error) != str(self._last_error):
             logger.warning("%s connection: still trying: %s", self.name, error)
         self._last_error = error

@@ -1,4 +1,4 @@
-"""When somebody last demanded a page: what guesses leave more room after, also those that another process makes."""
+"""What who guesses in another process must know of the demands: when the last one was, and whether they can be sent."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class LastDemand:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
         self._moment = memoryview(self._memory).cast("d")
         self._moment[0] = -math.inf
+        self._moment[1] = 1.0
 
     @property
     def seconds(self) -> float:
@@ -25,3 +26,12 @@ class LastDemand:
     @seconds.setter
     def seconds(self, now: float) -> None:
         self._moment[0] = now
+
+    @property
+    def can_be_sent(self) -> bool:
+        """Whether demands have a connection: as long as they have none, guesses must not have one either."""
+        return self._moment[1] != 0.0
+
+    @can_be_sent.setter
+    def can_be_sent(self, yes: bool) -> None:
+        self._moment[1] = float(yes)

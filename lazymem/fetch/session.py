@@ -53,6 +53,7 @@ class Session:
         self._heard = False
         self._ping_id = 0
         self._ping_sent_at: float | None = None
+        self._received_bytes = self._received_before_ping = 0
         self._cause: LazymemError | None = None
         self._on_message: Callable[[Message], None] | None = None
         self._on_lone: OnLone = _nobody
@@ -178,6 +179,7 @@ class Session:
 
     def _note_received(self, data: bytes) -> None:
         self._counters.wire_received_bytes += len(data)
+        self._received_bytes += len(data)
         self._heard = True
 
     def _handle_all(self, on_message: Callable[[Message], None]) -> None:
@@ -219,22 +221,39 @@ class Session:
             self._something_unsent = trio.Event()
 
     async def _watch(self) -> None:
-        """Ping when nothing came for an interval; no byte for the timeout after that: dead."""
+        """Ping after an interval's silence, and each interval while something is asked for. Nothing behind it for the
+        timeout: dead. So is a connection that hardly brings anything, and not the answer to the ping."""
         link = self._link
         while True:
             await trio.sleep_until(self._last_received + link.ping_interval_seconds)
+            self._check_pace()
             if self._was_heard():
+                if self._connection.open_requests:
+                    self._ping()
                 continue
             asked_at = trio.current_time()
-            if self._ping_sent_at is None:
-                self._ping_id += 1
-                self._ping_sent_at = asked_at
-                self.send(Ping(self._ping_id))
+            self._ping()
             await trio.sleep_until(asked_at + link.ping_timeout_seconds)
             if not self._was_heard() and self._last_received < asked_at:
                 raise ServerUnreachableError(
                     f"the server was silent for {trio.current_time() - self._last_received:.1f} s"
                 )
+
+    def _ping(self) -> None:
+        """Unless one is under way: its answer says as much."""
+        if self._ping_sent_at is None:
+            self._ping_id += 1
+            self._ping_sent_at = trio.current_time()
+            self._received_before_ping = self._received_bytes
+            self.send(Ping(self._ping_id))
+
+    def _check_pace(self) -> None:
+        if self._ping_sent_at is None:
+            return
+        waited = trio.current_time() - self._ping_sent_at
+        came_bytes = self._received_bytes - self._received_before_ping
+        if waited > self._link.trickle_seconds and came_bytes < waited * self._link.trickle_bytes_per_second:
+            raise ServerUnreachableError(f"the server only trickles: {came_bytes} bytes in {waited:.1f} s")
 
     def _was_heard(self) -> bool:
         """Whether anything came since this was last asked; that then counts as received now."""

@@ -60,9 +60,11 @@ class LinkCounters(Struct):
 
 
 class LinkStatistics(Struct, frozen=True):
-    """A client's connection. `connection` is a text for people: "connected", or since when and why not."""
+    """A client's connection. `connection` is a text for people: connected to whom, or since when and why not.
+    `maybe_server`: the address of who answers demands now."""
 
     connection: str
+    maybe_server: str | None
     connected: bool
     reconnects: int
     wire_received_bytes: int

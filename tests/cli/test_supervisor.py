@@ -31,11 +31,27 @@ def _supervised(command: list[str]) -> tuple[Supervisor, socket.socket, subproce
     return Supervisor(theirs), ours, daemon
 
 
-def test_daemons_that_do_not_start_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the connection goes, so that nobody waits for ever."""
+def test_daemons_that_do_not_start_are_tried_until_the_mount_is_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some cannot even be started, and some end; the log is not filled with it, and says what one can do."""
     monkeypatch.setattr(supervisor, "MAX_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(supervisor, "MAX_FAILURES", 3)
-    looked_after, control, daemon = _supervised(["--nonsense"])
+    monkeypatch.setattr(supervisor, "LOUD_FAILURES", 4)
+    looked_after, control, daemon = _supervised([])
+    looked_after._python = "/bin/false"
+    real_start, tries = Supervisor._start, 0
+    tried_enough = threading.Event()
+
+    def start(self: Supervisor, python: str) -> Daemon:
+        nonlocal tries
+        tries += 1
+        if tries == 20:
+            tried_enough.set()
+        if tries % 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real_start(self, python)
+
+    monkeypatch.setattr(Supervisor, "_start", start)
     read_end, connection = os.pipe()
     with control:
         descriptorstore.put(control, RECORD, SessionRecord.create().descriptor)
@@ -46,11 +62,53 @@ def test_daemons_that_do_not_start_are_given_up(monkeypatch: pytest.MonkeyPatch)
         running.start()
         daemon.kill()
         daemon.wait()
+        assert tried_enough.wait(60)
+        os.close(read_end)  # as an unmount ends the connection
         running.join(60)
-        assert results == [1]
-        assert os.read(read_end, 1) == b"", "nobody has the connection any more"
+        assert results == [0]
+    looked_after.close()
+    messages = [record.message for record in caplog.records if record.levelname == "ERROR"]
+    assert len(messages) == 4, messages
+    assert "umount --force" in messages[-1]
+
+
+def test_what_kept_daemons_from_starting_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After more failures than one would believe in, the next one gets everything and goes on."""
+    monkeypatch.setattr(supervisor, "MAX_PAUSE_SECONDS", 0.001)
+    looked_after, control, daemon = _supervised([])
+    good: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+    tries = 0
+
+    def start(self: Supervisor, python: str) -> Daemon:
+        nonlocal tries
+        tries += 1
+        if tries < 30:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        good.append((process, theirs))
+        return Daemon(process.pid, os.pidfd_open(process.pid), ours, process)
+
+    monkeypatch.setattr(Supervisor, "_start", start)
+    read_end, connection = os.pipe()
+    with control:
+        descriptorstore.put(control, FUSE, connection)
+        os.close(connection)
+        daemon.kill()
+        daemon.wait()
+        looked_after._hear(looked_after._daemon)
+        looked_after._go_on()
+        (process, theirs) = good[0]
+        got = _received(theirs)
+        assert {FUSE, f"predecessor-{daemon.pid}"} == set(got)
+        assert looked_after._daemon.pid == process.pid
+    for descriptor in got.values():
+        os.close(descriptor)
     looked_after.close()
     os.close(read_end)
+    theirs.close()
+    process.kill()
+    process.wait()
 
 
 def test_a_daemon_without_a_mount_has_no_next_one() -> None:
@@ -86,19 +144,20 @@ def test_a_daemon_is_told_of_all_before_it_that_have_not_ended(monkeypatch: pyte
 
     monkeypatch.setattr(Supervisor, "_start", start)
     looked_after._daemon.is_ready = True
+    read_end, looked_after._held[FUSE] = os.pipe()
     with control:
         looked_after._go_on()  # nobody has ended, for all that a pidfd tells
         looked_after._go_on()
         (second, to_second), (_, to_third) = started
         names = {f"predecessor-{first.pid}", f"predecessor-{second.pid}"}
         gots = [_received(to_second), _received(to_third)]
-        assert [set(got) for got in gots] == [{f"predecessor-{first.pid}"}, names]
+        assert [set(got) for got in gots] == [{FUSE, f"predecessor-{first.pid}"}, {FUSE, *names}]
         first.kill()
         first.wait()
         looked_after._go_on()
         gots.append(_received(started[2][1]))
-        assert set(gots[2]) == {f"predecessor-{second.pid}", f"predecessor-{started[1][0].pid}"}
-    for descriptor in [descriptor for got in gots for descriptor in got.values()]:
+        assert set(gots[2]) == {FUSE, f"predecessor-{second.pid}", f"predecessor-{started[1][0].pid}"}
+    for descriptor in [read_end, *(descriptor for got in gots for descriptor in got.values())]:
         os.close(descriptor)
     looked_after.close()
     for process, theirs in started:

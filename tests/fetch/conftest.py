@@ -12,7 +12,7 @@ from lazymem.errors import ServerUnreachableError
 from lazymem.fetch.client import Client, connect
 from lazymem.fetch.transport import Transport
 from lazymem.pages import PageRun
-from lazymem.settings import LinkSettings, parse_server
+from lazymem.settings import LinkSettings, ServerAddress, parse_server
 from tests.support.memorytransport import MemoryStream, MemoryTransport
 from tests.support.peer import Peer, make_ram
 
@@ -35,7 +35,7 @@ class Network:
             self._dialled = trio.Event()
             await self._dialled.wait()
 
-    async def dial(self) -> Transport:
+    async def dial(self, address: ServerAddress, link: LinkSettings) -> Transport:
         await trio.lowlevel.checkpoint()
         self.dials += 1
         self._dialled.set()
@@ -47,7 +47,7 @@ class Network:
         return MemoryTransport(ours)
 
     async def connect(self, link: LinkSettings | None = None) -> Client:
-        return await connect(self._nursery, ADDRESS, link, dial_once=self.dial)
+        return await connect(self._nursery, ADDRESS, link, dial_address=self.dial)
 
     async def cut(self) -> None:
         """End every connection, from the server's side."""

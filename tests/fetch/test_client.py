@@ -309,7 +309,7 @@ async def test_requests_survive_a_lost_connection(
         await network.cut()
         await trio.sleep(3600)
         assert not results
-        assert "trying to reconnect for 3600 s: connection refused" in client.statistics().connection
+        assert "trying to reconnect for 3600 s: ram.example:7411: connection refused" in client.statistics().connection
         assert not client.statistics().connected
         network.peer = peer
     assert sorted(results) == sorted(peer.bytes_of(PageRange(page, 1)) for page in range(5))

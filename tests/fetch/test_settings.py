@@ -16,6 +16,8 @@ from lazymem.settings import (
     default_cache_dir,
     parse_endpoint,
     parse_server,
+    parse_servers,
+    servers_text,
 )
 
 GOOD = {
@@ -79,17 +81,51 @@ def test_times_are_positive(seconds: float) -> None:
     with pytest.raises(UsageError):
         LinkSettings(ping_interval_seconds=seconds)
     with pytest.raises(UsageError):
-        MountSettings(parse_server("h:1"), Path("/m"), Path("/c"), deadline_seconds=seconds)
+        MountSettings(parse_servers("h:1"), Path("/m"), Path("/c"), deadline_seconds=seconds)
 
 
 @pytest.mark.parametrize("state", ["/c", "/c/run-1", "/c/a/b"])
 def test_state_is_not_in_the_cache(state: str) -> None:
     """Which anybody may empty at any time."""
     with pytest.raises(UsageError, match="deleted at any time"):
-        MountSettings(parse_server("h:1"), Path("/m"), Path("/c"), state_dir=Path(state))
+        MountSettings(parse_servers("h:1"), Path("/m"), Path("/c"), state_dir=Path(state))
 
 
 def test_cache_folder_follows_xdg() -> None:
     assert default_cache_dir({"XDG_CACHE_HOME": "/x", "HOME": "/h"}) == Path("/x/lazymem")
     assert default_cache_dir({"XDG_CACHE_HOME": "relative", "HOME": "/h"}) == Path("/h/.cache/lazymem")
     assert default_cache_dir({}) == Path("/var/cache/lazymem")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a:1", ["a:1"]),
+        ("a:1,b:2/web", ["a:1", "b:2/web"]),
+        ("[::1]:7411,unix:/run/s:/web,a:1", ["[::1]:7411", "unix:/run/s:/web", "a:1"]),
+        ("unix:/run/a,,b,a:1/x,,y", ["unix:/run/a,b", "a:1/x,y"]),
+        ("a:1/x,,,b:1", ["a:1/x,", "b:1"]),
+    ],
+)
+def test_several_servers_in_one_word(text: str, words: list[str]) -> None:
+    found = parse_servers(text)
+    assert [str(server) for server in found] == words
+    assert servers_text(found) == text
+    assert parse_servers(servers_text(found)) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "not HOST:PORT"),
+        ("a:1,", "not HOST:PORT"),
+        (",a:1", "not HOST:PORT"),
+        ("a:1,,b:2", "in brackets"),
+        ("a:1,b", "'b' is not HOST:PORT"),
+        ("a:1,b:1,a:1", "twice"),
+        (",".join(f"a:{port}" for port in range(1, 18)), "17 servers"),
+    ],
+)
+def test_no_list_of_servers(text: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        parse_servers(text)

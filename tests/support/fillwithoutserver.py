@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     snapshot = make_snapshot(folder / "snapshot", PAGES)
     link = LinkSettings(backoff_base_seconds=0.01, backoff_cap_seconds=0.05)
     server = parse_server(f"unix:{folder}/socket")
-    settings = MountSettings(server=server, mountpoint=folder, cache_dir=folder / "cache", link=link)
+    settings = MountSettings(servers=(server,), mountpoint=folder, cache_dir=folder / "cache", link=link)
     process = FillProcess(partial(fill, settings))
 
     async def hear() -> bool:
