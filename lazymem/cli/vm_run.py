@@ -108,7 +108,10 @@ class _Vm:
         finally:
             self._let_go.set()
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._close)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._leave_at_next, signals)
+                    await trio.to_thread.run_sync(self._close)
+                    nursery.cancel_scope.cancel()
         assert self._exit_code is not None
         return self._exit_code
 
@@ -161,7 +164,7 @@ class _Vm:
 
     async def _watch_signals(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
-            if self._over.is_set():
+            if self._over.is_set():  # as `_leave_at_next`
                 self._leave(128 + number)
             self._end(128 + number, {"guest": False, "reason": "host-signal"})
 
@@ -178,22 +181,48 @@ class _Vm:
             say("left a save or a load that still waited for a file")
             self._leave(exit_code)
 
+    async def _leave_at_next(self, signals: AsyncIterator[int]) -> None:
+        """Whoever asks twice does not want to wait for what the first one waits for."""
+        async for number in signals:
+            say("left at once, as asked twice; a mount stores what the guest wrote all the same")
+            self._leave(128 + number)
+
     def _close(self) -> None:
         """The guest stands, its RAM files are synced, and everything is given back."""
-        stands = self._machine.close(_CLOSE_SECONDS)
+        stands = self._machine.finish(_CLOSE_SECONDS)
+        synced = threading.Event()
+        threading.Thread(target=self._say_what_is_waited_for, args=(synced,), name="sync", daemon=True).start()
         try:
             self._blocks.sync()
         except LazymemError as error:
             say(str(error))
             self._exit_code = error.exit_code
-        if stands:
-            self._blocks.close()
+        synced.set()
+        if stands and self._give_back_in_time():
             return
         # Unmapping under a vCPU that waits for a page would crash it; the end of the process does all at once.
         self._serial.close()
-        say("the guest still waited for a page of its RAM")
+        if not stands:
+            say("the guest still waited for a page of its RAM")
         if self._exit_code is not None:
             self._leave(self._exit_code)
+
+    def _say_what_is_waited_for(self, synced: threading.Event) -> None:
+        if not synced.wait(_CLOSE_SECONDS):
+            paths = ", ".join(str(mem_file.path) for mem_file in self._options.mem_files if mem_file.share)
+            say(f"waits for the guest's memory to be stored in {paths} (a full disk? a second signal ends it at once)")
+
+    def _give_back_in_time(self) -> bool:
+        """False: that waits for a page whose server is away. (Unicorn touches pages of the RAM that it lets go of.)"""
+        given_back = threading.Event()
+
+        def give_back() -> None:
+            if self._machine.close(0):
+                self._blocks.close()
+                given_back.set()
+
+        threading.Thread(target=give_back, name="give back", daemon=True).start()
+        return given_back.wait(_CLOSE_SECONDS)
 
     def _leave(self, exit_code: int) -> NoReturn:
         sys.stdout.flush()

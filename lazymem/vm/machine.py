@@ -199,8 +199,8 @@ class Machine:
                 return
         listener(self._ending)
 
-    def close(self, timeout_seconds: float = 5) -> bool:
-        """Stop and give everything back. False: the vCPU still waits for a page, and the blocks must stay open."""
+    def finish(self, timeout_seconds: float = 5) -> bool:
+        """Stop for good. False: the vCPU still waits for a page, and the blocks must stay open."""
         with self._lock:
             self._closing = True
             self._wanted = False
@@ -211,6 +211,12 @@ class Machine:
             if self._thread.is_alive():
                 return False
         self._thread = None
+        return True
+
+    def close(self, timeout_seconds: float = 5) -> bool:
+        """Stop and give everything back, which may touch pages of a mount. False as with `finish`."""
+        if not self.finish(timeout_seconds):
+            return False
         if self._pacer is not None:
             self._pacer.close()
             self._pacer = None

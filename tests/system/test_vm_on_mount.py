@@ -195,3 +195,42 @@ def test_a_signal_ends_it_while_the_vcpu_waits_for_a_page(
             guest.process.send_signal(signal.SIGTERM)
             code, said = guest.end()
     assert (code, "still waited for a page" in said) == (143, True), said
+
+
+def test_a_signal_ends_an_idle_one_whose_server_is_away(
+    start: Start, mounts: Stage, saved: Path, tmp_path: Path
+) -> None:
+    """Its CPU stands; letting go of its RAM, of which most is not here, waits for nobody."""
+    server = mounts.serve(saved)
+    mount = mounts.mount(server.address, *QUIET)
+    path, option = serial(tmp_path, "second")
+    guest = resume(start, mount, *option)
+    with line_of(guest, path) as line:
+        line.wait(r"tick \d+")
+        with stalled(server):
+            guest.process.send_signal(signal.SIGTERM)
+            code, said = guest.end()
+    assert (code, said) == (143, "")
+
+
+def test_an_end_that_has_to_wait_says_for_what_and_a_second_signal_does_not(
+    start: Start, mounts: Stage, saved: Path, tmp_path: Path
+) -> None:
+    """The mount's daemon stands, so what the guest wrote cannot be stored."""
+    mount = mounts.mount(mounts.serve(saved).address, *QUIET)
+    path, option = serial(tmp_path, "second")
+    guest = resume(start, mount, *option)
+    with line_of(guest, path) as line:
+        line.wait(r"tick \d+")
+        os.kill(mount.pid, signal.SIGSTOP)
+        try:
+            assert guest.process.stderr is not None
+            guest.process.send_signal(signal.SIGTERM)
+            said = guest.process.stderr.readline()
+            assert f"waits for the guest's memory to be stored in {mount.ram_path}" in said
+            guest.process.send_signal(signal.SIGTERM)
+            assert "left at once, as asked twice" in guest.process.stderr.readline()
+        finally:
+            os.kill(mount.pid, signal.SIGCONT)
+        assert guest.end()[0] == 143  # what the kernel waits for in its name, it has to wait for
+    assert (saved / "pc.ram").stat().st_size == RAM_MIB << 20
