@@ -233,8 +233,10 @@ async def _open_store(
             survival.keep_state(state)
         upper = b""
         if origin.root is not None:
-            upper = cache.digests.maybe_upper(origin.root) or await client.fetch_upper()
-        return PristinePages(origin, cache, upper, state.written if state is not None else None), state
+            upper = survival.maybe_upper() or cache.digests.maybe_upper(origin.root) or await client.fetch_upper()
+        pristine = PristinePages(origin, cache, upper, state.written if state is not None else None)
+        survival.keep_upper(upper)
+        return pristine, state
     except BaseException:
         cache.close()
         if state is not None:

@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from lazymem.fs import descriptorstore, session
 from lazymem.fs.channel import RamFile
-from lazymem.fs.descriptorstore import FUSE, LOCK, PREDECESSOR, RECORD, STATE
+from lazymem.fs.descriptorstore import FUSE, LOCK, PREDECESSOR, RECORD, STATE, UPPER
 from lazymem.fs.mountinfo import Mount
 from lazymem.fs.sessionrecord import SessionRecord
 from lazymem.store.guestram import GuestRam
@@ -183,6 +183,24 @@ class Survival:
             return
         await wish_to_end.wait()
         self.record.change(wish_to_end=True)
+
+    # ---- the snapshot's digests
+
+    def maybe_upper(self) -> bytes | None:
+        """The upper level of the digest tree, kept by the first daemon; whoever uses it verifies it."""
+        descriptor = self._inherited.get(UPPER, -1)
+        if descriptor < 0:
+            return None
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+    def keep_upper(self, upper: bytes) -> None:
+        """16 bytes a MiB of RAM: a next daemon needs no server to begin."""
+        if self.continues or self.maybe_keeper is None or not upper:
+            return
+        descriptor = os.memfd_create("lazymem-upper")
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(upper)
+        self.keep(UPPER, descriptor)
 
     # ---- the state folder
 

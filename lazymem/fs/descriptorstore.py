@@ -18,8 +18,9 @@ from msgspec import Struct
 MAX_MESSAGE_BYTES = 64 * 1024
 """A command line, at most; the kernel's default bound for a message is above that."""
 
-FUSE, RECORD, LOCK, STATE, PREDECESSOR = "fuse", "record", "lock", "state", "predecessor"
-"""Names of what a mount has kept: its connection, its `sessionrecord`, the locks of the mount and of the state folder;
+FUSE, RECORD, LOCK, STATE, UPPER, PREDECESSOR = "fuse", "record", "lock", "state", "upper", "predecessor"
+"""Names of what a mount has kept: its connection, its `sessionrecord`, the locks of the mount and of the state folder,
+the upper level of the snapshot's digest tree (the cache may be deleted while the server is away);
 and, as "predecessor-PID", a pidfd of each daemon before that may not have ended wholly, which only our own supervisor
 has."""
 
