@@ -1,6 +1,9 @@
 """A process that writes to a mapped file as a guest does, verifies it, and says what is stored.
 
-    ackwriter.py FILE SEED
+    ackwriter.py FILE SEED [ORIGINAL]
+
+With ORIGINAL, a plain file, every page that it comes to must be that file's with its own writes over it; without, only
+its own writes are looked at.
 
 It prints "PAGE NUMBER LONGEST" after each msync that returned: NUMBER stands in the first bytes of PAGE then, and the
 longest step so far took LONGEST seconds. It ends when a line is put in. A wrong byte ends it with an error. Imports
@@ -24,11 +27,24 @@ def stamp(number: int, seed: int) -> bytes:
     return STAMP.pack(number, seed)
 
 
+def check(page: int, found: bytes, text: bytes, original: bytes) -> None:
+    """Ends this process if `found` is not `original` with `text` over its beginning; empty: nothing is known of it."""
+    if found[: len(text)] != text:
+        raise SystemExit(f"page {page} lost its write: {found[:16]!r} instead of {text!r}")
+    if original and found[len(text) :] != original[len(text) :]:
+        wrong = sum(a != b for a, b in zip(found[len(text) :], original[len(text) :], strict=True))
+        raise SystemExit(f"page {page} has {wrong} wrong bytes")
+
+
 def main() -> None:
     seed = int(sys.argv[2])
     choose = random.Random(seed)
     descriptor = os.open(sys.argv[1], os.O_RDWR)
     mapped = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+    original = b""
+    if len(sys.argv) > 3:
+        with open(sys.argv[3], "rb") as file:
+            original = file.read()
     written: dict[int, int] = {}
     longest = 0.0
     number = 0
@@ -37,8 +53,9 @@ def main() -> None:
         page = choose.randrange(len(mapped) // PAGE)
         at = page * PAGE
         begun = time.monotonic()
-        if page in written and mapped[at : at + STAMP.size] != stamp(written[page], seed):
-            raise SystemExit(f"page {page} lost write {written[page]}")
+        text = stamp(written[page], seed) if page in written else b""
+        if text or original:
+            check(page, mapped[at : at + PAGE], text, original[at : at + PAGE])
         mapped[at : at + STAMP.size] = stamp(number, seed)
         mapped.flush(at, PAGE)
         longest = max(longest, time.monotonic() - begun)

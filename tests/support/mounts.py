@@ -38,12 +38,15 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 class Server:
     """A `lazymem-serve` process. `address` is HOST:PORT."""
 
-    def __init__(self, *folders: Path, port: int = 0, arguments: tuple[str, ...] = ()) -> None:
-        self._process = subprocess.Popen(
-            command("lazymem_server.app", *folders, "--listen", f"127.0.0.1:{port}", "--json", *arguments),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, *folders: Path, port: int = 0, arguments: tuple[str, ...] = (), log: Path | None = None) -> None:
+        """`log`: where it logs, if not on our stderr."""
+        with contextlib.ExitStack() as opened:
+            self._process = subprocess.Popen(
+                command("lazymem_server.app", *folders, "--listen", f"127.0.0.1:{port}", "--json", *arguments),
+                stdout=subprocess.PIPE,
+                stderr=opened.enter_context(log.open("ab")) if log is not None else None,
+                text=True,
+            )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"lazymem-serve ended with {self._process.wait()}"

@@ -7,7 +7,6 @@ import faulthandler
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,9 @@ from lazymem.fs import checks, mountinfo
 from lazymem.fs.sessionrecord import SessionRecord
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot import workingset
-from tests.support import ackwriter
 from tests.support.mounts import Mounted, Stage, command, drop_kernel_cache, page_of, wait_until
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
+from tests.support.writers import Writer
 
 pytestmark = [
     pytest.mark.system,
@@ -65,57 +64,9 @@ def is_gone(pid: int) -> bool:
     return True
 
 
-class Writer:
-    """`ackwriter` on a mount. `stored`: what it was told is stored, page to number."""
-
-    def __init__(self, mount: Mounted, seed: int) -> None:
-        self._seed = seed
-        self.stored: dict[int, int] = {}
-        self.count = 0
-        self.longest_seconds = 0.0
-        self._process = subprocess.Popen(
-            [sys.executable, ackwriter.__file__, str(mount.ram_path), str(seed)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._listener = threading.Thread(target=self._listen)
-        self._listener.start()
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            page, number, longest = line.split()
-            self.stored[int(page)] = int(number)
-            self.longest_seconds = float(longest)
-            self.count += 1
-
-    def wait_for_more(self, steps: int = 3) -> None:
-        wanted = self.count + steps
-        wait_until(lambda: self.count >= wanted or self._process.poll() is not None, "the writer goes on")
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write("\n")
-            self._process.stdin.close()
-        assert self._process.wait(30) == 0
-        self._listener.join()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def expected(self, ram: bytes) -> bytes:
-        """The RAM after all of it, from the snapshot's `ram`."""
-        found = bytearray(ram)
-        for page, number in self.stored.items():
-            text = ackwriter.stamp(number, self._seed)
-            found[page * PAGE_SIZE : page * PAGE_SIZE + len(text)] = text
-        return bytes(found)
-
-
 @contextlib.contextmanager
 def writing(mount: Mounted, seed: int) -> Iterator[Writer]:
-    writer = Writer(mount, seed)
+    writer = Writer(mount.ram_path, seed)
     try:
         writer.wait_for_more()
         yield writer
