@@ -5,9 +5,10 @@ PYTEST_ARGS ?=
 # Most tests wait for processes and kernels: two files at a time halve the time, and no test may mind the other.
 PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
+CHAOS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test chaos bench lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +19,10 @@ demo: setup ## set up, then resume guests whose RAM is elsewhere, and show what 
 test: setup lint ## set up, then lint, type check and run all tests (PYTEST_ARGS=... passes more to pytest)
 	@$(VENV)/python -m tests.prepare
 	@$(VENV)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+chaos: setup ## set up, then ill-treat mounts for minutes (CHAOS_ARGS='--seconds 600 --seed 7'; --help lists more)
+	@$(VENV)/python -m tests.prepare
+	@$(VENV)/python -m tests.chaos $(CHAOS_ARGS)
 
 bench: setup ## set up with the peers' packages, then measure lazymem beside them (BENCH_ARGS='--help' lists what)
 	@$(VENV)/python -m bench.prepare

@@ -20,7 +20,7 @@ Fault = Callable[[World, random.Random], bool]
 
 SHORT_SECONDS = (0.05, 0.6)
 LONG_SECONDS = (0.5, 3.0)
-FLIP_SHARE = 0.05
+FLIP_SHARE = 0.25
 """Of what comes over a link while it flips bits, pieces of up to 64 KiB: some frames are broken, and most are not."""
 
 

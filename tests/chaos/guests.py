@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -31,8 +33,9 @@ class SavedGuest:
 def save_guest(folder: Path) -> SavedGuest:
     """Boots one and takes a snapshot of it."""
     with booted(folder) as guest:
-        if snapshot.main([str(guest.qemu.monitor), str(folder / "guest")]):
-            raise SystemExit("no snapshot of the guest could be taken")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            if snapshot.main([str(guest.qemu.monitor), str(folder / "guest")]):
+                raise SystemExit(f"no snapshot of the guest could be taken: {said.getvalue()}")
         guest.qemu.process.wait(60)
         return SavedGuest(folder / "guest", guest.checksum)
 
