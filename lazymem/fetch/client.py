@@ -16,7 +16,7 @@ from typing import TypeVar
 import trio
 
 from lazymem.digests import DIGEST_BYTES, TreeShape
-from lazymem.errors import LazymemError, RemoteProtocolError, ServerRefusedError
+from lazymem.errors import LazymemError, RemoteProtocolError, ServerRefusedError, ServerUnreachableError
 from lazymem.fetch.backoff import Backoff
 from lazymem.fetch.lane import Lane, Turn
 from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest, StoreRequest
@@ -136,6 +136,11 @@ class Client:
     def receive_nowait(self) -> bool:
         """Act on what came on the demand connection; whether there was something. Between awaits of any task."""
         return self._demand.receive_nowait()
+
+    def doubt(self, why: str) -> None:
+        """As `FetchStarter.doubt`: the demand connection goes to the next server, if there is one."""
+        if self._servers.are_several:
+            self._demand.drop(ServerUnreachableError(f"left for another server: {why}"))
 
     async def fetch(
         self, ranges: Sequence[PageRange], *, want_leaves: bool = False, background: bool = False

@@ -173,6 +173,16 @@ class InFlightTable:
         want.state = State.WAITING
         self._waiting[want] = None
 
+    def hold(self, want: Want) -> None:
+        """As `requeue`, but nothing is to be sent for it before `release`."""
+        self.requeue(want)
+        del self._waiting[want]
+
+    def release(self, want: Want) -> None:
+        """It waits like others now, unless nobody waits for it any more."""
+        if want.state is State.WAITING:
+            self._waiting[want] = None
+
     def arrived(self, want: Want, runs: Sequence[PageRun]) -> None:
         """Verified pages are here: wake the readers that waited for nothing else."""
         self._unsend(want)
@@ -242,7 +252,7 @@ class InFlightTable:
     def _forget(self, want: Want) -> None:
         by_page, pages = self._by_page, want.pages
         if want.state is State.WAITING:
-            del self._waiting[want]
+            self._waiting.pop(want, None)  # it may be held
         elif want.state is State.SENT:
             self._unsend(want)
         else:

@@ -181,6 +181,11 @@ class Lane:
         await self._wait_turn()
         return await self._connect(self.maybe_server)
 
+    def drop(self, error: LazymemError) -> None:
+        """End the connection, if there is one, as if that had gone wrong with it: `run` makes the next."""
+        if self._session is not None:
+            self._session.fail(error)
+
     def close(self) -> None:
         """Drop the connection, also one that `run` never came to; requests stay unanswered."""
         self._detach()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -39,8 +40,12 @@ INLINE_VERIFY_PAGES = 64
 DEMANDED_SECONDS = 0.25
 """After a demand the next one is likely for so long, and guesses leave it more room."""
 
-MAX_ATTEMPTS = 2
-"""A wrong answer is asked for once more, since memory and wires do flip bits; a source that insists is not believed."""
+MAX_ATTEMPTS = 30
+"""A wrong answer is asked for again, since memory and wires do flip bits: once at once, then with growing pauses and at
+another server, for about a minute. A guest would die of the error. A source that insists is not believed."""
+
+RETRY_BASE_SECONDS = 0.05
+RETRY_CAP_SECONDS = 5.0
 
 
 class Scheduler:
@@ -76,6 +81,7 @@ class Scheduler:
         self._best_answer = math.inf  # of guesses too: a round trip, and the only one measured while nothing pauses
         self._keeper = Keeper(sink, self._kept)
         self._keep_failing = False
+        self._rng = random.Random()
         self._copying = False
         self._looking_on = False
         self._waits = WaitHistogram()
@@ -325,12 +331,25 @@ class Scheduler:
         logger.warning("fetch of %d pages from page %d on: %s", flight.pages, flight.wants[0].pages.start, error)
         for want in flight.wants:
             if again and want.demands and want.attempts + 1 < MAX_ATTEMPTS:
-                self._table.requeue(want)
+                self._ask_again(want, error)
             else:
                 self._failures += len(want.demands)
                 self._table.failed(want, error)
         self._settle(flight.maybe_asked)
         flight.maybe_asked = None
+
+    def _ask_again(self, want: Want, error: LazymemError) -> None:
+        if not want.attempts:
+            self._table.requeue(want)
+            return
+        self._starter.doubt(str(error))
+        self._table.hold(want)
+        self._nursery.start_soon(self._ask_later, want)
+
+    async def _ask_later(self, want: Want) -> None:
+        await trio.sleep(self._rng.uniform(0, min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2**want.attempts)))
+        self._table.release(want)
+        self._send_demands()
 
     def _kept(self, wants: Sequence[Want], maybe_asked: Asked | None, maybe_error: LazymemError | None) -> None:
         for want in wants:

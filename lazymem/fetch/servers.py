@@ -40,6 +40,10 @@ class Servers:
         self._dial = dial_address
         self._link = link if len(self._addresses) == 1 else _hastier(link)
 
+    @property
+    def are_several(self) -> bool:
+        return len(self._addresses) > 1
+
     async def open_first(self) -> tuple[Session, ServerAddress]:
         """The first session, which says what the snapshot is.
 

@@ -89,7 +89,7 @@ class Session:
         try:
             taken = self._transport.send_nowait(data)
         except ServerUnreachableError as error:
-            self._fail(error)
+            self.fail(error)
             return
         if taken < len(data):
             self._unsent.append(memoryview(data)[taken:])
@@ -146,7 +146,7 @@ class Session:
                 self._note_received(data)
                 self._on_lone(*lone)
         except LazymemError as error:
-            self._fail(error)
+            self.fail(error)
         return True
 
     def close(self) -> None:
@@ -154,8 +154,8 @@ class Session:
         self._transport.close()
         self._scope.cancel()
 
-    def _fail(self, error: LazymemError) -> None:
-        """Keep the first cause and end `run`."""
+    def fail(self, error: LazymemError) -> None:
+        """Keep the first cause, and end `run` with it."""
         if self._cause is None:
             self._cause = error
         self._scope.cancel()
@@ -165,7 +165,7 @@ class Session:
         try:
             await task(*arguments)  # type: ignore[misc]
         except LazymemError as error:
-            self._fail(error)
+            self.fail(error)
 
     async def _receive(self, on_message: Callable[[Message], None]) -> None:
         self._handle_all(on_message)  # what came right behind the welcome

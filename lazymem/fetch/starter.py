@@ -68,6 +68,10 @@ class FetchStarter(Protocol):
         """Act on what came, between awaits of any task; whether there was something."""
         ...
 
+    def doubt(self, why: str) -> None:
+        """It gives wrong bytes again and again: where there is another server, that is asked from now on."""
+        ...
+
     @property
     def best_round_trip_seconds(self) -> float: ...
 
@@ -120,6 +124,9 @@ class TaskStarter:
 
     def receive_nowait(self) -> bool:
         return False
+
+    def doubt(self, why: str) -> None:
+        """There is only the one."""
 
     async def _fetch(self, ranges: Sequence[PageRange], want_leaves: bool, background: bool) -> Fetched | LazymemError:
         backoff = Backoff(BACKOFF_BASE_SECONDS, BACKOFF_CAP_SECONDS, self._rng)

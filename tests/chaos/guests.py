@@ -64,7 +64,6 @@ class CheckingGuest:
         try:
             while not self._over.is_set():
                 self._check()
-            self._check()  # once more, with everything mended
         except LazymemError as error:
             self._report.problems.append(f"the guest is gone: {error} (QEMU: {self._qemu.process.poll()})")
 

@@ -121,10 +121,10 @@ def _inject(
 
 
 def _settle(made: World, writer: Writer, maybe_guest: CheckingGuest | None, report: Report) -> None:
-    """Everybody goes on, twice."""
+    """Everybody goes on."""
     give_up = time.monotonic() + SETTLE_SECONDS
     wanted = writer.count + 2
-    checks = maybe_guest.checks + 2 if maybe_guest is not None else 0
+    checks = maybe_guest.checks + 1 if maybe_guest is not None else 0
     while writer.count < wanted or (maybe_guest is not None and maybe_guest.checks < checks):
         if writer.process.poll() is not None or (maybe_guest is not None and not maybe_guest.is_well):
             report.problems.append(f"somebody ended: the writer with {writer.process.poll()}")

@@ -18,7 +18,7 @@ ANSWER_SECONDS = 2.0
 """For a mount's status. One whose daemon is being replaced answers later, and then it is asked again later."""
 
 
-BASE_DELAY_SECONDS = 0.01
+BASE_DELAY_SECONDS = 0.004
 """Of each piece of up to 64 KiB that a link carries: so what is to be fetched takes seconds, and faults meet it."""
 
 

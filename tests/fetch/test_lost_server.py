@@ -19,14 +19,18 @@ from msgspec import structs
 
 from lazymem.errors import IdentityError, ServerRefusedError, ServerUnreachableError
 from lazymem.fetch.client import Client, connect
+from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PageRange
 from lazymem.settings import LinkSettings, ServerAddress, parse_servers
+from lazymem.store.cachefolder import open_cache
+from lazymem.store.pristine import PristinePages
 from tests.fetch.conftest import Joined, Network
 from tests.support import skips
 from tests.support.badlink import BadLink, Mode
 from tests.support.peer import Peer, is_background, make_ram
 from tests.support.privileges import maybe_own_network
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
+from tests.support.stores import origin_of
 
 PAGES = 600
 HASTY = LinkSettings(
@@ -206,6 +210,28 @@ async def test_other_ram_is_passed_by(snapshot: BuiltSnapshot, tmp_path: Path) -
                 assert client.statistics().maybe_server == third
                 await until(lambda: client.statistics().open_requests == 0)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_server_behind_a_link_that_flips_bits_is_left_for_another(
+    snapshot: BuiltSnapshot, tmp_path: Path
+) -> None:
+    async with serving(snapshot.folder) as address:
+        with BadLink(address) as link:
+            async with connected(f"{link.address},{address}") as client, trio.open_nursery() as nursery:
+                upper = await client.fetch_upper()
+                origin = origin_of(snapshot)
+                folder = open_cache(tmp_path / "cache", origin)
+                pristine = PristinePages(origin, folder, upper)
+                scheduler = Scheduler(client, pristine, nursery)
+                link.flip_share = 1.0
+                for page in range(0, PAGES, 50):
+                    (run,) = await scheduler.demand(PageRange(page, 1))
+                    assert bytes(run.data or bytes(4096)) == snapshot.page(page)
+                assert link.flips > 1
+                assert client.statistics().maybe_server == address
+                await scheduler.wait_kept()
+                nursery.cancel_scope.cancel()
+                pristine.close()
 
 
 async def test_nobody_of_several(tmp_path: Path, nursery: trio.Nursery) -> None:

@@ -18,7 +18,7 @@ from lazymem.fetch.inflight import Demand, Want
 from lazymem.fetch.plan import Budget
 from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.requests import FetchRequest
-from lazymem.fetch.scheduler import Scheduler
+from lazymem.fetch.scheduler import MAX_ATTEMPTS, Scheduler
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
 from lazymem.wire.messages import Cancel, Encoding, Error, ErrorCode, Fetch, Message, Pages
 from tests.fetch.conftest import Joined, Network
@@ -291,6 +291,35 @@ async def test_flipped_bit_is_asked_for_again(
     assert asked_pages(flipping) == [4, 5, 6, 4, 5, 6]
 
 
+async def test_a_link_that_flips_bits_for_a_while_costs_time_and_no_guest(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """Many times in a row wrong; meanwhile others are served, and who gives up leaves nothing behind."""
+    network.peer = flipping = FlippingPeer(peer, page=5, flips=12)
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    found: list[bytes] = []
+
+    async def read() -> None:
+        found.append(joined(await scheduler.demand(PageRange(5, 1))))
+
+    async with trio.open_nursery() as readers:
+        readers.start_soon(read)
+        while flipping.flips > 6:  # noqa: ASYNC110  # the peer is no task of ours
+            await trio.sleep(0.01)
+        assert joined(await scheduler.demand(PageRange(9, 1))) == peer.bytes_of(PageRange(9, 1))
+        assert not found
+        with trio.move_on_after(0.01):
+            await scheduler.demand(PageRange(5, 1))
+    assert found == [peer.bytes_of(PageRange(5, 1))]
+    flipping.flips = 1000
+    flipping.page = 20
+    with trio.move_on_after(20):
+        await scheduler.demand(PageRange(20, 1))
+    await trio.sleep(60)
+    await scheduler.wait_kept()
+    assert_empty(scheduler)
+
+
 async def test_source_that_insists_on_wrong_bytes_is_an_error_for_its_readers_only(
     autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
 ) -> None:
@@ -328,7 +357,7 @@ async def test_page_that_the_server_calls_changed_is_an_error(
     scheduler = Scheduler(await network.connect(), sink, nursery)
     with pytest.raises(VerificationError, match="page 3"):
         await scheduler.demand(PageRange(3, 1))
-    assert len(peer.fetches) == 2
+    assert len(peer.fetches) == MAX_ATTEMPTS
     assert_empty(scheduler)
 
 
