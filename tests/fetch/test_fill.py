@@ -122,13 +122,14 @@ async def test_a_server_that_restarts_again_and_again(
 ) -> None:
     """What came before the cut is not asked for again; what did not, is."""
     address = f"unix:{tmp_path}/socket"
-    up = trio.Event()
+    up, connected = trio.Event(), trio.Event()
 
     async def restarts() -> None:
         for turn in range(6):
             async with trio.open_nursery() as inner:
                 await started(inner, snapshot.folder, address)
                 up.set()
+                await connected.wait()  # of a server that is gone, a first connection is an error
                 if turn < 5:
                     await trio.sleep(0.02)
                     inner.cancel_scope.cancel()
@@ -136,6 +137,7 @@ async def test_a_server_that_restarts_again_and_again(
     nursery.start_soon(restarts)
     await up.wait()
     async with filling(snapshot, address, tmp_path / "cache") as fill:
+        connected.set()
         await fill.wait_idle()
         assert await fill.read_all() == snapshot.ram
     nursery.cancel_scope.cancel()
