@@ -106,12 +106,14 @@ def _hastier(link: LinkSettings) -> LinkSettings:
 
 
 def _of_all(errors: Sequence[LazymemError]) -> LazymemError:
-    """One error for those of each address. Its class is that of who answered, if any did: one can act on that."""
+    """One error for those of each address. It is final only if all are: who is full or away may be the right one soon."""
     if len(errors) == 1:
         return errors[0]
-    telling = next((error for error in errors if not isinstance(error, ServerUnreachableError)), errors[0])
-    found = type(telling)("; ".join(str(error) for error in errors))
-    found.temporary = any(isinstance(error, ServerRefusedError) and error.temporary for error in errors)
+    full = [error for error in errors if isinstance(error, ServerRefusedError) and error.temporary]
+    away = [error for error in errors if isinstance(error, ServerUnreachableError)]
+    deciding = (full or away or errors)[0]
+    found = type(deciding)("; ".join(str(error) for error in errors))
+    found.temporary = deciding.temporary
     return found
 
 

@@ -240,10 +240,16 @@ async def test_nobody_of_several(tmp_path: Path, nursery: trio.Nursery) -> None:
         await connect(nursery, parse_servers(text), HASTY)
 
 
-async def test_the_error_of_who_answered_counts(snapshot: BuiltSnapshot, tmp_path: Path, nursery: trio.Nursery) -> None:
+async def test_a_refusal_is_final_only_if_nobody_else_may_come(
+    snapshot: BuiltSnapshot, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    """systemd, for one, does not try again after a refusal."""
+    none, away = f"unix:{tmp_path}/a:/none", f"unix:{tmp_path}/b"
     async with serving(snapshot.folder, f"unix:{tmp_path}/a"):
-        with pytest.raises(ServerRefusedError, match=r"/b: No such file.*; unix:.*/a:/none.*no"):
-            await connect(nursery, parse_servers(f"unix:{tmp_path}/b,unix:{tmp_path}/a:/none"), HASTY)
+        with pytest.raises(ServerUnreachableError, match=r"/a:/none.*; unix:.*/b: No such file"):
+            await connect(nursery, parse_servers(f"{none},{away}"), HASTY)
+        with pytest.raises(ServerRefusedError, match=r"/a:/none.*; unix:.*/a:/neither"):
+            await connect(nursery, parse_servers(f"{none},unix:{tmp_path}/a:/neither"), HASTY)
 
 
 async def test_one_that_never_welcomes_keeps_nobody_from_the_next(snapshot: BuiltSnapshot) -> None:

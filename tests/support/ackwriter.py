@@ -3,7 +3,7 @@
     ackwriter.py FILE SEED [ORIGINAL]
 
 With ORIGINAL, a plain file, every page that it comes to must be that file's with its own writes over it; without, only
-its own writes are looked at.
+its own writes are looked at. With it, the kernel also forgets now and then what it has of FILE, so that it asks again.
 
 It prints "PAGE NUMBER LONGEST" after each msync that returned: NUMBER stands in the first bytes of PAGE then, and the
 longest step so far took LONGEST seconds. It ends when a line is put in. A wrong byte ends it with an error. Imports
@@ -19,6 +19,7 @@ import sys
 import time
 
 PAGE = 4096
+FORGET_STEPS = 50
 STAMP = struct.Struct("<QQ")
 
 
@@ -60,6 +61,9 @@ def main() -> None:
         mapped.flush(at, PAGE)
         longest = max(longest, time.monotonic() - begun)
         written[page] = number
+        if original and number % FORGET_STEPS == 0:
+            mapped.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         print(page, number, f"{longest:.4f}", flush=True)
 
 
