@@ -106,7 +106,7 @@ def _hastier(link: LinkSettings) -> LinkSettings:
 
 
 def _of_all(errors: Sequence[LazymemError]) -> LazymemError:
-    """One error for those of each address. It is final only if all are: who is full or away may be the right one soon."""
+    """One error for those of each address. Final only if all are: who is full or away may be the right one soon."""
     if len(errors) == 1:
         return errors[0]
     full = [error for error in errors if isinstance(error, ServerRefusedError) and error.temporary]

@@ -17,14 +17,16 @@ import trio.testing
 from lazymem_server.app import Serving, serve
 from msgspec import structs
 
+from lazymem.cli.fillwatch import tell_link
 from lazymem.errors import IdentityError, ServerRefusedError, ServerUnreachableError
-from lazymem.fetch.client import Client, connect
+from lazymem.fetch.client import Client, connect, resume
+from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PageRange
 from lazymem.settings import LinkSettings, ServerAddress, parse_servers
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.pristine import PristinePages
-from tests.fetch.conftest import Joined, Network
+from tests.fetch.conftest import ADDRESS, Joined, Network
 from tests.support import skips
 from tests.support.badlink import BadLink, Mode
 from tests.support.peer import Peer, is_background, make_ram
@@ -286,6 +288,34 @@ async def test_demands_come_back_before_guesses(
             peer.answers, peer.requests, network.peer = None, [], peer
         assert not is_background(peer.fetches[0])
         assert len(peer.fetches) == 6
+
+
+async def test_nothing_is_brought_ahead_while_demands_of_another_process_have_no_connection(
+    autojump_clock: trio.testing.MockClock, network: Network, peer: Peer, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """As the filling process does it: told by the daemon over shared memory, it waits for its turn."""
+    last_demand = LastDemand()
+    daemon = await network.connect(LinkSettings(backoff_base_seconds=5, backoff_cap_seconds=5))
+    nursery.start_soon(tell_link, daemon, last_demand)
+
+    async def wait_turn() -> None:
+        while not last_demand.can_be_sent:  # noqa: ASYNC110  # as another process sees it
+            await trio.sleep(0.05)
+
+    filling = resume(nursery, ADDRESS, daemon.welcome, wait_turn=wait_turn, dial_address=network.dial)
+    await filling.wait_connected()
+    for _ in range(10):
+        network.peer = None
+        await network.cut()
+        await daemon.wait_lost()
+        await filling.wait_lost()
+        await trio.sleep(30)
+        network.peer = peer
+        with trio.fail_after(60):
+            await filling.wait_connected()
+            assert daemon.statistics().connected
+            fetched = await filling.fetch([PageRange(0, 1)], background=True)
+        assert joined(fetched.runs) == peer.bytes_of(PageRange(0, 1))
 
 
 async def test_an_identity_is_an_error_only_where_nobody_has_the_right_one(
