@@ -194,9 +194,8 @@ class Supervisor:
         dead = self._daemon
         self._pause(dead)
         self._let_go_of_ended()
-        self._held[f"{PREDECESSOR}-{dead.pid}"] = (
-            dead.pidfd
-        )  # a copy would need a descriptor, of which there may be none
+        # Itself: a copy would need a descriptor, of which there may be none.
+        self._held[f"{PREDECESSOR}-{dead.pid}"] = dead.pidfd
         if dead.process is not None:
             self._left.append(dead.process)
         maybe_next, self._maybe_next = self._maybe_next, None

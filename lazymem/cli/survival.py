@@ -197,10 +197,11 @@ class Survival:
         """16 bytes a MiB of RAM: a next daemon needs no server to begin."""
         if self.continues or self.maybe_keeper is None or not upper:
             return
-        descriptor = os.memfd_create("lazymem-upper")
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(upper)
-        self.keep(UPPER, descriptor)
+        with contextlib.suppress(OSError):  # no room: then a next daemon asks the cache, or the server
+            descriptor = os.memfd_create("lazymem-upper")
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(upper)
+            self.keep(UPPER, descriptor)
 
     # ---- the state folder
 
