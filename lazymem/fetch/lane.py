@@ -245,9 +245,8 @@ class Lane:
         """Log when it breaks and when the reason changes, not at every try."""
         if self._lost_since is None:
             self._lost_since = trio.current_time()
-            logger.warning(
-                "%s connection to %s lost, trying again until it is back: %s", self.name, self.maybe_server, error
-            )
+            what = "not made" if self.maybe_server is None else f"to {self.maybe_server} lost"
+            logger.warning("%s connection %s, trying again until it is there: %s", self.name, what, error)
         elif str(error) != str(self._last_error):
             logger.warning("%s connection: still trying: %s", self.name, error)
         self._last_error = error

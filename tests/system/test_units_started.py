@@ -78,7 +78,8 @@ def installed(snapshot: tuple[Path, int]) -> Iterator[SystemdMachine]:
         pip, *lines = commands("install").splitlines()
         assert "pip install" in pip
         machine.shell("\n".join(["cd /tmp/checkout", *lines, commands("serve")]))
-        machine.shell("sed -i s/ram.example.net/127.0.0.1/ /etc/lazymem/mount-web.conf")
+        # Two servers, of which the first is not there: the other one has to do.
+        machine.shell("sed -i s/ram.example.net/127.0.0.1:1\\\\/web,127.0.0.1/ /etc/lazymem/mount-web.conf")
         yield machine
 
 
