@@ -20,6 +20,8 @@ class Report:
     daemon_restarts: int = 0
     longest_stall_seconds: float = 0.0
     longest_stall_of: str = ""
+    longest_recovery_seconds: float = 0.0
+    """From the moment when everything was mended to the writer's next step."""
     writes_acknowledged: int = 0
     writes_lost: int = 0
     bytes_wrong: int = 0
@@ -48,6 +50,7 @@ class Report:
             f"pieces with a flipped bit on the wire: {self.flipped_on_the_wire}",
             f"reconnects: {self.reconnects}, daemons that went on after another: {self.daemon_restarts}",
             f"longest stall: {self.longest_stall_seconds:.1f} s ({self.longest_stall_of or 'nobody stalled'})",
+            f"longest wait of the writer once everything was mended: {self.longest_recovery_seconds:.1f} s",
             f"writes acknowledged: {self.writes_acknowledged}, lost: {self.writes_lost}",
             f"checks of its memory by the guest: {self.guest_checks}",
             f"bytes wrong: {self.bytes_wrong}",

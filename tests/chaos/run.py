@@ -81,7 +81,7 @@ def _round(
 
         _storm(made, rng, time.monotonic() + seconds, report, is_well)
         made.mend()
-        _settle(made, writer, maybe_guest, report)
+        _settle(made, writer, maybe_guest, report, is_well)
         _end(writer)
         report.writes_acknowledged += writer.count
         report.stalled(writer.longest_seconds, "a step of the writer")
@@ -120,21 +120,34 @@ def _inject(
         time.sleep(rng.uniform(*PAUSES_SECONDS))
 
 
-def _settle(made: World, writer: Writer, maybe_guest: CheckingGuest | None, report: Report) -> None:
+def _settle(
+    made: World, writer: Writer, maybe_guest: CheckingGuest | None, report: Report, is_well: Callable[[], bool]
+) -> None:
     """Everybody goes on."""
+    mended_at = time.monotonic()
+    wanted = writer.count + 1
+    if not _wait(made, report, is_well, lambda: writer.count >= wanted):
+        return
+    report.longest_recovery_seconds = max(report.longest_recovery_seconds, time.monotonic() - mended_at)
+    if maybe_guest is not None:
+        guest, checks = maybe_guest, maybe_guest.checks + 1
+        _wait(made, report, is_well, lambda: guest.checks >= checks)
+
+
+def _wait(made: World, report: Report, is_well: Callable[[], bool], is_done: Callable[[], bool]) -> bool:
+    """For something that happens by itself; False: it does not."""
     give_up = time.monotonic() + SETTLE_SECONDS
-    wanted = writer.count + 2
-    checks = maybe_guest.checks + 1 if maybe_guest is not None else 0
-    while writer.count < wanted or (maybe_guest is not None and maybe_guest.checks < checks):
-        if writer.process.poll() is not None or (maybe_guest is not None and not maybe_guest.is_well):
-            report.problems.append(f"somebody ended: the writer with {writer.process.poll()}")
-            return
+    while not is_done():
+        if not is_well():
+            report.problems.append("the writer or the guest has ended")
+            return False
         if time.monotonic() > give_up:
-            report.problems.append(f"stuck: {SETTLE_SECONDS:.0f} s after everything was mended nobody goes on")
+            report.problems.append(f"stuck: {SETTLE_SECONDS:.0f} s after everything was mended somebody does not go on")
             report.problems += _states(made)
             _abort(made)
-            return
+            return False
         time.sleep(0.02)
+    return True
 
 
 def _end(writer: Writer) -> None:
