@@ -17,7 +17,7 @@ from time import perf_counter
 
 import trio
 
-from lazymem.errors import DeadlineError, LazymemError, RemoteProtocolError, VerificationError
+from lazymem.errors import DeadlineError, LazymemError, LocalProtocolError, RemoteProtocolError, VerificationError
 from lazymem.fetch.fault import Fault
 from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
@@ -327,7 +327,8 @@ class Scheduler:
     def _rejected(self, flight: Flight, error: LazymemError) -> None:
         """Wrong bytes: ask again for what a reader waits for, each want by itself; give up on guesses."""
         self._land(flight)
-        again = isinstance(error, VerificationError | RemoteProtocolError)
+        # (LocalProtocolError: the server calls bad what was right when it left here.)
+        again = isinstance(error, VerificationError | RemoteProtocolError | LocalProtocolError)
         logger.warning("fetch of %d pages from page %d on: %s", flight.pages, flight.wants[0].pages.start, error)
         for want in flight.wants:
             if again and want.demands and want.attempts + 1 < MAX_ATTEMPTS:

@@ -61,7 +61,7 @@ class BadLink:
         self.mode = Mode.GOOD
         self.delay_seconds = 0.0
         self.flip_share = 0.0
-        """How many of the pieces from the server lose a bit."""
+        """How many of the pieces have a flipped bit, in either direction."""
         self.flips = self.accepted = 0
         self._rng = random.Random(seed)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -141,13 +141,13 @@ class BadLink:
             for end in (connection.client, connection.server):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connections.append(connection)
-            self._start(self._carry, connection, connection.client, connection.server, False)
-            self._start(self._carry, connection, connection.server, connection.client, True)
+            self._start(self._carry, connection, connection.client, connection.server)
+            self._start(self._carry, connection, connection.server, connection.client)
 
-    def _carry(self, connection: _Connection, source: socket.socket, to: socket.socket, from_server: bool) -> None:
+    def _carry(self, connection: _Connection, source: socket.socket, to: socket.socket) -> None:
         try:
             while data := source.recv(PIECE_BYTES):
-                if from_server and self._rng.random() < self.flip_share:
+                if self._rng.random() < self.flip_share:
                     data = self._flipped(data)
                 if self.delay_seconds:
                     time.sleep(self.delay_seconds)
