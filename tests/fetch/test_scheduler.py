@@ -320,6 +320,25 @@ async def test_a_link_that_flips_bits_for_a_while_costs_time_and_no_guest(
     assert_empty(scheduler)
 
 
+async def test_a_request_that_is_called_bad_is_asked_again(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """It was right when it left: the wire may have made it so."""
+    refusals = 5
+
+    def answers(peer: Peer, request: Message) -> list[Message]:
+        nonlocal refusals
+        refusals -= 1
+        return [Error(request.id, ErrorCode.BAD_REQUEST, "no")] if refusals >= 0 else peer.honest(request)  # type: ignore[union-attr]
+
+    peer.answers = answers
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    assert joined(await scheduler.demand(PageRange(4, 3))) == peer.bytes_of(PageRange(4, 3))
+    assert refusals == -1
+    await scheduler.wait_kept()
+    assert_empty(scheduler)
+
+
 async def test_source_that_insists_on_wrong_bytes_is_an_error_for_its_readers_only(
     autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
 ) -> None:

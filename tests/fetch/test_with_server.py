@@ -102,8 +102,8 @@ async def test_server_that_restarts_again_and_again_costs_no_reader_anything(
         for turn in range(8):
             async with trio.open_nursery() as inner:
                 serving: Serving = await inner.start(partial(serve, [snapshot.folder], [address]))
-                if turn == 0:
-                    started.set()
+                started.set()
+                await connected.wait()  # of a server that is gone, a first connection is an error
                 await trio.sleep(0.05)
                 if turn == 7:
                     await done.wait()
@@ -112,10 +112,11 @@ async def test_server_that_restarts_again_and_again_costs_no_reader_anything(
                 else:
                     inner.cancel_scope.cancel()
 
-    started, done = trio.Event(), trio.Event()
+    started, connected, done = trio.Event(), trio.Event(), trio.Event()
     nursery.start_soon(restarts, done)
     await started.wait()
     async with stack(snapshot, address, tmp_path / "cache", prefetch=False) as whole:
+        connected.set()
         while whole.client.statistics().reconnects < 4:
             async with trio.open_nursery() as readers:
                 for seed in range(4):
