@@ -40,7 +40,7 @@ class Line:
         wait_until(path.exists, "the serial line")
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(WAIT_SECONDS)
-        self._socket.connect(str(path))
+        wait_until(lambda: self._socket.connect_ex(str(path)) == 0, "somebody to listen")  # which comes after its name
         self._text = ""
 
     def send(self, command: str) -> None:
