@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import trio
+from msgspec import to_builtins
 
 from lazymem.cli.groups import cause_of
 from lazymem.cli.handoverreport import as_text
@@ -154,6 +155,7 @@ class _Coming:
         self._journal = journal
         self.host = host
         self.receiver: Receiver | None = None
+        self._prepared: Arriving | None = None
 
     async def anew(self) -> Outcome:
         began = time.monotonic()
@@ -162,7 +164,7 @@ class _Coming:
             receiver, incoming = await self._prepare(link, began)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.host.clean_up)
+                await trio.to_thread.run_sync(self._undo, link.handover)
             raise
         return await self._to_the_end(receiver, incoming)
 
@@ -174,23 +176,36 @@ class _Coming:
         host.check(offer, wanted)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
+            arriving = Arriving(
+                source=str(link.endpoint),
+                mountpoint=str(wanted.mountpoint),
+                monitor="",
+                sockets=str(host.make_sockets()),
+                emulator_pid=0,
+                emulator_began="",
+                ram_bytes=offer.ram_bytes,
+                runs=offer.running,
+            )
+            # Before there is a mount or an emulator: the next process clears away what is left of a killed one.
+            await trio.to_thread.run_sync(self._note, link.handover, arriving)
             await trio.to_thread.run_sync(host.mount, link.endpoint, offer, wanted)
             guest = await trio.to_thread.run_sync(host.start, offer, wanted)
+            arriving.monitor, arriving.emulator_pid, arriving.emulator_began = str(host.monitor), host.pid, host.began
             socket = host.sockets / "state"
             await trio.to_thread.run_sync(guest.listen, socket)
             state = await link.open_state()
             nursery.cancel_scope.cancel()
-        arriving = Arriving(
-            source=str(link.endpoint),
-            mountpoint=str(wanted.mountpoint),
-            monitor=str(host.monitor),
-            sockets=str(host.sockets),
-            emulator_pid=host.pid,
-            emulator_began=host.began,
-            ram_bytes=offer.ram_bytes,
-            runs=offer.running,
-        )
         return self._receiver(link, guest, arriving, Destination.ASKED, began), (state, socket)
+
+    def _note(self, handover: str, arriving: Arriving) -> None:
+        self._prepared = arriving
+        self._journal.write(handover, Destination.ASKED.value, to_builtins(arriving))
+
+    def _undo(self, handover: str) -> None:
+        self.host.clean_up()
+        if self._prepared is not None:
+            self._prepared.over = True
+            self._journal.write(handover, Destination.REFUSED.value, to_builtins(self._prepared))
 
     async def again(self, before: Arriving) -> Outcome:
         found = self._journal.found

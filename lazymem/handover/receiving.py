@@ -342,7 +342,7 @@ class Receiver:
         effects = self._side.maybe_step(event)
         for effect in effects or ():
             if effect in SAID:
-                await self._link.say(self._message(effect))
+                await self._speak(effect)
             elif not await self._act(effect):
                 # What would have been done behind it is not: it is known that the guest never ran here.
                 return await self._step(Event.NEVER_RAN)
@@ -359,12 +359,13 @@ class Receiver:
             await trio.to_thread.run_sync(self._host.end_emulator)
         return True
 
-    def _message(self, effect: Effect) -> messages.Message:
+    async def _speak(self, effect: Effect) -> None:
+        message: messages.Message = messages.Refused(messages.short(self._reason))
         if effect is Effect.SAY_MINE:
-            return messages.Mine(self._arriving.downtime_seconds)
-        if effect is Effect.SAY_WHOLE:
-            return messages.Whole(self._report)
-        return messages.Refused(messages.short(self._reason))
+            message = messages.Mine(self._arriving.downtime_seconds)
+        elif effect is Effect.SAY_WHOLE:
+            message = messages.Whole(self._report)
+        await self._link.say(message)
 
     async def _record(self, state: Destination) -> None:
         details = to_builtins(self._arriving)

@@ -13,32 +13,46 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lazymem.cli.receivehost import _began
 from lazymem.cli.umount import end_mount
 from lazymem.errors import LazymemError
 from lazymem.fs import mountinfo
 from lazymem.handover.journal import read
 from lazymem.vm.qmpclient import QmpClient
+from tests.support.forkedcommands import Forked, ForkServer
 from tests.support.vmprocess import WAIT_SECONDS, wait_until
 
 
 class Command:
     """`lazymem send` or `lazymem receive`, its output in files; one process after the other."""
 
-    def __init__(self, folder: Path, name: str, environment: dict[str, str], *arguments: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        environment: dict[str, str],
+        *arguments: object,
+        maybe_forks: ForkServer | None = None,
+    ) -> None:
         self._folder = folder
+        self._maybe_forks = maybe_forks
         self._name = name
         self._environment = environment
         self.arguments = [str(argument) for argument in arguments]
         self.steps = folder / f"{name}.steps"
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
 
     def start(self, *more: object, die_at: str = "") -> None:
+        words = [*self.arguments, *map(str, more)]
+        self.out.touch()
+        if self._maybe_forks is not None:
+            command = [str(self.steps), die_at, self._name, *words]
+            self.process = self._maybe_forks.start(command, self.out, self.err, self._environment)
+            return
         command = [sys.executable, "-m", "tests.support.dyingcommand", str(self.steps), die_at, self._name]
         with self.out.open("ab") as out, self.err.open("ab") as err:
-            self.process = subprocess.Popen(
-                [*command, *self.arguments, *map(str, more)], stdout=out, stderr=err, env=self._environment
-            )
+            self.process = subprocess.Popen([*command, *words], stdout=out, stderr=err, env=self._environment)
 
     def code(self) -> int | None:
         return None if self.process is None else self.process.poll()
@@ -77,7 +91,14 @@ class Command:
 class Pair:
     """A guest's both ends. The source emulator's monitor is `monitor`; the destination's `there`."""
 
-    def __init__(self, folder: Path, monitor: Path, *vm_options: object, there: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        monitor: Path,
+        *vm_options: object,
+        there: Path | None = None,
+        maybe_forks: ForkServer | None = None,
+    ) -> None:
         """`there`: the destination emulator's monitor, a short path."""
         self.folder = folder
         self.monitor, self.there = monitor, there or folder / "there.qmp"
@@ -87,11 +108,11 @@ class Pair:
         self.mountpoint.mkdir()
         environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
         journals = folder / "send.journal", folder / "receive.journal"
-        self.send = Command(
-            folder, "send", environment, "--qmp", monitor, "--listen", "127.0.0.1:0", "--journal", journals[0], "--json"
-        )
-        self.receive = Command(folder, "receive", environment, "--json", "--journal", journals[1])
-        self._vm_options = ("-qmp", f"unix:{self.there}", *vm_options)
+        words = ("--qmp", monitor, "--listen", "127.0.0.1:0", "--journal", journals[0], "--json")
+        self.send = Command(folder, "send", environment, *words, maybe_forks=maybe_forks)
+        more = ("--json", "--journal", journals[1])
+        self.receive = Command(folder, "receive", environment, *more, maybe_forks=maybe_forks)
+        self.vm_options = ("-qmp", f"unix:{self.there}", *map(str, vm_options))
         self.journals = journals
 
     def begin(self, *, source_dies: str = "", destination_dies: str = "") -> None:
@@ -101,7 +122,7 @@ class Pair:
     def begin_at(self, mountpoint: Path, source_dies: str = "", destination_dies: str = "") -> None:
         self.send.start(die_at=source_dies)
         address = self.address()
-        self.receive.arguments = [*self.receive.arguments, address, str(mountpoint), *map(str, self._vm_options)]
+        self.receive.arguments = [*self.receive.arguments, address, str(mountpoint), *self.vm_options]
         self.receive.start(die_at=destination_dies)
 
     def address(self) -> str:
@@ -150,8 +171,8 @@ class Pair:
             command.kill()
         record = read(self.journals[1])
         if record is not None:
-            pid = record.details["emulator_pid"]
-            if _command_line(pid).find(str(self.mountpoint)) >= 0:
+            pid, began = record.details["emulator_pid"], record.details["emulator_began"]
+            if pid and _began(pid) == began:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         path = mountinfo.real_path(str(self.mountpoint))
@@ -166,13 +187,6 @@ def _runs(monitor: Path) -> bool:
             return str(qmp.command("query-status")["status"]) == "running"
     except LazymemError:
         return False
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 @contextlib.contextmanager
