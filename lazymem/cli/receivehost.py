@@ -39,6 +39,7 @@ from lazymem.handover.messages import Offer
 from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir
 from lazymem.snapshot.manifest import emulator_of
 from lazymem.tls.options import tls_words
+from lazymem.vm.qemurecorded import has_generation, maybe_generation
 
 LOG_NAME = "emulator.log"
 _MOUNT_LOG_NAME = "mount.log"
@@ -207,7 +208,8 @@ class ReceiveHost:
             status = read_status(str(self.mountpoint))
         except LazymemError:
             return {}
-        return {name: status.get(theirs) for name, theirs in _FIGURES.items()}
+        restarts = (status.get("survival") or {}).get("restarts") or 0
+        return {name: status.get(theirs) for name, theirs in _FIGURES.items()} | {"mount_restarts": restarts}
 
     def maybe_exit_code(self) -> int | None:
         if self._process is not None:
@@ -292,6 +294,8 @@ def command_line(offer: Offer, wanted: Wanted, ram: Path, sockets: Path) -> tupl
         made_by = sockets / _MADE_BY_NAME
         made_by.write_text(json.dumps({"emulator": _checked(offer.emulator)}))
         words += ["--engine", "qemu", "--made-by", str(made_by)]
+        if (guid := maybe_generation(offer.emulator.get("options") or ())) is not None and not has_generation(more):
+            more += ["-device", f"vmgenid,guid={guid}"]
     words += wanted.words
     options = parse_command_line([*words, *(["--", *more] if more else [])])
     if not _is_ours(options) and options.qmp != sockets / "qmp":

@@ -22,7 +22,7 @@ from lazymem.errors import (
     SaveStreamError,
 )
 from lazymem.handover import messages, requests
-from lazymem.handover.arriving import ArrivingGuest, has_state
+from lazymem.handover.arriving import ArrivingGuest, has_state, maybe_arrived
 from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal
 from lazymem.handover.polling import until
@@ -79,7 +79,8 @@ class Host(Protocol):
 
 class Arriving(Struct):
     """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
-    the guest was let run, and whoever stops it since has reasons."""
+    the guest was let run, and whoever stops it since has reasons. `began`: when the hand-over did (monotonic, which all
+    processes of a boot share, and no guest outlives one)."""
 
     source: str
     mountpoint: str
@@ -88,6 +89,8 @@ class Arriving(Struct):
     emulator_pid: int
     emulator_began: str
     ram_bytes: int
+    began: float = 0.0
+    state_bytes: int = 0
     runs: bool = True
     ran: bool = False
     downtime_seconds: float | None = None
@@ -116,11 +119,9 @@ class Receiver:
         report: Callable[[dict[str, Any]], None],
         *,
         state: Destination = Destination.ASKED,
-        began: float | None = None,
     ) -> None:
-        """`guest` None: its emulator is gone. `state`: what a journal told. `report` gets the figures when all is here.
-
-        `began`: when the hand-over began (monotonic)."""
+        """`guest` None: an earlier process started it. `state`: what a journal told. `report` gets the figures when
+        all is here."""
         self._journal = journal
         self._link = link
         self._guest = guest
@@ -129,12 +130,11 @@ class Receiver:
         self._say = say
         self._on_report = report
         self._side = destination(state)
-        self._began = time.monotonic() if began is None else began
-        self._received_bytes = 0
         self._stopped = 0.0
         self._restarted = False
         self._may_have_run = state is not Destination.ASKED
         self._gave_up = False
+        self._answering = trio.Lock()
         self._reason = ""
         self._exit_code: int | None = None
         self._report: dict[str, Any] = {}
@@ -168,7 +168,8 @@ class Receiver:
             while not self._is_over():
                 await self._take(*await self._events.receive())
             await self._finish()
-            nursery.cancel_scope.cancel()
+            async with self._answering:  # as at the source
+                nursery.cancel_scope.cancel()
         return Outcome(self.state, self._reason, self._exit_code)
 
     def interrupt(self) -> bool:
@@ -188,9 +189,7 @@ class Receiver:
         elif self.state is Destination.YIELDED:
             await self._tell()
         elif self.state is Destination.ASKED:
-            guest = self._guest
-            loaded = guest is not None and await trio.to_thread.run_sync(has_state, guest)
-            self._put_nowait(Event.LOADED if loaded else Event.FAILED, "an earlier lazymem receive ended in the middle")
+            self._nursery.start_soon(self._look_loaded)
         elif self.state is Destination.MINE:
             self._nursery.start_soon(self._watch_pages)
 
@@ -221,7 +220,7 @@ class Receiver:
 
     async def _bring_in(self, stream: Stream, emulator: Path) -> None:
         def received(count: int) -> None:
-            self._received_bytes = count
+            self._arriving.state_bytes = count
             self._nursery.start_soon(self._link.say, messages.Received(count))
 
         try:
@@ -242,6 +241,37 @@ class Receiver:
         else:
             await self._put.send((Event.LOADED, None))
 
+    async def _look_loaded(self) -> None:
+        """Whether the emulator got all of its state under the process before. It may be loading still, and wait for a
+        page: the source is listened to meanwhile."""
+        guest, loaded = await self._maybe_reach(), False
+        if guest is not None:
+            with suppress(MonitorError):
+                loaded = await trio.to_thread.run_sync(has_state, guest, abandon_on_cancel=True)
+        await self._put.send(
+            (Event.LOADED, None) if loaded else (Event.FAILED, "an earlier lazymem receive ended in the middle")
+        )
+
+    async def _maybe_reach(self) -> ArrivingGuest | None:
+        """The emulator, once it answers. None: it is gone, or was never begun; one that is silent is not gone."""
+        told = not self._arriving.monitor
+        while self._arriving.monitor and await trio.to_thread.run_sync(self._host.maybe_exit_code) is None:
+            if self._guest is None:
+                self._guest = await trio.to_thread.run_sync(maybe_arrived, Path(self._arriving.monitor))
+            if self._guest is not None:
+                try:
+                    await trio.to_thread.run_sync(self._guest.status, abandon_on_cancel=True)
+                except MonitorError:
+                    self._guest.close()
+                    self._guest = None
+                else:
+                    return self._guest
+            if not told:
+                told = True
+                self._say("the emulator lives and does not answer: it is waited for")
+            await trio.sleep(_LOOK_SECONDS)
+        return None
+
     async def _watch_emulator(self) -> None:
         while (code := await trio.to_thread.run_sync(self._host.maybe_exit_code)) is None:  # noqa: ASYNC110
             await trio.sleep(_LOOK_SECONDS)
@@ -261,9 +291,10 @@ class Receiver:
     async def _watch_requests(self) -> None:
         while True:
             await trio.sleep(requests.LOOK_SECONDS)
-            if requests.maybe_asked(self._journal.folder) == "take":
-                done, text = await self.take()
-                requests.answer(self._journal.folder, done=done, text=text)
+            async with self._answering:
+                if requests.maybe_asked(self._journal.folder) == "take":
+                    done, text = await self.take()
+                    requests.answer(self._journal.folder, done=done, text=text)
 
     async def take_when_alone(self) -> tuple[bool, str]:
         """As `take`, in a process that has just been started: the source gets its time to answer first."""
@@ -331,9 +362,9 @@ class Receiver:
         figures = await trio.to_thread.run_sync(self._host.figures)
         self._report = {
             "downtime_seconds": self._arriving.downtime_seconds,
-            "total_seconds": time.monotonic() - self._began,
+            "total_seconds": time.monotonic() - self._arriving.began,
             "ram_bytes": self._arriving.ram_bytes,
-            "state_bytes": self._received_bytes,
+            "state_bytes": self._arriving.state_bytes,
             **figures,
         }
 
@@ -378,17 +409,14 @@ class Receiver:
         """
         if self._arriving.ran:
             return True
-        try:
-            if self._guest is None:
-                raise MonitorError("its emulator is gone")
-            await trio.to_thread.run_sync(self._guest.status)
-        except MonitorError as error:
-            self._reason = f"the guest cannot run here: {error}"
+        guest = await self._maybe_reach()
+        if guest is None:
+            self._reason = "the guest cannot run here: its emulator is gone"
             self._say(self._reason)
             return self._may_have_run  # under the process before
         if not self._arriving.runs:
             return True
-        return await self._let_run(self._guest)
+        return await self._let_run(guest)
 
     async def _let_run(self, guest: ArrivingGuest) -> bool:
         try:
@@ -407,6 +435,7 @@ class Receiver:
         return True
 
     async def _stop_guest(self) -> None:
+        guest = await self._maybe_reach()
         with suppress(MonitorError):
-            if self._guest is not None:
-                await trio.to_thread.run_sync(self._guest.stop)
+            if guest is not None:
+                await trio.to_thread.run_sync(guest.stop)

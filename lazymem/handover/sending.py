@@ -17,10 +17,10 @@ import trio
 from blake3 import blake3
 from msgspec import Struct, field, to_builtins
 
-from lazymem.errors import IdentityError, LazymemError, MonitorError
+from lazymem.errors import IdentityError, LazymemError, MonitorError, StoreError
 from lazymem.handover import messages, requests
 from lazymem.handover.channel import Channel
-from lazymem.handover.journal import Journal
+from lazymem.handover.journal import Journal, read
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
@@ -125,6 +125,7 @@ class Sender:
         self._acting = False
         self._stands: str | None = None
         self._recording = trio.Lock()
+        self._answering = trio.Lock()
         self._told = False
         self._ram: LiveRam | None = None
         self._offers = 0
@@ -161,7 +162,8 @@ class Sender:
             while not over:
                 over = await self._take(*await self._events.receive())
             await self._linger()
-            self._nursery.cancel_scope.cancel()
+            async with self._answering:  # whoever asked for this very end is told of it
+                self._nursery.cancel_scope.cancel()
         return Outcome(self.state, self._reason, self._report, self._stands)
 
     async def _linger(self) -> None:
@@ -305,9 +307,10 @@ class Sender:
     async def _watch_requests(self) -> None:
         while True:
             await trio.sleep(requests.LOOK_SECONDS)
-            if requests.maybe_asked(self._journal.folder) == "reclaim":
-                done, text = await self.reclaim(0.0)
-                requests.answer(self._journal.folder, done=done, text=text)
+            async with self._answering:
+                if requests.maybe_asked(self._journal.folder) == "reclaim":
+                    done, text = await self.reclaim(0.0)
+                    requests.answer(self._journal.folder, done=done, text=text)
 
     async def reclaim(self, seconds: float) -> tuple[bool, str]:
         """Take the guest back, unless the destination answers, or comes back within so long; whether, and a word."""
@@ -335,14 +338,38 @@ class Sender:
         for effect in effects or ():
             if effect in SAID:
                 await self._speak(effect)
+            elif effect is Effect.RECORD:
+                if not await self._decide(event):
+                    return True  # another move was made instead
             else:
                 await self._act(effect)
         return effects is not None
 
-    async def _act(self, effect: Effect) -> None:
-        if effect is Effect.RECORD:
+    async def _decide(self, event: Event) -> bool:
+        """Record where the move has led. False: it could not be, and was undone.
+
+        Raises:
+            StoreError: it could not be, and a restarted process would read something else.
+        """
+        try:
             await self._record(self.state)
-        elif effect is Effect.MIGRATE:
+        except StoreError as error:
+            if event is Event.RECEIVED:
+                self._reason = str(error)
+                await self._step(Event.NOT_WRITTEN)
+                return False
+            if self.state is not Source.OURS or await trio.to_thread.run_sync(self._maybe_read) != Source.OURS.value:
+                raise
+            self._say(f"{error}; what stands there says the same")
+        return True
+
+    def _maybe_read(self) -> str | None:
+        """What a restarted process would find."""
+        found = read(self._journal.folder)
+        return None if found is None else found.state
+
+    async def _act(self, effect: Effect) -> None:
+        if effect is Effect.MIGRATE:
             self._offering = False
             self._migration_over = trio.Event()
             self._nursery.start_soon(self._migrate)

@@ -10,6 +10,7 @@ import pytest
 
 from lazymem.demo.serialline import SerialLine
 from lazymem.errors import MonitorError, ServerRefusedError
+from lazymem.vm.qmpclient import QmpClient
 from tests.support.handover import pair
 from tests.support.qemu import BootedGuest, booted
 
@@ -18,7 +19,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Iterator[BootedGuest]:
-    with booted(tmp_path, more=("-device", "virtio-rng-pci")) as found:
+    with booted(tmp_path, more=("-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto")) as found:
         yield found
 
 
@@ -38,6 +39,8 @@ def test_linux_goes_on_elsewhere(guest: BootedGuest, tmp_path: Path, sockets: Pa
         for said in (two.receive.said(), two.send.said()):
             assert "virtio-rng" in said.partition("qemu-system-x86_64: ")[2], two.tell()
     assert guest.qemu.serial.ask("tick", "tick") == "1"
+    with guest.qemu.open_monitor() as qmp:
+        generation = qmp.command("query-vm-generation-id")
     more = ("--", "-device", "virtio-rng-pci", "-serial", f"unix:{sockets}/serial")
     with (
         SerialLine(sockets / "serial") as line,
@@ -46,6 +49,8 @@ def test_linux_goes_on_elsewhere(guest: BootedGuest, tmp_path: Path, sockets: Pa
         two.begin()
         assert two.wait_settled() == (False, True)
         assert line.ask("tick", "tick") == "2"
+        with QmpClient(sockets / "there") as qmp:
+            assert qmp.command("query-vm-generation-id") == generation
         assert line.ask("sum", "sum") == guest.checksum
         assert two.send.wait() == 0, two.tell()
         assert guest.qemu.process.wait(30) == 0
