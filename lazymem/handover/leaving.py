@@ -104,8 +104,10 @@ class LeavingGuest:
         return Look(ram, state == "running", described)
 
     def _maybe_generation(self) -> str | None:
-        answer = self._qmp.maybe_command("query-vm-generation-id")
-        return None if answer is None else str(answer.get("guid"))
+        try:
+            return str(self._qmp.command("query-vm-generation-id").get("guid"))
+        except CommandError:  # a guest without the device, or lazymem-vm
+            return None
 
     def _refuse_incapable(self) -> None:
         known = {entry["capability"] for entry in self._qmp.maybe_command("query-migrate-capabilities") or []}

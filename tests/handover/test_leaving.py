@@ -95,6 +95,11 @@ def test_the_ram_is_not_read_before_the_disks_are_drained(tmp_path: Path) -> Non
         assert asked
 
 
+def test_a_guest_without_a_generation_id(tmp_path: Path) -> None:
+    with leaving(tmp_path, errors={"query-vm-generation-id": "VM Generation ID device not found"}) as (guest, _):
+        assert guest.look(disks_handled=False).was_running
+
+
 def test_a_moved_guest_keeps_its_generation(tmp_path: Path) -> None:
     guid = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"
     assert with_generation(["-device", "vmgenid,guid=auto", "-S"], guid) == ["-device", f"vmgenid,guid={guid}", "-S"]
