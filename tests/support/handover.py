@@ -20,6 +20,7 @@ from lazymem.fs import mountinfo
 from lazymem.handover.journal import read
 from lazymem.vm.qmpclient import QmpClient
 from tests.support.forkedcommands import Forked, ForkServer
+from tests.support.networkhosts import NetworkHost
 from tests.support.vmprocess import WAIT_SECONDS, wait_until
 
 
@@ -33,8 +34,11 @@ class Command:
         environment: dict[str, str],
         *arguments: object,
         maybe_forks: ForkServer | None = None,
+        on: Sequence[str] = (),
     ) -> None:
+        """`on`: what to put before a command so that it is on another host."""
         self._folder = folder
+        self._on = on
         self._maybe_forks = maybe_forks
         self._name = name
         self._environment = environment
@@ -50,7 +54,7 @@ class Command:
             command = [str(self.steps), die_at, self._name, *words]
             self.process = self._maybe_forks.start(command, self.out, self.err, self._environment)
             return
-        command = [sys.executable, "-m", "tests.support.dyingcommand", str(self.steps), die_at, self._name]
+        command = [*self._on, sys.executable, "-m", "tests.support.dyingcommand", str(self.steps), die_at, self._name]
         with self.out.open("ab") as out, self.err.open("ab") as err:
             self.process = subprocess.Popen([*command, *words], stdout=out, stderr=err, env=self._environment)
 
@@ -98,8 +102,9 @@ class Pair:
         *vm_options: object,
         there: Path | None = None,
         maybe_forks: ForkServer | None = None,
+        hosts: tuple[NetworkHost, NetworkHost] | None = None,
     ) -> None:
-        """`there`: the destination emulator's monitor, a short path."""
+        """`there`: the destination emulator's monitor, a short path. `hosts`: where the two commands run."""
         self.folder = folder
         self.monitor, self.there = monitor, there or folder / "there.qmp"
         self._shared_monitor = there is None
@@ -108,10 +113,12 @@ class Pair:
         self.mountpoint.mkdir()
         environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
         journals = folder / "send.journal", folder / "receive.journal"
-        words = ("--qmp", monitor, "--listen", "127.0.0.1:0", "--journal", journals[0], "--json")
-        self.send = Command(folder, "send", environment, *words, maybe_forks=maybe_forks)
+        on = ((), ()) if hosts is None else (hosts[0].on, hosts[1].on)
+        listen = "127.0.0.1:0" if hosts is None else f"{hosts[0].address}:0"
+        words = ("--qmp", monitor, "--listen", listen, "--journal", journals[0], "--json")
+        self.send = Command(folder, "send", environment, *words, maybe_forks=maybe_forks, on=on[0])
         more = ("--json", "--journal", journals[1])
-        self.receive = Command(folder, "receive", environment, *more, maybe_forks=maybe_forks)
+        self.receive = Command(folder, "receive", environment, *more, maybe_forks=maybe_forks, on=on[1])
         self.vm_options = ("-qmp", f"unix:{self.there}", *map(str, vm_options))
         self.journals = journals
 
@@ -190,8 +197,14 @@ def _runs(monitor: Path) -> bool:
 
 
 @contextlib.contextmanager
-def pair(folder: Path, monitor: Path, *vm_options: object, there: Path | None = None) -> Iterator[Pair]:
-    made = Pair(folder, monitor, *vm_options, there=there)
+def pair(
+    folder: Path,
+    monitor: Path,
+    *vm_options: object,
+    there: Path | None = None,
+    hosts: tuple[NetworkHost, NetworkHost] | None = None,
+) -> Iterator[Pair]:
+    made = Pair(folder, monitor, *vm_options, there=there, hosts=hosts)
     try:
         yield made
     finally:

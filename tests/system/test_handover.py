@@ -14,6 +14,7 @@ import pytest
 from lazymem.errors import BusyError, MountError, ServerRefusedError
 from lazymem.vm.guests import build_guest
 from tests.support.handover import Pair, pair
+from tests.support.networkhosts import two_hosts
 from tests.support.vmprocess import Process, Start, counts_on, starting, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -83,6 +84,27 @@ def test_the_destination_is_killed(guest: Process, tmp_path: Path, step: str) ->
         two.begin(destination_dies=step)
         _check(two, guest)
         assert f"!{step}" in two.receive.was_at()
+
+
+@pytest.mark.needs_root("networks of their own for two hosts")
+def test_between_two_hosts_whose_cable_is_pulled(guest: Process, tmp_path: Path) -> None:
+    """Nothing tells either end of that. The guest has no more than its first pages then, and its rest follows."""
+    with (
+        two_hosts() as hosts,
+        pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there", hosts=hosts) as two,
+    ):
+        two.begin(source_dies="half")
+        assert two.wait_settled() == (False, True)
+        wait_until(lambda: len(ticks(tmp_path / "there")) > 1, "the guest to have what it runs on")
+        hosts[1].cable("down")
+        two.send.let_go_on()
+        count = len(ticks(tmp_path / "there"))
+        wait_until(lambda: len(ticks(tmp_path / "there")) > count, "the guest to count alone")
+        assert two.send.code() is None
+        hosts[1].cable("up")
+        handed_over(two, guest)
+        assert two.report()["wire_received_bytes"] > 0
+        assert hosts[1].received_bytes > two.report()["wire_received_bytes"]
 
 
 def test_a_chain_whose_pages_are_not_yet_in_its_middle(guest: Process, tmp_path: Path) -> None:
