@@ -23,10 +23,11 @@ from lazymem.cli.receivehost import ReceiveHost, Wanted
 from lazymem.errors import BusyError, GuestCrashError, IdentityError, ServerRefusedError
 from lazymem.fs import checks, mountinfo
 from lazymem.handover import requests
+from lazymem.handover.arrival import Arriving, Outcome
 from lazymem.handover.arriving import ArrivingGuest
 from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal, default_folder
-from lazymem.handover.receiving import Arriving, Outcome, Receiver
+from lazymem.handover.receiving import Receiver
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import Destination
 from lazymem.settings import parse_endpoint

@@ -83,7 +83,7 @@ class Wanted(Struct, frozen=True):
 
 
 class ReceiveHost:
-    """Fits `handover.receiving.Host`."""
+    """Fits `handover.arrival.Host`."""
 
     def __init__(self, mountpoint: Path, folder: Path) -> None:
         """`folder`: the journal's, where the logs go."""
@@ -189,7 +189,7 @@ class ReceiveHost:
         with contextlib.suppress(OSError):
             self._shown = self.log.stat().st_size
 
-    # ---- as `receiving.Host`
+    # ---- as `arrival.Host`
 
     def is_mounted(self) -> bool:
         try:

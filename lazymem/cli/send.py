@@ -24,9 +24,10 @@ from lazymem.cli.handoverserver import HandoverServer
 from lazymem.errors import BusyError, IdentityError, MonitorError, UsageError
 from lazymem.handover import requests
 from lazymem.handover.arriving import boot_id
+from lazymem.handover.departure import Leaving, Outcome
 from lazymem.handover.journal import Journal, default_folder
 from lazymem.handover.leaving import LeavingGuest
-from lazymem.handover.sending import Leaving, Outcome, Sender
+from lazymem.handover.sending import Sender
 from lazymem.handover.states import Source
 from lazymem.tls.options import add_tls_options, maybe_tls
 

@@ -12,8 +12,9 @@ import pytest
 
 from lazymem.errors import MonitorError
 from lazymem.handover import messages, receiving
+from lazymem.handover.arrival import Arriving
 from lazymem.handover.journal import Journal, read
-from lazymem.handover.receiving import Arriving, Receiver
+from lazymem.handover.receiving import Receiver
 from lazymem.handover.states import Destination, Event
 from lazymem.vm.qmpclient import CommandError
 

@@ -13,10 +13,11 @@ from msgspec import to_builtins
 
 from lazymem.errors import BusyError, MonitorError, StoreError
 from lazymem.handover import messages, requests
+from lazymem.handover.departure import Leaving, Outcome
 from lazymem.handover.journal import Journal, Record, read
 from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
-from lazymem.handover.sending import Leaving, Outcome, Sender
+from lazymem.handover.sending import Sender
 from lazymem.handover.states import Event, Source
 
 OLD = "00" * 16
@@ -168,7 +169,7 @@ async def test_a_guest_that_cannot_be_given_on_the_disk_goes_on_here(
         found = sender(journal, guest, leaving)
         found.handover = OLD
         found._side.state = Source.MOVING
-        found._sent_bytes = 7
+        found._device_state.sent_bytes = 7
         assert await found._take(Event.RECEIVED, None, messages.Received(7))
         assert (found.state, guest.went_on) == (Source.OURS, 1)
         assert found._reason == "the disk is full"
