@@ -139,7 +139,7 @@ class Attempts:
         pair.send.out.touch()
 
     def run(self) -> None:
-        give_up = time.monotonic() + 2 * WAIT_SECONDS
+        left, give_up = self._steps.left, time.monotonic() + 2 * WAIT_SECONDS
         while True:
             runs = self._pair.runs()
             assert runs != (True, True), f"both run; {self._pair.tell()}"
@@ -151,6 +151,8 @@ class Attempts:
                 if not self._steps.left:
                     return
             self._keep_up()
+            if left != self._steps.left:
+                left, give_up = self._steps.left, time.monotonic() + 2 * WAIT_SECONDS
             assert time.monotonic() < give_up, f"left: {self._steps.left}; {self._pair.tell()}"
             time.sleep(_POLL_SECONDS)
 

@@ -30,7 +30,7 @@ from tests.support.handoversteps import (
 )
 from tests.support.vmprocess import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 GIVES, TAKES_BACK = OFFERS + SOURCE_GIVES[0], SOURCE_TAKES_BACK[0]
 TAKES, LOADS_LATE, REFUSES = ASKS + DESTINATION_TAKES[0], DESTINATION_LOADS_LATE[0], DESTINATION_REFUSES[0]
@@ -89,7 +89,9 @@ def test_the_connection_is_cut(steps: Callable[[], Steps], forks: ForkServer) ->
 
 
 def test_the_destinations_mount_daemon_is_killed(forks: ForkServer) -> None:
-    _through(Steps("receive", "early;daemon:", TAKES), forks)
+    """At every event and effect. What follows it is Python's start each time, so not on both sides of each record."""
+    words = [step for step in TAKES if step.partition(" ")[0] not in ("RECORD", "AT")]
+    _through(Steps("receive", "early;daemon:", words), forks)
 
 
 def test_the_destinations_emulator_is_killed_before_it_runs(forks: ForkServer) -> None:
