@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -182,6 +184,9 @@ class Pair:
             if pid and _began(pid) == began:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            sockets = Path(record.details["sockets"])  # of a command that was killed, or whose guest was
+            if sockets.name.startswith("lazymem-") and sockets.parent == Path(tempfile.gettempdir()):
+                shutil.rmtree(sockets, ignore_errors=True)
         path = mountinfo.real_path(str(self.mountpoint))
         if mountinfo.maybe_mount_at(path) is not None:
             with contextlib.suppress(LazymemError):
