@@ -7,6 +7,7 @@ from collections.abc import Callable
 import trio
 
 from lazymem.handover import messages
+from lazymem.handover.channel import Stream
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.relay import Outgoing, as_plain_socket
 
@@ -35,7 +36,7 @@ class StateSending:
         """Until nobody is at the guest's monitor for it."""
         await self._over.wait()
 
-    async def send(self, guest: LeavingGuest, stream: trio.SocketStream, on_stopped: Callable[[float], None]) -> int:
+    async def send(self, guest: LeavingGuest, stream: Stream, on_stopped: Callable[[float], None]) -> int:
         """How many bytes it was. `on_stopped`: as of `LeavingGuest.send`, and in a thread.
 
         Raises:

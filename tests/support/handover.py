@@ -117,7 +117,8 @@ class Pair:
         journals = folder / "send.journal", folder / "receive.journal"
         on = ((), ()) if hosts is None else (hosts[0].on, hosts[1].on)
         listen = "127.0.0.1:0" if hosts is None else f"{hosts[0].address}:0"
-        words = ("--qmp", monitor, "--listen", listen, "--journal", journals[0], "--json")
+        insecure = () if hosts is None else ("--insecure",)
+        words = (*insecure, "--qmp", monitor, "--listen", listen, "--journal", journals[0], "--json")
         self.send = Command(folder, "send", environment, *words, maybe_forks=maybe_forks, on=on[0])
         more = ("--json", "--journal", journals[1])
         self.receive = Command(folder, "receive", environment, *more, maybe_forks=maybe_forks, on=on[1])
