@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.images import Image
 from bench.links import Link, through
+from bench.linuximage import SCREEN
 from bench.ways import WayError, copy_sparse
 from lazymem.demo.processes import child, open_monitor
 from lazymem.demo.qemu import QemuOptions
@@ -21,20 +22,24 @@ from lazymem.vm.qmpclient import QmpClient
 RELEASE_SECONDS = 300.0
 
 
-def handed_over(link: Link, image: Image, folder: Path) -> dict[str, Any]:
-    """The report of a hand-over that ended: the guest is at the destination, with all of its RAM.
+def handed_over(link: Link, image: Image, folder: Path, *, screen: bool = False) -> dict[str, Any]:
+    """The report of a hand-over that ended: the guest is at the destination, with all of its RAM. `screen`: the guest
+    has one, and writes it all the time.
 
     Raises:
         WayError: it is not.
     """
     ram = folder / "source.ram"
     copy_sparse(image.ram, ram)
-    source = QemuOptions(ram, image.ram_bytes, folder / "s.qmp", folder / "s.serial", incoming="defer")
+    more = SCREEN * screen
+    source = QemuOptions(ram, image.ram_bytes, folder / "s.qmp", folder / "s.serial", incoming="defer", more=more)
     with ExitStack() as stack:
-        stack.enter_context(SerialLine(folder / "s.serial"))
+        serial = stack.enter_context(SerialLine(folder / "s.serial"))
         process = stack.enter_context(child(source.command(), folder / "source.log"))
         with open_monitor(source.qmp, process, folder / "source.log") as qmp:
             take_over(qmp, image.vmstate)  # its monitor serves one client, which is lazymem send from here on
+        if screen:
+            serial.ask("draw", "draw")
         send = _command("send", "--qmp", source.qmp, "--listen", "127.0.0.1:0", "--journal", folder / "given", "--json")
         sending = stack.enter_context(_piped(send))
         assert sending.stdout is not None

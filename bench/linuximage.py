@@ -1,8 +1,12 @@
-"""A Linux guest's snapshot to resume: 512 MiB, 160 MiB of them a file in its tmpfs. Booted once and kept."""
+"""A Linux guest's snapshot to resume: 512 MiB, 160 MiB of them a file in its tmpfs. Booted once and kept.
+
+One has a screen, too, and a program that writes it all the time once it is told to (`draw`).
+"""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -21,9 +25,19 @@ ALL_MIB = RANDOM_MIB + TEXT_MIB
 _BOOT_SECONDS = 300.0
 
 
-def linux_image(work: Path) -> Image:
+SCREEN = ("-vga", "std")
+"""QEMU's options for it: 16 MiB, of which 3 are written."""
+
+_DRAW = """        draw) for device in /sys/bus/pci/devices/*; do
+                  case $(cat $device/class) in 0x03*) screen=$device/resource0;; esac
+              done
+              draw $screen & sleep 1; kill -0 $! && echo "draw $screen";;
+        *)"""
+
+
+def linux_image(work: Path, *, screen: bool = False) -> Image:
     """The snapshot; booting it the first time takes half a minute under emulation."""
-    folder = work / f"linux-{RAM_BYTES >> 20}-v{FORMAT}"
+    folder = work / f"linux{'-screen' if screen else ''}-{RAM_BYTES >> 20}-v{FORMAT}"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
         # Sockets need a short path; the RAM file stands beside the snapshot, so that it can be moved there.
@@ -31,11 +45,11 @@ def linux_image(work: Path) -> Image:
             tempfile.TemporaryDirectory(prefix="lazymem-bench-") as sockets,
             tempfile.TemporaryDirectory(prefix=".linux-", dir=work) as near,
         ):
-            _boot_and_save(Path(sockets), Path(near), folder)
+            _boot_and_save(Path(sockets), Path(near), folder, screen=screen)
     return adopt(folder)
 
 
-def _guest(folder: Path) -> linuxguest.LinuxGuest:
+def _guest(folder: Path, *, screen: bool) -> linuxguest.LinuxGuest:
     """The demo's, but for its `read`: busybox's head takes a byte at a time, and under emulation that would be all
     that is measured.
     """
@@ -43,20 +57,31 @@ def _guest(folder: Path) -> linuxguest.LinuxGuest:
     init = linuxguest.INIT.replace(
         "head -c $((argument * 1048576)) /tmp/data", "dd if=/tmp/data bs=1M count=$argument 2>/dev/null"
     )
+    programs = []
+    if screen:
+        init = init.replace("        *)", _DRAW)
+        programs = [cpio.program("bin/draw", _assembled(folder))]
     if init != linuxguest.INIT:
         entries = [cpio.folder(name) for name in ("bin", "dev", "proc", "sys", "tmp")]
         busybox = linuxguest.find_busybox().read_bytes()
-        entries += [cpio.program("bin/busybox", busybox), cpio.program("init", init.encode())]
+        entries += [cpio.program("bin/busybox", busybox), cpio.program("init", init.encode()), *programs]
         built.initrd.write_bytes(cpio.archive(entries))
     return built
 
 
-def _boot_and_save(sockets: Path, near: Path, folder: Path) -> None:
-    guest = _guest(sockets)
+def _assembled(folder: Path) -> bytes:
+    source, target = Path(__file__).with_name("draw.S"), folder / "draw"
+    subprocess.run(["as", "--64", "-o", f"{target}.o", source], check=True)
+    subprocess.run(["ld", "-static", "-nostdlib", "-o", target, f"{target}.o"], check=True)
+    return target.read_bytes()
+
+
+def _boot_and_save(sockets: Path, near: Path, folder: Path, *, screen: bool) -> None:
+    guest = _guest(sockets, screen=screen)
     ram = near / "guest.ram"
     with ram.open("xb") as file:
         file.truncate(RAM_BYTES)
-    options = QemuOptions(ram, RAM_BYTES, sockets / "qmp", sockets / "serial", guest)
+    options = QemuOptions(ram, RAM_BYTES, sockets / "qmp", sockets / "serial", guest, more=SCREEN * screen)
     partial = near / "snapshot"
     with started(options, sockets / "log") as qemu:
         qemu.serial.expect("lazymem ready", _BOOT_SECONDS)

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.images import Image
 from bench.links import Link, Through, through
+from bench.linuximage import SCREEN
 from bench.ways import WayError, copy_sparse, wait_until
 from lazymem.demo.processes import child, open_monitor
 from lazymem.demo.qemu import QemuOptions
@@ -54,20 +55,23 @@ class PostCopy:
 
 
 @contextmanager
-def migrated(link: Link, image: Image, folder: Path) -> Iterator[PostCopy]:
-    """A guest that has just begun to run here.
+def migrated(link: Link, image: Image, folder: Path, *, screen: bool = False) -> Iterator[PostCopy]:
+    """A guest that has just begun to run here. `screen`: as in `handover.handed_over`.
 
     Raises:
         WayError: QEMU may not use userfaultfd, or the migration failed.
     """
     ram = folder / "source.ram"
     copy_sparse(image.ram, ram)
-    source = QemuOptions(ram, image.ram_bytes, folder / "s.qmp", folder / "s.serial", incoming="defer")
+    more = SCREEN * screen
+    source = QemuOptions(ram, image.ram_bytes, folder / "s.qmp", folder / "s.serial", incoming="defer", more=more)
     with ExitStack() as stack:
-        stack.enter_context(SerialLine(folder / "s.serial"))
+        source_serial = stack.enter_context(SerialLine(folder / "s.serial"))
         process = stack.enter_context(child(source.command(), folder / "source.log"))
         source_qmp = stack.enter_context(open_monitor(source.qmp, process, folder / "source.log"))
         take_over(source_qmp, image.vmstate)
+        if screen:
+            source_serial.ask("draw", "draw")
         source_qmp.command(
             "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}, *_CAPABILITIES]
         )
@@ -77,7 +81,9 @@ def migrated(link: Link, image: Image, folder: Path) -> Iterator[PostCopy]:
         seen = stack.enter_context(through(link, f"127.0.0.1:{port}"))
 
         begun = time.perf_counter()
-        destination = QemuOptions(ram, image.ram_bytes, folder / "d.qmp", folder / "d.serial", incoming="defer")
+        destination = QemuOptions(
+            ram, image.ram_bytes, folder / "d.qmp", folder / "d.serial", incoming="defer", more=more
+        )
         serial = stack.enter_context(SerialLine(folder / "d.serial"))
         command = [_anonymous(word, image) for word in destination.command()]
         process = stack.enter_context(child(command, folder / "destination.log"))

@@ -9,6 +9,8 @@ from scripts import analyser, prepare
 NEEDS = (
     # A file system with reflinks on a loop device, for the snapshots that they make short.
     prepare.Need("file systems with reflinks", prepare.program("mkfs.btrfs"), ("btrfs-progs",)),
+    # Two network namespaces and a cable between them, for a hand-over between two hosts.
+    prepare.Need("networks of one's own", prepare.program("ip"), ("iproute2",)),
 )
 
 

@@ -29,6 +29,7 @@ MEASURES: dict[str, Measure] = {
         linux.MEASURE,
         stream.MEASURE,
         handover.MEASURE,
+        handover.SCREEN_MEASURE,
         background.MEASURE,
         writes.MEASURE,
         memory.MEASURE,

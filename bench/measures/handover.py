@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from bench.context import Context, Measure, Target, pairs
 from bench.handover import handed_over
 from bench.linuximage import linux_image
@@ -11,15 +13,15 @@ from bench.record import Sample
 _NAMES = ("downtime_seconds", "total_seconds", "state_bytes", "wire_received_bytes", "demand_faults")
 
 
-def _run(context: Context) -> Sample:
-    image = linux_image(context.work)
+def _run(context: Context, *, screen: bool = False) -> Sample:
+    image = linux_image(context.work, screen=screen)
     with context.folder() as folder:
         if context.way.name == "postcopy":
-            with migrated(context.link, image, folder) as guest:
+            with migrated(context.link, image, folder, screen=screen) as guest:
                 figures = {"downtime_seconds": guest.downtime_seconds}
                 figures["total_seconds"] = guest.wait_done() - guest.started
             return context.sample(figures)
-        report = handed_over(context.link, image, folder)
+        report = handed_over(context.link, image, folder, screen=screen)
     return context.sample({name: float(report[name]) for name in _NAMES if report.get(name) is not None})
 
 
@@ -31,5 +33,16 @@ MEASURE = Measure(
     (
         Target("downtime, beside QEMU post-copy", "1ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
         Target("downtime, beside QEMU post-copy", "20ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
+    ),
+)
+
+SCREEN_MEASURE = Measure(
+    "screen",
+    "the same, of a guest that writes its screen all the time",
+    pairs(("1ms", "20ms"), ("lazymem", "postcopy")),
+    partial(_run, screen=True),
+    (
+        Target("the same with a written screen", "1ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
+        Target("the same with a written screen", "20ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
     ),
 )

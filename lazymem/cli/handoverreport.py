@@ -7,13 +7,15 @@ from typing import Any
 
 def as_text(report: dict[str, Any]) -> str:
     """One fact a line. What a figure is not known of is left out."""
+    # Each daemon counts from its own start.
+    since = ", since the mount's daemon was started anew" if report.get("mount_restarts") else ""
     rows = [
         ("guest stood", _milliseconds(report.get("downtime_seconds"))),
         ("all of it there after", _seconds(report.get("total_seconds"))),
         ("RAM", _mib(report.get("ram_bytes"))),
         ("device state", _mib(report.get("state_bytes"))),
-        ("pages over the wire", _mib(report.get("wire_received_bytes"))),
-        ("faults", _faults(report)),
+        (f"pages over the wire{since}", _mib(report.get("wire_received_bytes"))),
+        (f"faults{since}", _faults(report)),
     ]
     known = [(name, value) for name, value in rows if value]
     width = max((len(name) for name, _ in known), default=0)

@@ -61,7 +61,7 @@ class LiveCatalog(Catalog):
 
 
 class HandoverServer:
-    """Fits `handover.sending.PageServer`. `receivers` is set before `run`."""
+    """Fits `handover.departure.PageServer`. `receivers` is set before `run`."""
 
     def __init__(self, listeners: Listeners, tls: TlsSettings | None = None, allow: Sequence[str] = ()) -> None:
         """`allow`: with `tls`, the identities (as for lazymem-serve) that may take the guest; nobody else may."""

@@ -8,22 +8,26 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
+from msgspec import to_builtins
 
+from lazymem.cli import handoverend
 from lazymem.cli.groups import cause_of
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.receivehost import ReceiveHost, Wanted
-from lazymem.errors import BusyError, GuestCrashError, IdentityError, LazymemError, ServerRefusedError, StoreError
+from lazymem.errors import BusyError, GuestCrashError, IdentityError, ServerRefusedError
 from lazymem.fs import checks, mountinfo
 from lazymem.handover import requests
-from lazymem.handover.arriving import ArrivingGuest, maybe_arrived
+from lazymem.handover.arrival import Arriving, Outcome
+from lazymem.handover.arriving import ArrivingGuest
 from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal, default_folder
-from lazymem.handover.receiving import Arriving, Outcome, Receiver
+from lazymem.handover.receiving import Receiver
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import Destination
 from lazymem.settings import parse_endpoint
@@ -42,8 +46,7 @@ _EPILOG = """examples:
 """
 
 
-def say(line: str) -> None:
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+say = partial(handoverend.say, PROGRAM)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,21 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         found.source, found.mountpoint = None, found.source
     if found.mountpoint is None:
         parser.error("the folder for the guest's RAM is missing")
-    try:
-        mountpoint = Path(mountinfo.real_path(found.mountpoint))
-        options = tuple(found.options)
-        cache = None if found.cache is None else found.cache.absolute()
-        wanted = Wanted(mountpoint, cache, options, tuple(vm_words), tuple(more), found.force, maybe_tls(found))
-        folder = found.journal or default_folder("receive", str(mountpoint))
-        return _run(found, wanted, folder.absolute())
-    except LazymemError as error:
-        say(str(error))
-        return error.exit_code
-    except OSError as error:
-        say(str(StoreError(f"{error.filename or 'this host'}: {error.strerror}")))
-        return StoreError.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return handoverend.ended(PROGRAM, lambda: _receive_with(found, vm_words, more), "this host")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     return parser
+
+
+def _receive_with(found: argparse.Namespace, vm_words: list[str], more: list[str]) -> int:
+    mountpoint = Path(mountinfo.real_path(found.mountpoint))
+    options = tuple(found.options)
+    cache = None if found.cache is None else found.cache.absolute()
+    wanted = Wanted(mountpoint, cache, options, tuple(vm_words), tuple(more), found.force, maybe_tls(found))
+    folder = found.journal or default_folder("receive", str(mountpoint))
+    return _run(found, wanted, folder.absolute())
 
 
 def _run(found: argparse.Namespace, wanted: Wanted, folder: Path) -> int:
@@ -154,6 +152,7 @@ class _Coming:
         self._journal = journal
         self.host = host
         self.receiver: Receiver | None = None
+        self._prepared: Arriving | None = None
 
     async def anew(self) -> Outcome:
         began = time.monotonic()
@@ -162,7 +161,7 @@ class _Coming:
             receiver, incoming = await self._prepare(link, began)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.host.clean_up)
+                await trio.to_thread.run_sync(self._undo, link.handover)
             raise
         return await self._to_the_end(receiver, incoming)
 
@@ -174,23 +173,37 @@ class _Coming:
         host.check(offer, wanted)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
+            arriving = Arriving(
+                source=str(link.endpoint),
+                mountpoint=str(wanted.mountpoint),
+                monitor="",
+                sockets=str(host.make_sockets()),
+                emulator_pid=0,
+                emulator_began="",
+                ram_bytes=offer.ram_bytes,
+                runs=offer.running,
+                began=began,
+            )
+            # Before there is a mount or an emulator: the next process clears away what is left of a killed one.
+            await trio.to_thread.run_sync(self._note, link.handover, arriving)
             await trio.to_thread.run_sync(host.mount, link.endpoint, offer, wanted)
             guest = await trio.to_thread.run_sync(host.start, offer, wanted)
+            arriving.monitor, arriving.emulator_pid, arriving.emulator_began = str(host.monitor), host.pid, host.began
             socket = host.sockets / "state"
             await trio.to_thread.run_sync(guest.listen, socket)
             state = await link.open_state()
             nursery.cancel_scope.cancel()
-        arriving = Arriving(
-            source=str(link.endpoint),
-            mountpoint=str(wanted.mountpoint),
-            monitor=str(host.monitor),
-            sockets=str(host.sockets),
-            emulator_pid=host.pid,
-            emulator_began=host.began,
-            ram_bytes=offer.ram_bytes,
-            runs=offer.running,
-        )
-        return self._receiver(link, guest, arriving, Destination.ASKED, began), (state, socket)
+        return self._receiver(link, guest, arriving, Destination.ASKED), (state, socket)
+
+    def _note(self, handover: str, arriving: Arriving) -> None:
+        self._prepared = arriving
+        self._journal.write(handover, Destination.ASKED.value, to_builtins(arriving))
+
+    def _undo(self, handover: str) -> None:
+        self.host.clean_up()
+        if self._prepared is not None:
+            self._prepared.over = True
+            self._journal.write(handover, Destination.REFUSED.value, to_builtins(self._prepared))
 
     async def again(self, before: Arriving) -> Outcome:
         found = self._journal.found
@@ -198,17 +211,13 @@ class _Coming:
         emulator = before.emulator_pid, before.emulator_began, Path(before.monitor), Path(before.sockets)
         self.host.adopt(found.handover, *emulator)
         link = SourceLink(parse_endpoint(before.source), say, found.handover, self._wanted.tls)
-        alive = self.host.maybe_exit_code() is None
-        guest = await trio.to_thread.run_sync(maybe_arrived, Path(before.monitor)) if alive else None
-        receiver = self._receiver(link, guest, before, Destination(found.state), time.monotonic())
+        receiver = self._receiver(link, None, before, Destination(found.state))
         return await self._to_the_end(receiver, None)
 
     def _receiver(
-        self, link: SourceLink, guest: ArrivingGuest | None, arriving: Arriving, state: Destination, began: float
+        self, link: SourceLink, guest: ArrivingGuest | None, arriving: Arriving, state: Destination
     ) -> Receiver:
-        return Receiver(
-            self._journal, link, guest, arriving, self.host, say, self._print_report, state=state, began=began
-        )
+        return Receiver(self._journal, link, guest, arriving, self.host, say, self._print_report, state=state)
 
     def _print_report(self, report: dict[str, Any]) -> None:
         print(json.dumps(report) if self._found.json else as_text(report), flush=True)

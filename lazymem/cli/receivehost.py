@@ -39,6 +39,7 @@ from lazymem.handover.messages import Offer
 from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir, escaped_server
 from lazymem.snapshot.manifest import emulator_of
 from lazymem.tls.options import tls_words
+from lazymem.vm.qemurecorded import has_generation, maybe_generation
 
 LOG_NAME = "emulator.log"
 _MOUNT_LOG_NAME = "mount.log"
@@ -82,7 +83,7 @@ class Wanted(Struct, frozen=True):
 
 
 class ReceiveHost:
-    """Fits `handover.receiving.Host`."""
+    """Fits `handover.arrival.Host`."""
 
     def __init__(self, mountpoint: Path, folder: Path) -> None:
         """`folder`: the journal's, where the logs go."""
@@ -142,13 +143,17 @@ class ReceiveHost:
         if done.returncode:
             raise MountError(done.stderr.strip().removeprefix("lazymem-mount: ") or "lazymem-mount failed")
 
+    def make_sockets(self) -> Path:
+        """A folder for the emulator's sockets, by whose name it is found, too."""
+        self.sockets = Path(tempfile.mkdtemp(prefix="lazymem-"))
+        return self.sockets
+
     def start(self, offer: Offer, wanted: Wanted) -> ArrivingGuest:
         """The emulator, waiting for its state: it has touched no RAM.
 
         Raises:
             LazymemError: it does not start; what it said is in the text.
         """
-        self.sockets = Path(tempfile.mkdtemp(prefix="lazymem-"))
         words, options = command_line(offer, wanted, self.mountpoint / "pc.ram", self.sockets)
         self.monitor = options.qmp if _is_ours(options) and options.qmp is not None else self.sockets / "qmp"
         self.log.write_bytes(b"")
@@ -175,13 +180,16 @@ class ReceiveHost:
             time.sleep(0.01)
 
     def adopt(self, handover: str, pid: int, began: str, monitor: Path, sockets: Path) -> None:
-        """The mount of that hand-over, and the emulator, that an earlier command started."""
+        """The mount of that hand-over, and the emulator, that an earlier command started. `pid` 0: it did not come
+        so far as to say which, if any."""
         self._handover = handover
         self.pid, self.began, self.monitor, self.sockets = pid, began, monitor, sockets
+        if not pid and (found := _maybe_emulator_with(sockets)) is not None:
+            self.pid, self.began = found, _began(found)
         with contextlib.suppress(OSError):
             self._shown = self.log.stat().st_size
 
-    # ---- as `receiving.Host`
+    # ---- as `arrival.Host`
 
     def is_mounted(self) -> bool:
         try:
@@ -200,13 +208,14 @@ class ReceiveHost:
             status = read_status(str(self.mountpoint))
         except LazymemError:
             return {}
-        return {name: status.get(theirs) for name, theirs in _FIGURES.items()}
+        restarts = (status.get("survival") or {}).get("restarts") or 0
+        return {name: status.get(theirs) for name, theirs in _FIGURES.items()} | {"mount_restarts": restarts}
 
     def maybe_exit_code(self) -> int | None:
         if self._process is not None:
             code = self._process.poll()
             return code if code is None or code >= 0 else 128 - code
-        return None if _began(self.pid) == self.began else GONE_CODE
+        return None if self.pid and _began(self.pid) == self.began else GONE_CODE
 
     def complaint(self) -> str:
         try:
@@ -285,6 +294,8 @@ def command_line(offer: Offer, wanted: Wanted, ram: Path, sockets: Path) -> tupl
         made_by = sockets / _MADE_BY_NAME
         made_by.write_text(json.dumps({"emulator": _checked(offer.emulator)}))
         words += ["--engine", "qemu", "--made-by", str(made_by)]
+        if (guid := maybe_generation(offer.emulator.get("options") or ())) is not None and not has_generation(more):
+            more += ["-device", f"vmgenid,guid={guid}"]
     words += wanted.words
     options = parse_command_line([*words, *(["--", *more] if more else [])])
     if not _is_ours(options) and options.qmp != sockets / "qmp":
@@ -317,6 +328,17 @@ def _began(pid: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] == "Z" else fields[19]
+
+
+def _maybe_emulator_with(sockets: Path) -> int | None:
+    """The lazymem-vm whose command line names that folder, which nobody else has."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"lazymem.cli.vm" in words and any(os.fsencode(sockets) in word for word in words):
+                    return int(entry.name)
+    return None
 
 
 def _free_bytes(folder: Path) -> int:

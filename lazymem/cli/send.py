@@ -17,15 +17,17 @@ import msgspec
 import trio
 from lazymem_server.listeners import Listeners, parse_listen
 
+from lazymem.cli import handoverend
 from lazymem.cli.groups import cause_of
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.handoverserver import HandoverServer
-from lazymem.errors import BusyError, IdentityError, LazymemError, MonitorError, StoreError, UsageError
+from lazymem.errors import BusyError, IdentityError, MonitorError, UsageError
 from lazymem.handover import requests
 from lazymem.handover.arriving import boot_id
+from lazymem.handover.departure import Leaving, Outcome
 from lazymem.handover.journal import Journal, default_folder
 from lazymem.handover.leaving import LeavingGuest
-from lazymem.handover.sending import Leaving, Outcome, Sender
+from lazymem.handover.sending import Sender
 from lazymem.handover.states import Source
 from lazymem.tls.options import add_tls_options, maybe_tls
 
@@ -47,8 +49,7 @@ _EPILOG = """examples:
 """
 
 
-def say(line: str) -> None:
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+say = partial(handoverend.say, PROGRAM)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,16 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     found.qmp = Path(os.path.abspath(str(found.qmp).removeprefix("unix:")))
     # By its real name: under each of two, the decision of the other would not be found.
     folder = found.journal or default_folder("send", os.path.realpath(found.qmp))
-    try:
-        return _run(found, folder.absolute())
-    except LazymemError as error:
-        say(str(error))
-        return error.exit_code
-    except OSError as error:
-        say(str(StoreError(f"{error.filename or folder}: {error.strerror}")))
-        return StoreError.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return handoverend.ended(PROGRAM, lambda: _run(found, folder.absolute()), str(folder))
 
 
 def _parser() -> argparse.ArgumentParser:

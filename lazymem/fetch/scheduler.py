@@ -169,6 +169,7 @@ class Scheduler:
 
         demand = self._table.join(fault, settled)
         flight = Flight((fault,), False, self._starter.wire_received_bytes, 0, None)
+        flight.sent_at -= perf_counter() - fault.started_at  # not now, or this would be the shortest round trip of all
         self._flights[fault] = flight
         self._answered(flight, answer)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lazymem.errors import MonitorError
-from lazymem.vm.qmpclient import CommandError, QmpClient
+from lazymem.vm.qmpclient import QmpClient
 
 _POLL_SECONDS = 0.001
 """Between two looks at a load: some 0.1 ms of the emulator's time each."""
@@ -62,6 +62,23 @@ class ArrivingGuest:
         if status == "running":
             raise MonitorError("the emulator runs the guest without being told to: was it started with -S?")
 
+    def has_state(self) -> bool:
+        """Whether it got it. Waits for a load that is under way.
+
+        Raises:
+            MonitorError: the emulator is gone, or says no.
+        """
+        self._qmp.patience(_PATIENT_SECONDS)
+        while self.status() == WAITS:
+            if self._load_status() != "active":
+                return False
+            time.sleep(_POLL_SECONDS)
+        return self.status() in ("paused", "running")
+
+    def _load_status(self) -> str | None:
+        maybe_status = (self._qmp.command("query-migrate") or {}).get("status")
+        return None if maybe_status is None else str(maybe_status)
+
     def _refuse_failed(self) -> None:
         answer = self._qmp.command("query-migrate") or {}
         if answer.get("status") == "failed":
@@ -100,10 +117,12 @@ def maybe_arrived(monitor: Path) -> ArrivingGuest | None:
 
 
 def has_state(guest: ArrivingGuest) -> bool:
-    """Whether a load that an earlier process began was ended, all of it."""
-    with suppress(MonitorError, CommandError):
-        return guest.status() in ("paused", "running")
-    return False
+    """Whether a load that an earlier process began is ended, all of it. Waits for one that is under way.
+
+    Raises:
+        MonitorError: the emulator went away.
+    """
+    return guest.has_state()
 
 
 def boot_id() -> str:

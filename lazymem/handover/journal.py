@@ -13,7 +13,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from blake3 import blake3
 from msgspec import Struct
@@ -119,7 +119,7 @@ class Journal:
                 os.close(descriptor)
         self._file = self._lock = -1
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,6 +133,21 @@ def read(folder: Path) -> Record | None:
     except OSError:
         return None
     return max(slots, key=lambda slot: slot[0])[1] if slots else None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process has this journal open now."""
+    try:
+        descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def default_folder(role: str, name: str) -> Path:

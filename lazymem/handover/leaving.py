@@ -1,8 +1,15 @@
 """The guest at the source: what is refused, how its device state leaves, and how it goes on or ends. Blocking.
 
 The emulator sends while the guest runs, so the blocks that no file backs go before the stop; it stops the guest itself
-for the last pass and the devices. To QEMU 300 ms of a pass after the stop are good enough; here it begins with 10 ms
-and allows more only when a guest that writes to such a block (a framebuffer) would never be done otherwise.
+for the last pass and the devices.
+
+STOP comes too early to read the RAM: QEMU emits it in do_vm_stop and only then waits for its disks' requests, which may
+still write to RAM. It holds its big lock from there until all of the state is handed to the socket, and answers no
+command that came meanwhile. So the answer to one that was sent after STOP came says that the RAM is what the state
+belongs to.
+
+To QEMU 300 ms of a pass after the stop are good enough; here it begins with 10 ms and allows more only when a guest
+that writes to such a block (a framebuffer) would never be done otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from lazymem.snapshot.manifest import MANIFEST_NAME
 from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
 from lazymem.vm.identity import maybe_mount_run
+from lazymem.vm.qemurecorded import with_generation
 from lazymem.vm.qmpclient import CommandError, QmpClient
 from lazymem.vm.savestate import CAPABILITY, abandon
 
@@ -91,7 +99,15 @@ class LeavingGuest:
                 f"the guest has writable disks, which do not move with it: {', '.join(disks)}. If the destination has "
                 "them, too (shared storage), say --disks-handled"
             )
-        return Look(ram, state == "running", to_builtins(emulator.describe(self._qmp)))
+        described = to_builtins(emulator.describe(self._qmp))
+        described["options"] = with_generation(described["options"], self._maybe_generation())
+        return Look(ram, state == "running", described)
+
+    def _maybe_generation(self) -> str | None:
+        try:
+            return str(self._qmp.command("query-vm-generation-id").get("guid"))
+        except CommandError:  # a guest without the device, or lazymem-vm
+            return None
 
     def _refuse_incapable(self) -> None:
         known = {entry["capability"] for entry in self._qmp.maybe_command("query-migrate-capabilities") or []}
@@ -103,7 +119,8 @@ class LeavingGuest:
 
     def send(self, uri: str, on_stopped: Callable[[float], None]) -> float:
         """Let it send its state to `uri`; returns once all is sent and the guest stands. `on_stopped` is called as soon
-        as it stands, with that moment by the emulator's clock; that is also what is returned.
+        as nothing writes to its RAM any more, with the moment since when the guest stands by the emulator's clock; that
+        is also what is returned.
 
         Raises:
             MonitorError: it did not, with the reason; the guest may stand, see `go_on`.
@@ -120,6 +137,7 @@ class LeavingGuest:
                 raise MonitorError(f"the emulator's state was not sent within {STALLED_SECONDS:.0f} s")
             if event is not None and event.name == "STOP" and stopped is None:
                 stopped = event.seconds
+                self._qmp.command("query-status")
                 on_stopped(stopped)
             told = event is not None and event.name == "MIGRATION"
             if told or now - looked >= _LOOK_SECONDS:  # a guest may make events without end

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import trio
-from msgspec import Struct, to_builtins
+from msgspec import to_builtins
 
 from lazymem.errors import (
     LazymemError,
@@ -22,7 +22,8 @@ from lazymem.errors import (
     SaveStreamError,
 )
 from lazymem.handover import messages, requests
-from lazymem.handover.arriving import ArrivingGuest, has_state
+from lazymem.handover.arrival import Arriving, Host, Outcome
+from lazymem.handover.arriving import ArrivingGuest, has_state, maybe_arrived
 from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal
 from lazymem.handover.polling import until
@@ -51,57 +52,6 @@ _RUNNING = (Destination.MINE, Destination.WHOLE, Destination.DONE)
 Say = Callable[[str], None]
 
 
-class Host(Protocol):
-    """What this host does for a hand-over. All may block, and are called from threads."""
-
-    def is_mounted(self) -> bool:
-        """Whether the mount of the RAM answers."""
-        ...
-
-    def is_whole(self) -> bool:
-        """Whether every page of the RAM is here."""
-        ...
-
-    def figures(self) -> dict[str, Any]:
-        """Of the mount: bytes, faults, waiting."""
-        ...
-
-    def maybe_exit_code(self) -> int | None:
-        """The emulator's, once it has ended."""
-        ...
-
-    def complaint(self) -> str:
-        """The last that the emulator said."""
-        ...
-
-    def end_emulator(self) -> None: ...
-
-
-class Arriving(Struct):
-    """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
-    the guest was let run, and whoever stops it since has reasons."""
-
-    source: str
-    mountpoint: str
-    monitor: str
-    sockets: str
-    emulator_pid: int
-    emulator_began: str
-    ram_bytes: int
-    runs: bool = True
-    ran: bool = False
-    downtime_seconds: float | None = None
-    over: bool = False
-
-
-class Outcome(Struct, frozen=True):
-    """How it ended: the state, a reason, and the emulator's exit code where it ran the guest to its end."""
-
-    state: Destination
-    text: str
-    exit_code: int | None
-
-
 class Receiver:
     """One guest's hand-over to here, from the moment at which its emulator waits for the state."""
 
@@ -116,11 +66,9 @@ class Receiver:
         report: Callable[[dict[str, Any]], None],
         *,
         state: Destination = Destination.ASKED,
-        began: float | None = None,
     ) -> None:
-        """`guest` None: its emulator is gone. `state`: what a journal told. `report` gets the figures when all is here.
-
-        `began`: when the hand-over began (monotonic)."""
+        """`guest` None: an earlier process started it. `state`: what a journal told. `report` gets the figures when
+        all is here."""
         self._journal = journal
         self._link = link
         self._guest = guest
@@ -129,12 +77,11 @@ class Receiver:
         self._say = say
         self._on_report = report
         self._side = destination(state)
-        self._began = time.monotonic() if began is None else began
-        self._received_bytes = 0
         self._stopped = 0.0
         self._restarted = False
         self._may_have_run = state is not Destination.ASKED
         self._gave_up = False
+        self._answering = trio.Lock()
         self._reason = ""
         self._exit_code: int | None = None
         self._report: dict[str, Any] = {}
@@ -168,7 +115,8 @@ class Receiver:
             while not self._is_over():
                 await self._take(*await self._events.receive())
             await self._finish()
-            nursery.cancel_scope.cancel()
+            async with self._answering:  # as at the source
+                nursery.cancel_scope.cancel()
         return Outcome(self.state, self._reason, self._exit_code)
 
     def interrupt(self) -> bool:
@@ -188,9 +136,7 @@ class Receiver:
         elif self.state is Destination.YIELDED:
             await self._tell()
         elif self.state is Destination.ASKED:
-            guest = self._guest
-            loaded = guest is not None and await trio.to_thread.run_sync(has_state, guest)
-            self._put_nowait(Event.LOADED if loaded else Event.FAILED, "an earlier lazymem receive ended in the middle")
+            self._nursery.start_soon(self._look_loaded)
         elif self.state is Destination.MINE:
             self._nursery.start_soon(self._watch_pages)
 
@@ -221,7 +167,7 @@ class Receiver:
 
     async def _bring_in(self, stream: Stream, emulator: Path) -> None:
         def received(count: int) -> None:
-            self._received_bytes = count
+            self._arriving.state_bytes = count
             self._nursery.start_soon(self._link.say, messages.Received(count))
 
         try:
@@ -242,6 +188,37 @@ class Receiver:
         else:
             await self._put.send((Event.LOADED, None))
 
+    async def _look_loaded(self) -> None:
+        """Whether the emulator got all of its state under the process before. It may be loading still, and wait for a
+        page: the source is listened to meanwhile."""
+        guest, loaded = await self._maybe_reach(), False
+        if guest is not None:
+            with suppress(MonitorError):
+                loaded = await trio.to_thread.run_sync(has_state, guest, abandon_on_cancel=True)
+        await self._put.send(
+            (Event.LOADED, None) if loaded else (Event.FAILED, "an earlier lazymem receive ended in the middle")
+        )
+
+    async def _maybe_reach(self) -> ArrivingGuest | None:
+        """The emulator, once it answers. None: it is gone, or was never begun; one that is silent is not gone."""
+        told = not self._arriving.monitor
+        while self._arriving.monitor and await trio.to_thread.run_sync(self._host.maybe_exit_code) is None:
+            if self._guest is None:
+                self._guest = await trio.to_thread.run_sync(maybe_arrived, Path(self._arriving.monitor))
+            if self._guest is not None:
+                try:
+                    await trio.to_thread.run_sync(self._guest.status, abandon_on_cancel=True)
+                except MonitorError:
+                    self._guest.close()
+                    self._guest = None
+                else:
+                    return self._guest
+            if not told:
+                told = True
+                self._say("the emulator lives and does not answer: it is waited for")
+            await trio.sleep(_LOOK_SECONDS)
+        return None
+
     async def _watch_emulator(self) -> None:
         while (code := await trio.to_thread.run_sync(self._host.maybe_exit_code)) is None:  # noqa: ASYNC110
             await trio.sleep(_LOOK_SECONDS)
@@ -261,9 +238,10 @@ class Receiver:
     async def _watch_requests(self) -> None:
         while True:
             await trio.sleep(requests.LOOK_SECONDS)
-            if requests.maybe_asked(self._journal.folder) == "take":
-                done, text = await self.take()
-                requests.answer(self._journal.folder, done=done, text=text)
+            async with self._answering:
+                if requests.maybe_asked(self._journal.folder) == "take":
+                    done, text = await self.take()
+                    requests.answer(self._journal.folder, done=done, text=text)
 
     async def take_when_alone(self) -> tuple[bool, str]:
         """As `take`, in a process that has just been started: the source gets its time to answer first."""
@@ -331,9 +309,9 @@ class Receiver:
         figures = await trio.to_thread.run_sync(self._host.figures)
         self._report = {
             "downtime_seconds": self._arriving.downtime_seconds,
-            "total_seconds": time.monotonic() - self._began,
+            "total_seconds": time.monotonic() - self._arriving.began,
             "ram_bytes": self._arriving.ram_bytes,
-            "state_bytes": self._received_bytes,
+            "state_bytes": self._arriving.state_bytes,
             **figures,
         }
 
@@ -342,7 +320,7 @@ class Receiver:
         effects = self._side.maybe_step(event)
         for effect in effects or ():
             if effect in SAID:
-                await self._link.say(self._message(effect))
+                await self._speak(effect)
             elif not await self._act(effect):
                 # What would have been done behind it is not: it is known that the guest never ran here.
                 return await self._step(Event.NEVER_RAN)
@@ -359,12 +337,13 @@ class Receiver:
             await trio.to_thread.run_sync(self._host.end_emulator)
         return True
 
-    def _message(self, effect: Effect) -> messages.Message:
+    async def _speak(self, effect: Effect) -> None:
+        message: messages.Message = messages.Refused(messages.short(self._reason))
         if effect is Effect.SAY_MINE:
-            return messages.Mine(self._arriving.downtime_seconds)
-        if effect is Effect.SAY_WHOLE:
-            return messages.Whole(self._report)
-        return messages.Refused(messages.short(self._reason))
+            message = messages.Mine(self._arriving.downtime_seconds)
+        elif effect is Effect.SAY_WHOLE:
+            message = messages.Whole(self._report)
+        await self._link.say(message)
 
     async def _record(self, state: Destination) -> None:
         details = to_builtins(self._arriving)
@@ -377,17 +356,14 @@ class Receiver:
         """
         if self._arriving.ran:
             return True
-        try:
-            if self._guest is None:
-                raise MonitorError("its emulator is gone")
-            await trio.to_thread.run_sync(self._guest.status)
-        except MonitorError as error:
-            self._reason = f"the guest cannot run here: {error}"
+        guest = await self._maybe_reach()
+        if guest is None:
+            self._reason = "the guest cannot run here: its emulator is gone"
             self._say(self._reason)
             return self._may_have_run  # under the process before
         if not self._arriving.runs:
             return True
-        return await self._let_run(self._guest)
+        return await self._let_run(guest)
 
     async def _let_run(self, guest: ArrivingGuest) -> bool:
         try:
@@ -406,6 +382,7 @@ class Receiver:
         return True
 
     async def _stop_guest(self) -> None:
+        guest = await self._maybe_reach()
         with suppress(MonitorError):
-            if self._guest is not None:
-                await trio.to_thread.run_sync(self._guest.stop)
+            if guest is not None:
+                await trio.to_thread.run_sync(guest.stop)

@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from lazymem.errors import BusyError
+from lazymem.handover.journal import is_held
 
 _REQUEST = "request"
 _ANSWER = "answer"
@@ -36,7 +37,7 @@ def ask(folder: Path, word: str, seconds: float) -> Answer:
     """Have the process that holds the journal do it.
 
     Raises:
-        BusyError: it does not answer.
+        BusyError: it does not answer, or has ended.
     """
     with suppress(FileNotFoundError):
         (folder / _ANSWER).unlink()
@@ -44,9 +45,12 @@ def ask(folder: Path, word: str, seconds: float) -> Answer:
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:
+            is_alone = not is_held(folder)  # before the look: its last act may be to answer
             with suppress(OSError, ValueError, KeyError):
                 answer = json.loads((folder / _ANSWER).read_bytes()[:_MAX_BYTES])
                 return Answer(bool(answer["done"]), str(answer["text"]))
+            if is_alone:
+                raise BusyError(f"the process that was at this hand-over ({folder}) has ended meanwhile: ask again")
             time.sleep(_POLL_SECONDS)
     finally:
         (folder / _REQUEST).unlink(missing_ok=True)

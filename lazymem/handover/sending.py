@@ -11,25 +11,23 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import trio
 from blake3 import blake3
-from msgspec import Struct, field, to_builtins
+from msgspec import to_builtins
 
-from lazymem.errors import IdentityError, LazymemError, MonitorError
+from lazymem.errors import IdentityError, LazymemError, MonitorError, StoreError
 from lazymem.handover import messages, requests
 from lazymem.handover.channel import Channel
-from lazymem.handover.journal import Journal
+from lazymem.handover.departure import Leaving, Outcome, PageServer
+from lazymem.handover.devicestate import StateSending
+from lazymem.handover.journal import Journal, read
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
-from lazymem.handover.relay import Outgoing, as_plain_socket
 from lazymem.handover.states import SAID, Effect, Event, Source, source
 from lazymem.snapshot.liveram import LiveRam, Served
-
-_STATE_SECONDS = 600.0
-"""For a state to be handed on once its emulator has told that it is sent."""
 
 _LINGER_SECONDS = 3.0
 """For the last word to be taken; a receiver that misses it asks again, and finds nobody: it needs nothing more."""
@@ -52,43 +50,6 @@ _NO_RECLAIM = {
 }
 
 Say = Callable[[str], None]
-
-
-class PageServer(Protocol):
-    """What serves pages, over the same address."""
-
-    def publish(self, name: str, ram: LiveRam) -> None:
-        """Under this name and no other; closes `ram` at its end."""
-        ...
-
-    def look_again(self) -> None: ...
-
-
-class Leaving(Struct):
-    """What stands in a source's journal. `stopped`: when the guest stood, by its emulator's clock. `over`: nothing is
-    left to do."""
-
-    address: str
-    monitor: str
-    ram_path: str
-    ram_bytes: int
-    emulator: dict[str, Any]
-    was_running: bool
-    boot_id: str
-    emulator_pid: int | None = None
-    signature: list[int] = field(default_factory=list)
-    stopped: float = 0.0
-    state_bytes: int = 0
-    over: bool = False
-
-
-class Outcome(Struct, frozen=True):
-    """How it ended. `report`: the receiver's figures. `stands`: why a guest that is here does not go on."""
-
-    state: Source
-    text: str
-    report: dict[str, Any] = {}
-    stands: str | None = None
 
 
 class Sender:
@@ -125,14 +86,11 @@ class Sender:
         self._acting = False
         self._stands: str | None = None
         self._recording = trio.Lock()
+        self._answering = trio.Lock()
         self._told = False
         self._ram: LiveRam | None = None
         self._offers = 0
-        self._outgoing: Outgoing | None = None
-        self._migration_over = trio.Event()
-        self._migration_over.set()
-        self._sent_bytes: int | None = None
-        self._received_bytes: int | None = None
+        self._device_state = StateSending()
         self._reason = ""
         self._report: dict[str, Any] = {}
         self._put, self._events = trio.open_memory_channel[tuple[Event, Channel | None, object]](_QUEUE)
@@ -161,7 +119,8 @@ class Sender:
             while not over:
                 over = await self._take(*await self._events.receive())
             await self._linger()
-            self._nursery.cancel_scope.cancel()
+            async with self._answering:  # whoever asked for this very end is told of it
+                self._nursery.cancel_scope.cancel()
         return Outcome(self.state, self._reason, self._report, self._stands)
 
     async def _linger(self) -> None:
@@ -171,8 +130,7 @@ class Sender:
 
     def close(self) -> None:
         self.receivers.close()
-        if self._outgoing is not None:
-            self._outgoing.close()
+        self._device_state.close()
 
     def interrupt(self) -> bool:
         """The user wants it to end. False: the guest is given, and this process is needed."""
@@ -280,17 +238,12 @@ class Sender:
 
     def _counted(self, payload: object) -> bool:
         """Given is what both sides have counted to be whole, and only once the emulator here says the same."""
-        if isinstance(payload, messages.Received):
-            self._received_bytes = payload.state_bytes
-        else:
-            assert isinstance(payload, int)
-            self._sent_bytes = self._leaving.state_bytes = payload
-        if self._received_bytes is None or self._sent_bytes is None:
+        both = self._device_state.count(payload)
+        self._leaving.state_bytes = self._device_state.sent_bytes or 0
+        if both and (difference := self._device_state.maybe_difference) is not None:
+            self._fail(difference)
             return False
-        if self._received_bytes != self._sent_bytes:
-            self._fail(f"of {self._sent_bytes} bytes of device state {self._received_bytes} arrived")
-            return False
-        return True
+        return both
 
     def _note(self, event: Event, payload: object) -> None:
         if isinstance(payload, messages.Refused):
@@ -305,9 +258,10 @@ class Sender:
     async def _watch_requests(self) -> None:
         while True:
             await trio.sleep(requests.LOOK_SECONDS)
-            if requests.maybe_asked(self._journal.folder) == "reclaim":
-                done, text = await self.reclaim(0.0)
-                requests.answer(self._journal.folder, done=done, text=text)
+            async with self._answering:
+                if requests.maybe_asked(self._journal.folder) == "reclaim":
+                    done, text = await self.reclaim(0.0)
+                    requests.answer(self._journal.folder, done=done, text=text)
 
     async def reclaim(self, seconds: float) -> tuple[bool, str]:
         """Take the guest back, unless the destination answers, or comes back within so long; whether, and a word."""
@@ -335,16 +289,40 @@ class Sender:
         for effect in effects or ():
             if effect in SAID:
                 await self._speak(effect)
+            elif effect is Effect.RECORD:
+                if not await self._decide(event):
+                    return True  # another move was made instead
             else:
                 await self._act(effect)
         return effects is not None
 
-    async def _act(self, effect: Effect) -> None:
-        if effect is Effect.RECORD:
+    async def _decide(self, event: Event) -> bool:
+        """Record where the move has led. False: it could not be, and was undone.
+
+        Raises:
+            StoreError: it could not be, and a restarted process would read something else.
+        """
+        try:
             await self._record(self.state)
-        elif effect is Effect.MIGRATE:
+        except StoreError as error:
+            if event is Event.RECEIVED:
+                self._reason = str(error)
+                await self._step(Event.NOT_WRITTEN)
+                return False
+            if self.state is not Source.OURS or await trio.to_thread.run_sync(self._maybe_read) != Source.OURS.value:
+                raise
+            self._say(f"{error}; what stands there says the same")
+        return True
+
+    def _maybe_read(self) -> str | None:
+        """What a restarted process would find."""
+        found = read(self._journal.folder)
+        return None if found is None else found.state
+
+    async def _act(self, effect: Effect) -> None:
+        if effect is Effect.MIGRATE:
             self._offering = False
-            self._migration_over = trio.Event()
+            self._device_state.begin()
             self._nursery.start_soon(self._migrate)
         elif effect is Effect.SERVE:
             self._serve_again()
@@ -388,15 +366,13 @@ class Sender:
         except LazymemError as error:
             event = Event.FAILED, str(error)
         finally:
-            self._migration_over.set()  # before the queue, which whoever waits for this may have let become full
+            self._device_state.end()  # before the queue, which whoever waits for this may have let become full
         await self._put_event(event[0], None, event[1])
 
     async def _send_state(self) -> int:
         """How many bytes it was."""
-        guest = self._guest
-        assert guest is not None
+        assert self._guest is not None
         stream = await self.receivers.state_connection(self.handover)
-        self._outgoing = outgoing = Outgoing(as_plain_socket(stream), guest.monitor, guest.peer_uid)
         token = trio.lowlevel.current_trio_token()
 
         def stopped(seconds: float) -> None:
@@ -408,16 +384,14 @@ class Sender:
             token.run_sync_soon(self._pages.look_again)
 
         self._say("the guest's device state is on its way; the guest runs on until the end of that")
-        await trio.to_thread.run_sync(guest.send, f"unix:{outgoing.path}", stopped)
-        return await trio.to_thread.run_sync(outgoing.wait, _STATE_SECONDS)
+        return await self._device_state.send(self._guest, stream, stopped)
 
     async def _let_go_on(self) -> None:
         guest = self._guest
-        if self._outgoing is not None:
-            self._outgoing.cut()
+        self._device_state.cut()
         if self.handover:
             self._void.add(self.handover)
-        await self._migration_over.wait()
+        await self._device_state.wait_over()
         if guest is None:
             self._stands = "the guest's emulator is gone: nothing goes on here"
             return

@@ -88,6 +88,7 @@ class Event(enum.Enum):
     NEVER_RAN = "the emulator was gone before it was told to run the guest"
     RECLAIM = "send --reclaim"
     TAKE = "receive --take"
+    NOT_WRITTEN = "the decision could not be written to the disk"
     RESTARTED = "this process was started anew"
 
 
@@ -146,6 +147,8 @@ def _source() -> dict[tuple[Source, Event], Move[Source]]:
         (moving, Event.RECEIVED): Move(given, (Effect.RECORD, Effect.SAY_GIVEN, Effect.SERVE_ALL)),
         # Before "given" every failure lets the guest go on here; a receiver that is back was away.
         **{(moving, event): taken_back for event in (Event.FAILED, Event.LOST, Event.BACK, Event.REFUSED)},
+        # Nothing was said yet: GIVEN is said behind RECORD.
+        (given, Event.NOT_WRITTEN): taken_back,
         (given, Event.BACK): Move(given, (Effect.SAY_GIVEN,)),
         (given, Event.LOST): Move(given),
         (given, Event.FAILED): Move(given),

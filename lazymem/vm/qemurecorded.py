@@ -5,7 +5,8 @@ repeated by itself only when it is of a kind that cannot, and looks like one of 
 are named to the user, who repeats them.
 
 One device is repeated: a generation id (vmgenid), with a new id each time. A guest that looks at it learns so that it
-goes on from a saved state, which others may go on from, too (docs/vmm.md).
+goes on from a saved state, which others may go on from, too (docs/vmm.md). One that is handed over is no clone, and
+keeps its id, as the device's specification has it for a live migration.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _FIXED = ("-smp", "-vga")
 
 _GENERATION = "vmgenid"
 _FRESH_GENERATION = ("-device", f"{_GENERATION},guid=auto")
+
+_GUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
 
 _SWITCH = re.compile(r"[a-z0-9-]+=(?:on|off|auto|split)")
 """Properties of a machine that are carried over. All that name a file or an object take another kind of value."""
@@ -109,7 +112,7 @@ def check_agrees(recorded: Recorded, machine: str | None, more: Sequence[str]) -
 def without(words: Sequence[str], more: Sequence[str]) -> list[str]:
     """`words` without the options that `more` has, too: the user's come once, as he said them."""
     kept: list[str] = []
-    own_generation = any(_is_generation(option, value) for option, value in _pairs(more))
+    own_generation = has_generation(more)
     for option, value in _pairs(words):
         if not own_generation if option == "-device" else not has(more, option) or option == "-global":
             kept += [option] if value is None else [option, value]
@@ -131,8 +134,31 @@ def has(words: Sequence[str], *options: str) -> bool:
     return any(option in options for option, _ in _pairs(words))
 
 
+def has_generation(words: Sequence[str]) -> bool:
+    return any(_is_generation(option, value) for option, value in _pairs(words))
+
+
 def _is_generation(option: str, value: str | None) -> bool:
     return option == "-device" and (value or "").partition(",")[0].removeprefix("driver=") == _GENERATION
+
+
+def with_generation(words: Sequence[str], guid: str | None) -> list[str]:
+    """`words` with the id that the guest has now where they leave it to QEMU; None: it has none."""
+    kept: list[str] = []
+    for option, value in _pairs(words):
+        if guid is not None and _is_generation(option, value):
+            value = f"{_GENERATION},guid={guid}"
+        kept += [option] if value is None else [option, value]
+    return kept
+
+
+def maybe_generation(words: Sequence[str]) -> str | None:
+    """The id that a command line names, if it is one and not left to QEMU."""
+    for option, value in _pairs(words):
+        found = re.fullmatch(rf"{_GENERATION},guid=({_GUID})", value or "")
+        if option == "-device" and found is not None:
+            return found[1]
+    return None
 
 
 def machine_type(value: str) -> str | None:

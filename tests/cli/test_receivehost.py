@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from lazymem.cli import receivehost
+from lazymem.cli import handoverend, receivehost
+from lazymem.cli.handoverreport import as_text
 from lazymem.cli.receivehost import ReceiveHost, Wanted, command_line
 from lazymem.errors import EnvironmentRefusedError, LazymemError, MountError, ServerRefusedError, StoreError, UsageError
 from lazymem.fs import mountinfo
@@ -109,5 +110,34 @@ def test_nobody_elses_mount_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_figure_is_one_of_the_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"wire_received_bytes", "demand_faults", "demand_wait_p50_seconds", "demand_wait_p99_seconds"}
     known |= {"pages_demanded", "pages_prefetched", "pages_written", "pages_total"}
-    monkeypatch.setattr(receivehost, "read_status", lambda _: dict.fromkeys(known, 1))
+    status: dict[str, Any] = dict.fromkeys(known, 1)
+    monkeypatch.setattr(receivehost, "read_status", lambda _: status | {"survival": {"restarts": 1}})
     assert set(ReceiveHost(tmp_path, tmp_path).figures().values()) == {1}
+    monkeypatch.setattr(receivehost, "read_status", lambda _: status | {"survival": None})
+    figures = ReceiveHost(tmp_path, tmp_path).figures()
+    assert figures["mount_restarts"] == 0
+    assert "daemon" not in as_text(figures)
+    assert "since the mount's daemon" in as_text(figures | {"mount_restarts": 1})
+
+
+@pytest.mark.parametrize(
+    ("told", "more", "expected"),
+    [
+        ("vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", (), "vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"),
+        ("vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87", ("-device", "vmgenid,guid=auto"), "vmgenid,guid=auto"),
+        ("vmgenid,guid=auto,file=/x", (), None),
+    ],
+)
+def test_a_moved_guest_keeps_its_generation_id(
+    tmp_path: Path, told: str, more: tuple[str, ...], expected: str | None
+) -> None:
+    """What the other side says is taken only if it is an id; the user's own word holds."""
+    found = offer(emulator=QEMU | {"options": ["-device", told]})
+    words, _ = command_line(found, wanted(tmp_path, more=more), Path("/mnt/pc.ram"), tmp_path)
+    given = [word for word in words if word.startswith("vmgenid")]
+    assert given == ([] if expected is None else [expected])
+
+
+def test_nothing_that_the_other_side_says_does_something_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    handoverend.say("lazymem send", "refused: \x1b]0;title\x07\x9b31m\u202e a\nb é")
+    assert capsys.readouterr().err == "lazymem send: refused: ?]0;title??31m? a b é\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -95,6 +96,26 @@ async def test_many_readers_of_a_page_make_one_fetch(
     assert sorted(asked_pages(peer)) == [10, 11, 12]
     assert results.count(peer.bytes_of(PageRange(10, 2))) == 20
     assert results.count(peer.bytes_of(PageRange(11, 2))) == 20
+
+
+async def test_an_answer_in_several_frames_took_as_long_as_it_took(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    """Counted from its last frame on it would be the best round trip of all, and no guess would ever get a window."""
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    answers: list[object] = []
+    pages = PageRange(3, 20)
+    assert scheduler.start(pages, answers.append)
+    await settle()
+    time.sleep(0.05)  # noqa: ASYNC251 (the clock that counts waiting is not trio's)
+    for frame in peer.pages(peer.fetches[0].id, (pages,), frame_pages=8):
+        await peer.say(frame)
+    await settle()
+    assert len(answers) == 1
+    assert scheduler.best_answer_seconds >= 0.05
+    await scheduler.wait_kept()
+    assert_empty(scheduler)
 
 
 async def test_page_that_is_not_kept_yet_is_answered_from_memory(

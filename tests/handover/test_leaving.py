@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from lazymem.errors import EnvironmentRefusedError, LazymemError, MonitorError, RamFileError, SnapshotError
 from lazymem.handover.leaving import LeavingGuest
+from lazymem.vm.qemurecorded import with_generation
 from tests.support.fakeemulator import Behaviour, FakeEmulator, fake_emulator
 
 SIZE = 1 << 20
@@ -79,3 +81,27 @@ def test_a_refused_migration_lets_the_guest_go_on_with_its_own_settings(tmp_path
         guest.go_on(run=True)
         assert emulator.runs()
         assert emulator.commands.count("migrate-set-capabilities") == 2
+
+
+def test_the_ram_is_not_read_before_the_disks_are_drained(tmp_path: Path) -> None:
+    """Between STOP and the answer to a question that is asked then, requests to a disk may still write to it."""
+    with leaving(tmp_path) as (guest, emulator), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(1)
+        asked: list[list[str]] = []
+        guest.send(f"unix:{tmp_path / 's'}", lambda _: asked.append(emulator.commands))
+        for commands in asked:
+            assert "query-status" in commands[commands.index("migrate") :]
+        assert asked
+
+
+def test_a_guest_without_a_generation_id(tmp_path: Path) -> None:
+    with leaving(tmp_path, errors={"query-vm-generation-id": "VM Generation ID device not found"}) as (guest, _):
+        assert guest.look(disks_handled=False).was_running
+
+
+def test_a_moved_guest_keeps_its_generation(tmp_path: Path) -> None:
+    guid = "324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87"
+    assert with_generation(["-device", "vmgenid,guid=auto", "-S"], guid) == ["-device", f"vmgenid,guid={guid}", "-S"]
+    assert with_generation(["-device", "vmgenid,guid=auto"], None) == ["-device", "vmgenid,guid=auto"]
+    assert with_generation(["-device", "e1000"], guid) == ["-device", "e1000"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 from lazymem.errors import MonitorError
 from lazymem.handover import messages, receiving
+from lazymem.handover.arrival import Arriving
 from lazymem.handover.journal import Journal, read
-from lazymem.handover.receiving import Arriving, Receiver
+from lazymem.handover.receiving import Receiver
 from lazymem.handover.states import Destination, Event
 from lazymem.vm.qmpclient import CommandError
 
@@ -40,37 +42,52 @@ class Link:
 class Guest:
     """Stands with its state, and refuses or does what it is told; `began` is what it says then."""
 
-    def __init__(self, error: MonitorError | None = None, *, gone: bool = False) -> None:
+    def __init__(self, error: MonitorError | None = None, *, gone: bool = False, silent: int = 0) -> None:
+        """`silent`: so many questions are not answered in time."""
         self._error = error
-        self._gone = gone
+        self.gone = gone
+        self._silent = silent
+        self.ran = 0
 
     def status(self) -> str:
-        if self._gone:
-            raise MonitorError("gone")
+        self._silent -= 1
+        if self.gone or self._silent >= 0:
+            raise MonitorError("gone, or silent")
         return "paused"
+
+    def has_state(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
 
     def run(self) -> float:
         if self._error is not None:
             raise self._error
+        self.ran += 1
         return 100.0
 
 
 class Host:
-    def __init__(self) -> None:
+    def __init__(self, *, gone: bool = False) -> None:
         self.ended = 0
+        self._gone = gone
 
     def end_emulator(self) -> None:
         self.ended += 1
 
     def maybe_exit_code(self) -> int | None:
-        return 0 if self.ended else None
+        return 0 if self.ended or self._gone else None
+
+    def is_mounted(self) -> bool:
+        return True
 
 
 @contextmanager
 def receiver(
     folder: Path, guest: Guest, state: Destination = Destination.ASKED
 ) -> Iterator[tuple[Receiver, Link, Host]]:
-    link, host = Link(), Host()
+    link, host = Link(), Host(gone=guest.gone)
     arriving = Arriving("h:1", "/mnt", "/qmp", "/sockets", 1, "1", 4096)
     with Journal(folder / "j", "destination") as journal:
         journal.write(ID, state.value, {})
@@ -127,3 +144,38 @@ async def test_a_refusal_that_nobody_hears_does_not_hold_the_next_command(
     record = read(tmp_path / "j")
     assert record is not None
     assert record.details["over"] is False
+
+
+async def test_a_silent_emulator_is_not_taken_for_a_gone_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for a page, in whatever state an earlier process left the guest; then it is let run."""
+    monkeypatch.setattr(receiving, "_LOOK_SECONDS", 0.001)
+    for state, events in ((Destination.MINE, ()), (Destination.ASKED, (Event.LOADED, Event.GIVEN))):
+        guest = Guest(silent=2)
+        monkeypatch.setattr(receiving, "maybe_arrived", lambda _, guest=guest: guest)
+        with receiver(tmp_path, guest, state) as (found, link, host):
+            found._guest = None
+            if state is Destination.MINE:
+                await found._step(Event.RESTARTED)
+            else:
+                await found._look_loaded()
+                assert found._events.receive_nowait() == (Event.LOADED, None)
+                for event in events:
+                    await found._step(event)
+                assert link.said == [messages.Mine(None)]
+            assert (found.state, guest.ran, host.ended) == (Destination.MINE, 1, 0)
+
+
+async def test_an_emulator_that_was_never_begun_is_not_waited_for(tmp_path: Path) -> None:
+    with receiver(tmp_path, Guest()) as (found, _, _host):
+        found._arriving.monitor = ""
+        await found._look_loaded()
+        assert found._events.receive_nowait()[0] is Event.FAILED
+
+
+async def test_what_an_earlier_process_counted_is_counted_on(tmp_path: Path) -> None:
+    with receiver(tmp_path, Guest(), Destination.MINE) as (found, _, host):
+        found._arriving.state_bytes, found._arriving.began = 4711, time.monotonic() - 3600
+        cast(Any, host).figures = lambda: {"mount_restarts": 0}
+        await found._make_report()
+        assert found._report["state_bytes"] == 4711
+        assert found._report["total_seconds"] >= 3600

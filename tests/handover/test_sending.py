@@ -11,12 +11,13 @@ import pytest
 import trio
 from msgspec import to_builtins
 
-from lazymem.errors import MonitorError
-from lazymem.handover import messages
-from lazymem.handover.journal import Journal, read
+from lazymem.errors import BusyError, MonitorError, StoreError
+from lazymem.handover import messages, requests
+from lazymem.handover.departure import Leaving, Outcome
+from lazymem.handover.journal import Journal, Record, read
 from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
-from lazymem.handover.sending import Leaving, Outcome, Sender
+from lazymem.handover.sending import Sender
 from lazymem.handover.states import Event, Source
 
 OLD = "00" * 16
@@ -137,3 +138,79 @@ async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection
             assert await receivers.state_connection("second") is second
             await until(lambda: ended == [again, first])
         receivers.close()
+
+
+class Disk(Journal):
+    """Refuses so many decisions of that state. `kept`: what is refused is read all the same."""
+
+    def refuse(self, state: str, times: int, *, kept: bool) -> None:
+        self._refused, self._times, self._kept = state, times, kept
+
+    def write(self, handover: str, state: str, details: dict[str, Any]) -> Record:
+        if state == getattr(self, "_refused", None) and self._times:
+            self._times -= 1
+            sequence = self._sequence
+            if self._kept:
+                super().write(handover, state, details)
+            self._sequence = sequence
+            raise StoreError("the disk is full")
+        return super().write(handover, state, details)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_guest_that_cannot_be_given_on_the_disk_goes_on_here(
+    tmp_path: Path, leaving: Leaving, *, kept: bool
+) -> None:
+    """And a restarted process reads that it is here."""
+    with Disk(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "ours", to_builtins(leaving))
+        journal.refuse("given", 1, kept=kept)
+        guest = Guest()
+        found = sender(journal, guest, leaving)
+        found.handover = OLD
+        found._side.state = Source.MOVING
+        found._device_state.sent_bytes = 7
+        assert await found._take(Event.RECEIVED, None, messages.Received(7))
+        assert (found.state, guest.went_on) == (Source.OURS, 1)
+        assert found._reason == "the disk is full"
+        record = read(tmp_path / "j")
+        assert record is not None
+        assert record.state == "ours"
+
+
+async def test_a_guest_goes_on_here_though_the_disk_takes_nothing(tmp_path: Path, leaving: Leaving) -> None:
+    """As long as what stands there lets it: what was never given is not asked about twice."""
+    with Disk(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "ours", to_builtins(leaving))
+        journal.refuse("ours", 9, kept=False)
+        guest = Guest()
+        found = sender(journal, guest, leaving)
+        found._side.state = Source.MOVING
+        assert await found._take(Event.FAILED, None, "broken")
+        assert guest.went_on == 1
+        journal.refuse("", 0, kept=False)
+        journal.write(OLD, "given", to_builtins(leaving))
+        journal.refuse("ours", 9, kept=False)
+        found._side.state = Source.GIVEN
+        with pytest.raises(StoreError):
+            await found._take(Event.REFUSED, None, None)
+        assert guest.went_on == 1
+
+
+async def test_whoever_asks_for_the_guest_is_told_before_the_end(tmp_path: Path, leaving: Leaving) -> None:
+    """The answer is the last that a process does whose guest was taken back."""
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found._side.state = Source.GIVEN
+        found.handover = OLD
+        answers: list[requests.Answer] = []
+
+        async def ask() -> None:
+            answers.append(await trio.to_thread.run_sync(requests.ask, tmp_path / "j", "reclaim", 30.0))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            nursery.start_soon(found.run)
+        assert answers == [requests.Answer(done=True, text="the guest goes on here")]
+    with pytest.raises(BusyError, match="has ended meanwhile"):
+        requests.ask(tmp_path / "j", "reclaim", 30.0)

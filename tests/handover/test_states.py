@@ -10,6 +10,7 @@ from collections import deque
 
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.strategies import booleans
 
 from lazymem.handover.states import (
     DESTINATION,
@@ -189,6 +190,17 @@ class HandOver(RuleBasedStateMachine):
             self.here.alive = self.here.running = False
         elif effect in (Effect.SERVE, Effect.WITHDRAW):
             self.frozen_serving = effect is Effect.SERVE
+
+    @precondition(lambda self: self.source.alive and self.source.todo)
+    @rule(kept=booleans())
+    def source_cannot_write_that_it_gives(self, *, kept: bool) -> None:
+        """`kept`: a restarted process would read it all the same."""
+        effect, state = self.source.todo[0]
+        if effect is Effect.RECORD and state is Source.GIVEN and self.source.disk is Source.OURS:
+            if kept:
+                self.source.disk = state
+            self.source.todo.clear()
+            self.source.take(Event.NOT_WRITTEN)
 
     @precondition(lambda self: self.destination.alive and self.destination.todo)
     @rule()

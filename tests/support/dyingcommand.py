@@ -1,11 +1,17 @@
-"""`lazymem send` or `receive` as a process that kills itself, or its emulator, when it comes to a given step.
+"""`lazymem send` or `receive` as a process that kills itself, or something near it, when it comes to a given step.
 
-Started as ``python -m tests.support.dyingcommand FILE STEP send|receive ARGUMENTS``. Steps are written to FILE, one a
-line, as they are reached: ``EVENT NAME`` before an event is taken, ``RECORD STATE`` and ``RECORDED STATE`` around a
-write to the journal, and an effect's name before it is carried out. STEP is one of them; empty: nobody dies. In front
-of it may stand ``emulator:`` (that is killed), ``cut:`` (the connection to the other side is), or ``hold:`` (nobody
-dies; it goes on once FILE has a sibling with the ending .go). ``half``: of the guesses only the first 2 MiB are served
-until then.
+Started as ``python -m tests.support.dyingcommand FILE STEPS send|receive ARGUMENTS``. Steps are written to FILE, one a
+line, as they are reached: ``EVENT NAME`` before an event is taken, ``AT STATE`` when all is done that it led to,
+``RECORD STATE`` and ``RECORDED STATE`` around a write to the journal, and an effect's name before it is carried out.
+Before anything moves it, a source has ``OFFER`` and ``OFFERED``, around that write, and a destination ``CHECKED``,
+``MOUNTED`` and ``STARTED``.
+
+STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before it,
+and then the process dies, or what stands in front of STEPS with a ``:``. ``emulator:`` and ``daemon:`` (the mount's, of
+a destination) are killed; ``cut:`` is the connection to the other side; ``hold:`` nobody dies, it goes on once FILE has
+a sibling with the ending .go. Several of these may stand with a ``;`` between. ``half``: of the guesses only the first
+2 MiB are served until then. ``late;`` before all: the destination takes its emulator for not yet loaded until it has
+the source's word. ``early;``: it lets the source wait until its emulator is.
 """
 
 from __future__ import annotations
@@ -13,15 +19,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from lazymem.cli import receive, send
+from lazymem.cli import receive, receivehost, send
+from lazymem.cli.receivehost import ReceiveHost
+from lazymem.cli.status import read_status
+from lazymem.handover import messages, sending, source_link
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.sending import Sender
-from lazymem.handover.states import Effect
+from lazymem.handover.states import Destination, Effect, Source
 from lazymem.pages import PageRange
 from lazymem.snapshot.liveram import LiveRam
 
@@ -31,22 +41,35 @@ _HALF_PAGES = 512
 class _Steps:
     def __init__(self, path: Path, fatal: str) -> None:
         self._path = path
-        kind, _, word = fatal.rpartition(":")
-        self._kind, self._fatal = kind, word
+        self._fatal: dict[str, str] = {}
+        for part in fatal.split(";"):
+            kind, _, words = part.rpartition(":")
+            self._fatal |= dict.fromkeys(filter(None, words.split(",")), kind or "command")
+
+    def note(self, word: str) -> str | None:
+        """What dies there."""
+        kind = self._fatal.pop(word, None)
+        with self._path.open("a") as file:
+            file.write(f"{word}\n" + (f"!{word}\n" if kind is not None else ""))
+        return kind
+
+    def reached_alone(self, word: str) -> None:
+        """In no task, and before there is anything but this process."""
+        if self.note(word):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     async def reached(self, word: str, side: Any) -> None:
-        with self._path.open("a") as file:
-            file.write(f"{word}\n")
-        if word != self._fatal:
-            return
-        self._fatal = ""
-        if self._kind == "hold":
+        kind = self.note(word)
+        if kind == "hold":
             while not self._path.with_suffix(".go").exists():  # noqa: ASYNC110 (a file)
                 await trio.sleep(0.02)
-        elif self._kind == "cut":
+        elif kind == "cut":
             await (side.receivers if isinstance(side, Sender) else side._link).drop()
-        else:
-            os.kill(_emulator(side) if self._kind == "emulator" else os.getpid(), signal.SIGKILL)
+        elif kind == "daemon":
+            status = await trio.to_thread.run_sync(read_status, side._arriving.mountpoint)
+            os.kill(status["pid"], signal.SIGKILL)
+        elif kind is not None:
+            os.kill(_emulator(side) if kind == "emulator" else os.getpid(), signal.SIGKILL)
 
 
 def _emulator(side: Any) -> int:
@@ -54,23 +77,81 @@ def _emulator(side: Any) -> int:
 
 
 def _watch(side: Any, steps: _Steps) -> None:
-    act, record, take = side._act, side._record, side._take
+    act, speak, record, take = side._act, side._speak, side._record, side._take
 
     async def watched_act(self: Any, effect: Effect) -> Any:
         if effect is not Effect.RECORD:
             await steps.reached(effect.name, self)
         return await act(self, effect)
 
+    async def watched_speak(self: Any, effect: Effect) -> None:
+        await steps.reached(effect.name, self)
+        await speak(self, effect)
+
     async def watched_record(self: Any, state: Any) -> None:
-        await steps.reached(f"RECORD {state.value}", self)
+        is_offer = state is Source.OURS and not self._acting
+        await steps.reached("OFFER" if is_offer else f"RECORD {state.value}", self)
         await record(self, state)
-        await steps.reached(f"RECORDED {state.value}", self)
+        await steps.reached("OFFERED" if is_offer else f"RECORDED {state.value}", self)
 
     async def watched_take(self: Any, event: Any, *rest: Any) -> Any:
         await steps.reached(f"EVENT {event.name}", self)
-        return await take(self, event, *rest)
+        before = self.state
+        taken = await take(self, event, *rest)
+        if self.state is not before:
+            await steps.reached(f"AT {self.state.value}", self)
+        return taken
 
-    side._act, side._record, side._take = watched_act, watched_record, watched_take
+    side._act, side._speak, side._record, side._take = watched_act, watched_speak, watched_record, watched_take
+
+
+def _watch_host(steps: _Steps) -> None:
+    patched: Any = ReceiveHost
+    check, mount, wait = patched.check, patched.mount, patched._wait_waiting
+
+    def watched_check(*arguments: Any) -> None:
+        check(*arguments)
+        steps.reached_alone("CHECKED")
+
+    def watched_mount(*arguments: Any) -> None:
+        mount(*arguments)
+        steps.reached_alone("MOUNTED")
+
+    def watched_wait(*arguments: Any) -> Any:
+        steps.reached_alone("STARTED")
+        return wait(*arguments)
+
+    patched.check, patched.mount, patched._wait_waiting = watched_check, watched_mount, watched_wait
+
+
+def _load_late() -> None:
+    patched: Any = Receiver
+    wait_loaded = patched._wait_loaded
+
+    async def late(self: Any) -> None:
+        while self.state is Destination.ASKED:  # noqa: ASYNC110
+            await trio.sleep(0.005)
+        await wait_loaded(self)
+
+    patched._wait_loaded = late
+
+
+def _load_early() -> None:
+    patched: Any = Receiver
+    run = patched.run
+
+    async def early(self: Any, incoming: Any) -> Any:
+        say = self._link.say
+
+        async def said(message: messages.Message) -> None:
+            while isinstance(message, messages.Received) and self.state is Destination.ASKED:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+            await say(message)
+
+        self._link.say = said
+        return await run(self, incoming)
+
+    patched.run = early
 
 
 def _serve_half(go: Path) -> None:
@@ -92,13 +173,29 @@ def _serve_half(go: Path) -> None:
     patched.serves, patched.read_some, patched.read_nowait = half, noted_some, noted_nowait
 
 
-def main() -> int:
-    path, fatal, command, *arguments = sys.argv[1:]
+def _hurry() -> None:
+    """Nobody here is far away."""
+    source_link._RETRY_SECONDS = (0.02, 0.1)
+    sending._LINGER_SECONDS = 0.3
+    patched: Any = receivehost
+    patched._END_SECONDS = 0.1
+
+
+def run(words: Sequence[str]) -> int:
+    path, fatal, command, *arguments = words
+    _hurry()
     if fatal == "half":
+        fatal = ""
         _serve_half(Path(path).with_suffix(".go"))
-    _watch(Sender if command == "send" else Receiver, _Steps(Path(path), fatal))
+    if fatal.startswith("late;"):
+        _load_late()
+    if fatal.startswith("early;"):
+        _load_early()
+    steps = _Steps(Path(path), fatal.removeprefix("late;").removeprefix("early;"))
+    _watch_host(steps)
+    _watch(Sender if command == "send" else Receiver, steps)
     return send.main(arguments) if command == "send" else receive.main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(sys.argv[1:]))

@@ -5,40 +5,60 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lazymem.cli.receivehost import _began
 from lazymem.cli.umount import end_mount
 from lazymem.errors import LazymemError
 from lazymem.fs import mountinfo
 from lazymem.handover.journal import read
 from lazymem.vm.qmpclient import QmpClient
+from tests.support.forkedcommands import Forked, ForkServer
+from tests.support.networkhosts import NetworkHost
 from tests.support.vmprocess import WAIT_SECONDS, wait_until
 
 
 class Command:
     """`lazymem send` or `lazymem receive`, its output in files; one process after the other."""
 
-    def __init__(self, folder: Path, name: str, environment: dict[str, str], *arguments: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        environment: dict[str, str],
+        *arguments: object,
+        maybe_forks: ForkServer | None = None,
+        on: Sequence[str] = (),
+    ) -> None:
+        """`on`: what to put before a command so that it is on another host."""
         self._folder = folder
+        self._on = on
+        self._maybe_forks = maybe_forks
         self._name = name
         self._environment = environment
         self.arguments = [str(argument) for argument in arguments]
         self.steps = folder / f"{name}.steps"
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Forked | None = None
 
     def start(self, *more: object, die_at: str = "") -> None:
-        command = [sys.executable, "-m", "tests.support.dyingcommand", str(self.steps), die_at, self._name]
+        words = [*self.arguments, *map(str, more)]
+        self.out.touch()
+        if self._maybe_forks is not None:
+            command = [str(self.steps), die_at, self._name, *words]
+            self.process = self._maybe_forks.start(command, self.out, self.err, self._environment)
+            return
+        command = [*self._on, sys.executable, "-m", "tests.support.dyingcommand", str(self.steps), die_at, self._name]
         with self.out.open("ab") as out, self.err.open("ab") as err:
-            self.process = subprocess.Popen(
-                [*command, *self.arguments, *map(str, more)], stdout=out, stderr=err, env=self._environment
-            )
+            self.process = subprocess.Popen([*command, *words], stdout=out, stderr=err, env=self._environment)
 
     def code(self) -> int | None:
         return None if self.process is None else self.process.poll()
@@ -77,8 +97,16 @@ class Command:
 class Pair:
     """A guest's both ends. The source emulator's monitor is `monitor`; the destination's `there`."""
 
-    def __init__(self, folder: Path, monitor: Path, *vm_options: object, there: Path | None = None) -> None:
-        """`there`: the destination emulator's monitor, a short path."""
+    def __init__(
+        self,
+        folder: Path,
+        monitor: Path,
+        *vm_options: object,
+        there: Path | None = None,
+        maybe_forks: ForkServer | None = None,
+        hosts: tuple[NetworkHost, NetworkHost] | None = None,
+    ) -> None:
+        """`there`: the destination emulator's monitor, a short path. `hosts`: where the two commands run."""
         self.folder = folder
         self.monitor, self.there = monitor, there or folder / "there.qmp"
         self._shared_monitor = there is None
@@ -87,11 +115,14 @@ class Pair:
         self.mountpoint.mkdir()
         environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
         journals = folder / "send.journal", folder / "receive.journal"
-        self.send = Command(
-            folder, "send", environment, "--qmp", monitor, "--listen", "127.0.0.1:0", "--journal", journals[0], "--json"
-        )
-        self.receive = Command(folder, "receive", environment, "--json", "--journal", journals[1])
-        self._vm_options = ("-qmp", f"unix:{self.there}", *vm_options)
+        on = ((), ()) if hosts is None else (hosts[0].on, hosts[1].on)
+        listen = "127.0.0.1:0" if hosts is None else f"{hosts[0].address}:0"
+        insecure = () if hosts is None else ("--insecure",)
+        words = (*insecure, "--qmp", monitor, "--listen", listen, "--journal", journals[0], "--json")
+        self.send = Command(folder, "send", environment, *words, maybe_forks=maybe_forks, on=on[0])
+        more = ("--json", "--journal", journals[1])
+        self.receive = Command(folder, "receive", environment, *more, maybe_forks=maybe_forks, on=on[1])
+        self.vm_options = ("-qmp", f"unix:{self.there}", *map(str, vm_options))
         self.journals = journals
 
     def begin(self, *, source_dies: str = "", destination_dies: str = "") -> None:
@@ -101,7 +132,7 @@ class Pair:
     def begin_at(self, mountpoint: Path, source_dies: str = "", destination_dies: str = "") -> None:
         self.send.start(die_at=source_dies)
         address = self.address()
-        self.receive.arguments = [*self.receive.arguments, address, str(mountpoint), *map(str, self._vm_options)]
+        self.receive.arguments = [*self.receive.arguments, address, str(mountpoint), *self.vm_options]
         self.receive.start(die_at=destination_dies)
 
     def address(self) -> str:
@@ -150,10 +181,13 @@ class Pair:
             command.kill()
         record = read(self.journals[1])
         if record is not None:
-            pid = record.details["emulator_pid"]
-            if _command_line(pid).find(str(self.mountpoint)) >= 0:
+            pid, began = record.details["emulator_pid"], record.details["emulator_began"]
+            if pid and _began(pid) == began:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            sockets = Path(record.details["sockets"])  # of a command that was killed, or whose guest was
+            if sockets.name.startswith("lazymem-") and sockets.parent == Path(tempfile.gettempdir()):
+                shutil.rmtree(sockets, ignore_errors=True)
         path = mountinfo.real_path(str(self.mountpoint))
         if mountinfo.maybe_mount_at(path) is not None:
             with contextlib.suppress(LazymemError):
@@ -168,16 +202,15 @@ def _runs(monitor: Path) -> bool:
         return False
 
 
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
 @contextlib.contextmanager
-def pair(folder: Path, monitor: Path, *vm_options: object, there: Path | None = None) -> Iterator[Pair]:
-    made = Pair(folder, monitor, *vm_options, there=there)
+def pair(
+    folder: Path,
+    monitor: Path,
+    *vm_options: object,
+    there: Path | None = None,
+    hosts: tuple[NetworkHost, NetworkHost] | None = None,
+) -> Iterator[Pair]:
+    made = Pair(folder, monitor, *vm_options, there=there, hosts=hosts)
     try:
         yield made
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 
 from lazymem.demo.serialline import SerialLine
 from lazymem.errors import MonitorError, ServerRefusedError
+from lazymem.vm.qmpclient import QmpClient
+from tests.support import skips
 from tests.support.handover import pair
+from tests.support.networkhosts import NetworkHost, two_hosts
 from tests.support.qemu import BootedGuest, booted
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -18,7 +22,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Iterator[BootedGuest]:
-    with booted(tmp_path, more=("-device", "virtio-rng-pci")) as found:
+    with booted(tmp_path, more=("-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto")) as found:
         yield found
 
 
@@ -28,7 +32,19 @@ def sockets() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_linux_goes_on_elsewhere(guest: BootedGuest, tmp_path: Path, sockets: Path) -> None:
+@pytest.fixture
+def maybe_hosts(request: pytest.FixtureRequest) -> Iterator[tuple[NetworkHost, NetworkHost] | None]:
+    if os.geteuid() == 0:
+        with two_hosts() as hosts:
+            yield hosts
+    else:
+        skips.stood_in(request.node, "the loopback, for the networks of two hosts: not root")
+        yield None
+
+
+def test_linux_goes_on_elsewhere(
+    guest: BootedGuest, tmp_path: Path, sockets: Path, maybe_hosts: tuple[NetworkHost, NetworkHost] | None
+) -> None:
     """First a destination with other hardware: QEMU's own words reach both ends, and the guest goes on where it is."""
     (tmp_path / "other").mkdir()
     with pair(tmp_path / "other", guest.qemu.monitor, there=sockets / "other") as two:
@@ -38,19 +54,24 @@ def test_linux_goes_on_elsewhere(guest: BootedGuest, tmp_path: Path, sockets: Pa
         for said in (two.receive.said(), two.send.said()):
             assert "virtio-rng" in said.partition("qemu-system-x86_64: ")[2], two.tell()
     assert guest.qemu.serial.ask("tick", "tick") == "1"
+    with guest.qemu.open_monitor() as qmp:
+        generation = qmp.command("query-vm-generation-id")
     more = ("--", "-device", "virtio-rng-pci", "-serial", f"unix:{sockets}/serial")
     with (
         SerialLine(sockets / "serial") as line,
-        pair(tmp_path, guest.qemu.monitor, *more, there=sockets / "there") as two,
+        pair(tmp_path, guest.qemu.monitor, *more, there=sockets / "there", hosts=maybe_hosts) as two,
     ):
         two.begin()
         assert two.wait_settled() == (False, True)
         assert line.ask("tick", "tick") == "2"
+        with QmpClient(sockets / "there") as qmp:
+            assert qmp.command("query-vm-generation-id") == generation
         assert line.ask("sum", "sum") == guest.checksum
         assert two.send.wait() == 0, two.tell()
         assert guest.qemu.process.wait(30) == 0
         report = two.report()
         assert report["state"] == "released"
         assert report["downtime_seconds"] > 0
+        assert maybe_hosts is None or maybe_hosts[1].received_bytes > report["wire_received_bytes"] > 0
         assert line.ask("write here", "written") != guest.checksum
         assert line.ask("tick", "tick") == "3"

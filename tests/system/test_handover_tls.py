@@ -85,7 +85,7 @@ def test_who_may_not_take_it_hears_so_and_the_next_one_takes_it(guest: Process, 
             assert (done.returncode, said in done.stderr) == (code, True), done.stderr
             assert done.stderr.count("\n") == 1
         with_tls(two, None, pki.client())
-        two.receive.arguments += [address, str(two.mountpoint), *map(str, two._vm_options)]
+        two.receive.arguments += [address, str(two.mountpoint), *map(str, two.vm_options)]
         two.receive.start()
         assert two.wait_settled() == (False, True)
         assert two.send.wait() == 0, two.tell()

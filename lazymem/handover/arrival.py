@@ -1,0 +1,63 @@
+"""What a destination is made of: what its host does for it, what stands in its journal, and how it ended."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from lazymem.handover.states import Destination
+
+
+class Host(Protocol):
+    """What this host does for a hand-over. All may block, and are called from threads."""
+
+    def is_mounted(self) -> bool:
+        """Whether the mount of the RAM answers."""
+        ...
+
+    def is_whole(self) -> bool:
+        """Whether every page of the RAM is here."""
+        ...
+
+    def figures(self) -> dict[str, Any]:
+        """Of the mount: bytes, faults, waiting."""
+        ...
+
+    def maybe_exit_code(self) -> int | None:
+        """The emulator's, once it has ended."""
+        ...
+
+    def complaint(self) -> str:
+        """The last that the emulator said."""
+        ...
+
+    def end_emulator(self) -> None: ...
+
+
+class Arriving(Struct):
+    """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
+    the guest was let run, and whoever stops it since has reasons. `began`: when the hand-over did (monotonic, which all
+    processes of a boot share, and no guest outlives one)."""
+
+    source: str
+    mountpoint: str
+    monitor: str
+    sockets: str
+    emulator_pid: int
+    emulator_began: str
+    ram_bytes: int
+    began: float = 0.0
+    state_bytes: int = 0
+    runs: bool = True
+    ran: bool = False
+    downtime_seconds: float | None = None
+    over: bool = False
+
+
+class Outcome(Struct, frozen=True):
+    """How it ended: the state, a reason, and the emulator's exit code where it ran the guest to its end."""
+
+    state: Destination
+    text: str
+    exit_code: int | None

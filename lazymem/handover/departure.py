@@ -1,0 +1,47 @@
+"""What a source is made of: what serves its pages, what stands in its journal, and how it ended."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from msgspec import Struct, field
+
+from lazymem.handover.states import Source
+from lazymem.snapshot.liveram import LiveRam
+
+
+class PageServer(Protocol):
+    """What serves pages, over the same address."""
+
+    def publish(self, name: str, ram: LiveRam) -> None:
+        """Under this name and no other; closes `ram` at its end."""
+        ...
+
+    def look_again(self) -> None: ...
+
+
+class Leaving(Struct):
+    """What stands in a source's journal. `stopped`: when the guest stood, by its emulator's clock. `over`: nothing is
+    left to do."""
+
+    address: str
+    monitor: str
+    ram_path: str
+    ram_bytes: int
+    emulator: dict[str, Any]
+    was_running: bool
+    boot_id: str
+    emulator_pid: int | None = None
+    signature: list[int] = field(default_factory=list)
+    stopped: float = 0.0
+    state_bytes: int = 0
+    over: bool = False
+
+
+class Outcome(Struct, frozen=True):
+    """How it ended. `report`: the receiver's figures. `stands`: why a guest that is here does not go on."""
+
+    state: Source
+    text: str
+    report: dict[str, Any] = {}
+    stands: str | None = None

@@ -1,0 +1,72 @@
+"""The device state on its way out: the emulator sends it through us, and both sides count what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from lazymem.handover import messages
+from lazymem.handover.channel import Stream
+from lazymem.handover.leaving import LeavingGuest
+from lazymem.handover.relay import Outgoing, as_plain_socket
+
+_STATE_SECONDS = 600.0
+"""For a state to be handed on once its emulator has told that it is sent."""
+
+
+class StateSending:
+    """At most one at a time. `sent_bytes`, `received_bytes`: None until that side has counted."""
+
+    def __init__(self) -> None:
+        self._outgoing: Outgoing | None = None
+        self._over = trio.Event()
+        self._over.set()
+        self.sent_bytes: int | None = None
+        self.received_bytes: int | None = None
+
+    def begin(self) -> None:
+        """It is not over until `end`, whatever becomes of it."""
+        self._over = trio.Event()
+
+    def end(self) -> None:
+        self._over.set()
+
+    async def wait_over(self) -> None:
+        """Until nobody is at the guest's monitor for it."""
+        await self._over.wait()
+
+    async def send(self, guest: LeavingGuest, stream: Stream, on_stopped: Callable[[float], None]) -> int:
+        """How many bytes it was. `on_stopped`: as of `LeavingGuest.send`, and in a thread.
+
+        Raises:
+            MonitorError: it was not sent; the guest may stand.
+        """
+        self._outgoing = outgoing = Outgoing(as_plain_socket(stream), guest.monitor, guest.peer_uid)
+        await trio.to_thread.run_sync(guest.send, f"unix:{outgoing.path}", on_stopped)
+        return await trio.to_thread.run_sync(outgoing.wait, _STATE_SECONDS)
+
+    def cut(self) -> None:
+        """End it: whoever writes or waits gets an error."""
+        if self._outgoing is not None:
+            self._outgoing.cut()
+
+    def close(self) -> None:
+        if self._outgoing is not None:
+            self._outgoing.close()
+
+    def count(self, payload: object) -> bool:
+        """What a side has counted; whether both have by now."""
+        if isinstance(payload, messages.Received):
+            self.received_bytes = payload.state_bytes
+        else:
+            assert isinstance(payload, int)
+            self.sent_bytes = payload
+        return self.received_bytes is not None and self.sent_bytes is not None
+
+    @property
+    def maybe_difference(self) -> str | None:
+        """What speaks against its having arrived, once both have counted."""
+        if self.received_bytes == self.sent_bytes:
+            return None
+        return f"of {self.sent_bytes} bytes of device state {self.received_bytes} arrived"
