@@ -5,9 +5,11 @@ PYTEST_ARGS ?=
 # Most tests wait for processes and kernels: two files at a time halve the time, and no test may mind the other.
 PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench fuzz lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +24,10 @@ test: setup lint ## set up, then lint, type check and run all tests (PYTEST_ARGS
 bench: setup ## set up with the peers' packages, then measure lazymem beside them (BENCH_ARGS='--help' lists what)
 	@$(VENV)/python -m bench.prepare
 	@$(VENV)/python -m bench $(BENCH_ARGS)
+
+fuzz: setup ## fuzz all readers of foreign bytes, coverage-guided (FUZZ_SECONDS=60 each; FUZZ_ARGS='--help' lists more)
+	@$(VENV)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(VENV)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 lint: setup ## ruff (rules and format) and mypy in strict mode
 	@$(VENV)/ruff check

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from lazymem.errors import BusyError, StoreError
 
@@ -169,12 +169,20 @@ def _slots(data: bytes) -> list[tuple[int, Record]]:
         text = slot[_DIGEST_BYTES:]
         if not text or blake3(text).digest(_DIGEST_BYTES) != slot[:_DIGEST_BYTES]:
             continue
-        document = json.loads(text)
-        if document["version"] != VERSION:
-            raise StoreError(f"a hand-over's record has version {document['version']}, this lazymem knows {VERSION}")
-        record = Record(document["role"], document["handover"], document["state"], document["details"])
-        found.append((int(document["sequence"]), record))
+        found.append(_read_slot(text))
     return found
+
+
+def _read_slot(text: bytes) -> tuple[int, Record]:
+    """A slot's sequence and record. Its digest was right, so whatever is wrong with it was written so."""
+    try:
+        document = json.loads(text)
+        version = document["version"]
+        if version == VERSION:
+            return convert(document["sequence"], int), convert(document, Record)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"a hand-over's record makes no sense: {error}") from error
+    raise StoreError(f"a hand-over's record has version {version!r}, this lazymem knows {VERSION}")
 
 
 def _check_ours(folder: Path) -> None:
