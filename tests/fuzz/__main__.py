@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,8 @@ WORK = Path(__file__).resolve().parents[2] / ".cache" / "fuzz"
 LIMITS = (f"-max_len={MOST_BYTES}", "-rss_limit_mb=512", "-timeout=5", "-print_final_stats=0", "-verbosity=0")
 
 MOST_KEPT_BYTES = 1024
-"""A corpus in a repository is read by people, too."""
+MOST_KEPT_FILES = 24
+"""Of a target: a corpus in a repository is for people, too. What is new and shortest."""
 
 
 def main() -> int:
@@ -68,13 +70,15 @@ def _keep(name: str, child: list[str], found: Path, made: Path) -> None:
         merged.mkdir()
         for seed in made.iterdir():
             (merged / seed.name).write_bytes(seed.read_bytes())
-        merge = [*child, "-merge=1", *LIMITS, str(merged), str(found)]
+        command = Path(folder, "child")  # libFuzzer starts itself again, by one word
+        command.write_text(f'#!/bin/sh\nLAZYMEM_FUZZ_COMMAND="$0" exec {shlex.join(child)} "$@"\n')
+        command.chmod(0o700)
+        merge = [str(command), "-merge=1", *LIMITS, str(merged), str(found)]
         subprocess.run(merge, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for path in sorted(merged.iterdir()):
-            data = path.read_bytes()
-            if not (made / path.name).exists() and len(data) <= MOST_KEPT_BYTES:
-                (CORPUS / name).mkdir(parents=True, exist_ok=True)
-                (CORPUS / name / file_name(data)).write_bytes(data)
+        new = [path.read_bytes() for path in merged.iterdir() if not (made / path.name).exists()]
+        for data in sorted((data for data in new if len(data) <= MOST_KEPT_BYTES), key=len)[:MOST_KEPT_FILES]:
+            (CORPUS / name).mkdir(parents=True, exist_ok=True)
+            (CORPUS / name / file_name(data)).write_bytes(data)
 
 
 def _parser() -> argparse.ArgumentParser:

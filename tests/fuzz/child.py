@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import atheris
@@ -10,5 +11,6 @@ with atheris.instrument_imports(include=["lazymem"]):
     from tests.fuzz.targets import TARGETS
 
 if __name__ == "__main__":
-    atheris.Setup([sys.argv[0], *sys.argv[2:]], TARGETS[sys.argv[1]])
+    command = os.environ.get("LAZYMEM_FUZZ_COMMAND", sys.argv[0])
+    atheris.Setup([command, *sys.argv[2:]], TARGETS[sys.argv[1]])
     atheris.Fuzz()
