@@ -5,7 +5,7 @@ sockets; only the kernel's FUSE is left out. After SQLite's `do_ioerr_test`.
 Each time: no wrong byte, no acknowledged write lost (neither for this daemon nor for a next one over the same folders),
 no hang, and nothing but our own errors, which end with the fault.
 
-LAZYMEM_SWEEP=wide also fails several calls in a row, and each call of the disk, of which else every second or fifth does.
+LAZYMEM_SWEEP=wide fails each call of the disk, of which else every second or fifth does, and also several in a row.
 """
 
 from __future__ import annotations
