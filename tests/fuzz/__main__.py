@@ -29,7 +29,11 @@ MOST_KEPT_FILES = 24
 
 
 def main() -> int:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    unknown = set(options.target) - set(TARGETS)
+    if unknown:
+        parser.error(f"no such target: {', '.join(sorted(unknown))}")
     if importlib.util.find_spec("atheris") is None:
         print("fuzz: atheris is missing: pip install -e .[fuzz] (Linux on x86-64)", file=sys.stderr)
         return 3
