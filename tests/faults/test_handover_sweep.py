@@ -63,12 +63,12 @@ def hand_over(folder: Path, side: str, kind: str, number: int) -> bool:
             address = two.send.arguments[two.send.arguments.index("--listen") + 1]
             two.receive.arguments += [address, str(two.mountpoint), *map(str, two._vm_options)]
             two.receive.start()
-            settle(two, failed)
+            settle(two, guest, failed)
     return failed.exists()
 
 
-def settle(two: Pair, failed: Path) -> None:
-    """Until the guest runs on one side, and whoever could change that has ended or was started again."""
+def settle(two: Pair, guest: Process, failed: Path) -> None:
+    """Until the guest runs at the destination; whoever ended on the way is started again."""
     give_up = time.monotonic() + 2 * WAIT_SECONDS
     while True:
         runs = two.runs()
@@ -76,6 +76,7 @@ def settle(two: Pair, failed: Path) -> None:
         assert runs != (True, True), f"both run; {told}"
         if runs[1]:
             return
+        assert guest.process.poll() is None or two.runs()[1], f"the source's emulator ended: {guest.end()}; {told}"
         assert time.monotonic() < give_up, told
         assert "Traceback" not in two.send.said() + two.receive.said(), told
         for command in (two.send, two.receive):
