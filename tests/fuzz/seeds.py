@@ -26,7 +26,9 @@ from lazymem.wire.codec import encode
 from lazymem.wire.frame import HEADER, FrameType, Role
 from lazymem.wire.messages import Capability, Hello
 from lazymem.wire.pagedata import encode_pages
-from tests.fuzz.targets import BIOS, IDENTITY, REQUESTS, SHAPE, TOTAL_PAGES, UNHASHED_REQUESTS
+from tests.fuzz.filetargets import BIOS, SHAPE
+from tests.fuzz.registry import IDENTITY, TOTAL_PAGES
+from tests.fuzz.wiretargets import REQUESTS, UNHASHED_REQUESTS
 from tests.support.snapshots import make_snapshot
 from tests.support.wiremessages import SAMPLES
 

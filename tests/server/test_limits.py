@@ -37,7 +37,7 @@ ELSEWHERE = {
     "max_request_ranges": "test_hostile.py::test_nonsense_after_the_greeting",
     "max_request_pages": "test_hostile.py::test_nonsense_after_the_greeting",
     "farewell_seconds": "test_attacks.py::test_attack",
-    "max_farewells": "test_attacks.py::test_a_crowd_that_is_refused_is_not_told_so_one_by_one",
+    "max_farewells": "test_crowds.py::test_a_crowd_that_is_refused_is_not_told_so_one_by_one",
 }
 
 
