@@ -6,9 +6,11 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
+FUZZ_SECONDS ?= 60
+FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos bench lint format clean
+.PHONY: help setup demo test chaos fuzz bench lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +29,10 @@ chaos: setup ## set up, then ill-treat mounts for minutes (CHAOS_ARGS='--seconds
 bench: setup ## set up with the peers' packages, then measure lazymem beside them (BENCH_ARGS='--help' lists what)
 	@$(VENV)/python -m bench.prepare
 	@$(VENV)/python -m bench $(BENCH_ARGS)
+
+fuzz: setup ## fuzz all readers of foreign bytes, coverage-guided (FUZZ_SECONDS=60 each; FUZZ_ARGS='--help' lists more)
+	@$(VENV)/python -m pip install --quiet --editable '.[fuzz]'
+	@$(VENV)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 lint: setup ## ruff (rules and format) and mypy in strict mode
 	@$(VENV)/ruff check

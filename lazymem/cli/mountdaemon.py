@@ -108,6 +108,7 @@ async def _serve(
     again: Restart,
 ) -> None:
     manifest = _maybe_manifest(client.welcome)
+    _vmstate_bytes(client.welcome, manifest)  # refuses a wrong one before anything is made or fetched
     origin = RamOrigin(
         client.identity, client.welcome.ram_bytes, bytes.fromhex(manifest.ram_root) if manifest else None
     )

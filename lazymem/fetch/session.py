@@ -1,8 +1,8 @@
 """One handshake'd connection: frames out at once, messages in, and a dead peer noticed within seconds.
 
 Tasks: whoever calls `run` receives; a writer sends what the kernel did not take at once; a pinger watches. The first of
-them that fails ends all. `send` is called from any task and never waits: what is unsent is bounded by the requests
-that the server lets us have open, times the largest request frame (12 KiB).
+them that fails ends all. `send` is called from any task and never waits: what is unsent is bounded, since a server that
+asks without end and reads no answer would otherwise have us keep them all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from lazymem.fetch.transport import Transport
 from lazymem.settings import LinkSettings
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ClientConnection, Event
 from lazymem.wire.messages import Error, Fetch, Goodbye, Hello, Message, Ping, Pong, Welcome
+
+MAX_UNSENT_BYTES = 16 << 20
+"""Beyond, the server counts as one that does not read. All that we may have open at once of a sane one, 128 requests of
+at most 12 KiB, is a tenth of it."""
+
+_UNSENT_FRAME_BYTES = 64
+"""What Python adds to the bytes of one."""
 
 OnLone = Callable[[int, int, int, bytes | None], None]
 
@@ -48,6 +55,7 @@ class Session:
         self._link = link
         self._counters = counters
         self._unsent: deque[bytes | memoryview] = deque()
+        self._unsent_bytes = 0  # behind the first of them
         self._something_unsent = trio.Event()
         self._last_received = trio.current_time()  # or a little later: `_watch` looks whether it was `_heard`
         self._heard = False
@@ -85,6 +93,9 @@ class Session:
             return
         if self._unsent:
             self._unsent.append(data)
+            self._unsent_bytes += len(data) + _UNSENT_FRAME_BYTES
+            if self._unsent_bytes > MAX_UNSENT_BYTES:
+                self._fail(ServerUnreachableError("the server does not read what it is sent"))
             return
         try:
             taken = self._transport.send_nowait(data)
@@ -218,6 +229,8 @@ class Session:
             while self._unsent:
                 await self._transport.send_all(self._unsent[0])
                 self._unsent.popleft()
+                if self._unsent:
+                    self._unsent_bytes -= len(self._unsent[0]) + _UNSENT_FRAME_BYTES
             self._something_unsent = trio.Event()
 
     async def _watch(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from blake3 import blake3
-from msgspec import Struct
+from msgspec import Struct, convert
 
 from lazymem.errors import BusyError, StoreError
 
@@ -89,6 +89,8 @@ class Journal:
             slots = _slots(os.pread(self._file, 2 * _SLOT_BYTES, 0))
         except OSError as error:
             raise StoreError(f"cannot keep a decision in {path}: {error.strerror}") from error
+        except StoreError as error:
+            raise StoreError(f"{path}: {error}") from error
         if not slots:
             return None
         self._sequence, record = max(slots, key=lambda slot: slot[0])
@@ -177,19 +179,36 @@ def _encode(sequence: int, record: Record) -> bytes:
 
 
 def _slots(data: bytes) -> list[tuple[int, Record]]:
+    """Those that are whole, of which a write that was cut leaves one at least, or none was ever written.
+
+    Raises:
+        StoreError: both are damaged, and nobody knows what was decided.
+    """
     found = []
+    damaged = 0
     for start in (0, _SLOT_BYTES):
         # A digest may begin and end with zeros, the text never ends with one.
         slot = data[start : start + _SLOT_BYTES].rstrip(b"\0")
         text = slot[_DIGEST_BYTES:]
         if not text or blake3(text).digest(_DIGEST_BYTES) != slot[:_DIGEST_BYTES]:
+            damaged += bool(slot)
             continue
-        document = json.loads(text)
-        if document["version"] != VERSION:
-            raise StoreError(f"a hand-over's record has version {document['version']}, this lazymem knows {VERSION}")
-        record = Record(document["role"], document["handover"], document["state"], document["details"])
-        found.append((int(document["sequence"]), record))
+        found.append(_read_slot(text))
+    if damaged == 2:
+        raise StoreError("a hand-over's record is damaged: see on which side the guest runs, then remove it")
     return found
+
+
+def _read_slot(text: bytes) -> tuple[int, Record]:
+    """A slot's sequence and record. Its digest was right, so whatever is wrong with it was written so."""
+    try:
+        document = json.loads(text)
+        version = document["version"]
+        if version == VERSION:
+            return convert(document["sequence"], int), convert(document, Record)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"a hand-over's record makes no sense: {error}") from error
+    raise StoreError(f"a hand-over's record has version {version!r}, this lazymem knows {VERSION}")
 
 
 def _check_ours(folder: Path) -> None:

@@ -161,7 +161,7 @@ class Receiver:
 def _decode(text: bytes) -> Message:
     try:
         message: Message = _DECODER.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(f"the other side sends what is no message of a hand-over: {error}") from error
     return message
 

@@ -83,7 +83,10 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
         StoreError: it is something else, damaged, or the disk refused. Nothing in it was changed.
     """
     folders.ensure_folder(path)
-    _refuse_foreign(path)
+    try:
+        _refuse_foreign(path)
+    except OSError as error:
+        raise StoreError(f"cannot look into the state folder {path}: {error.strerror}") from error
     lock_fd = _wait_for_lock(path, wait_seconds)
     try:
         _bind(path, origin, durable=True)

@@ -44,6 +44,7 @@ from lazymem_server.gate import Admitted, Gate
 from lazymem_server.learning import Learning
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
+from lazymem_server.logs import OneLineNowAndThen
 from lazymem_server.pace import Pace
 from lazymem_server.session import Session
 
@@ -87,6 +88,7 @@ class Serving:
         self._disks = ThreadPoolExecutor(limits.max_threads, "lazymem-disk")
         self._bulk_turns = threading.Lock()
         self._sessions: dict[Session, str] = {}
+        self._farewells = 0
         self._paces: dict[str, Pace] = {}
         self._accepting = trio.CancelScope()
         self._stop_reason: str | None = None
@@ -160,13 +162,41 @@ class Serving:
             return admitted
         log.warning("%s: refused, too many clients", admitted.peer)
         frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))
-        await say_last(stream, admitted.sealed(frame), self._limits.farewell_seconds)
+        await self._say_last(stream, admitted.sealed(frame))
         return None
 
+    async def _say_last(self, stream: trio.SocketStream, frame: bytes) -> None:
+        """If there are not too many already that are told something: each keeps a descriptor for as long."""
+        if self._farewells < self._limits.max_farewells:
+            self._farewells += 1
+            try:
+                await say_last(stream, frame, self._limits.farewell_seconds)
+            finally:
+                self._farewells -= 1
+
     async def _serve(self, stream: trio.SocketStream, host: str, admitted: Admitted) -> None:
-        fd = stream.socket.fileno()
-        session = Session(
-            fd,
+        try:
+            session = self._session(stream, host, admitted)
+        except OSError as error:  # no descriptor for it: the others have theirs
+            log.warning("%s: refused: %s", admitted.peer, error.strerror)
+            return
+        self._sessions[session] = host
+        try:
+            if self._stop_reason is not None:
+                session.stop(self._stop_reason)
+            farewell = await _run(session, self._threads)
+            if farewell:
+                await self._say_last(stream, admitted.sealed(farewell))
+        except Exception:  # a bug met by one client must not end the others' connections
+            log.exception("%s: lazymem-serve failed", admitted.peer)
+        finally:
+            del self._sessions[session]
+            self._ended.add(session.counters)
+            session.close()
+
+    def _session(self, stream: trio.SocketStream, host: str, admitted: Admitted) -> Session:
+        return Session(
+            stream.socket.fileno(),
             admitted.published,
             self._limits,
             self._disks,
@@ -178,19 +208,6 @@ class Serving:
             read=admitted.read,
             begun=admitted.begun,
         )
-        self._sessions[session] = host
-        try:
-            if self._stop_reason is not None:
-                session.stop(self._stop_reason)
-            farewell = await _run(session, self._threads)
-            if farewell:
-                await say_last(stream, admitted.sealed(farewell), self._limits.farewell_seconds)
-        except Exception:  # a bug met by one client must not end the others' connections
-            log.exception("%s: lazymem-serve failed", admitted.peer)
-        finally:
-            del self._sessions[session]
-            self._ended.add(session.counters)
-            session.close()
 
     def _pace(self, host: str) -> Pace:
         """All connections of a host share what is seen of its link; a Unix socket is none: nothing is compressed."""
@@ -283,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     level = logging.WARNING if options.quiet else logging.INFO
     logging.basicConfig(stream=sys.stderr, level=level, format="lazymem-serve: %(message)s")
+    logging.getLogger("trio.serve_listeners").addFilter(OneLineNowAndThen())
     try:
         tls = maybe_tls(options)
         if tls is None and options.allow:

@@ -74,5 +74,8 @@ class ServerLimits:
     farewell_seconds: float = 1.0
     """For a dropped client to take the frame that says why; the socket closes in order only if it reads it."""
 
+    max_farewells: int = 64
+    """Dropped clients that are told why at a time. Each keeps a descriptor; a crowd beyond is closed without a word."""
+
     goodbye_seconds: float = 5.0
     """For open requests when the server ends; clients come back by themselves."""

@@ -90,6 +90,20 @@ def test_a_request_whose_asker_is_long_gone_is_none(tmp_path: Path) -> None:
     assert requests.maybe_asked(tmp_path) == "reclaim"
 
 
+def test_a_journal_of_which_nothing_is_whole_decides_nothing(tmp_path: Path) -> None:
+    """It may have said that the guest was given away: to begin anew would run it twice."""
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write("id", "ours", {})
+        journal.write("id", "given", {})
+    path = tmp_path / "j" / NAME
+    data = bytearray(path.read_bytes())
+    for slot in (0, len(data) // 2):
+        data[slot + 40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="damaged"):
+        Journal(tmp_path / "j", "source")
+
+
 def test_one_process_at_a_time_and_one_side(tmp_path: Path) -> None:
     with Journal(tmp_path / "j", "source") as journal:
         journal.write("id", "ours", {})

@@ -57,8 +57,12 @@ class Server:
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self) -> None:
-        if self._process.poll() is None:
+        if self.is_running:
             self._process.terminate()
         self._process.wait(WAIT_SECONDS)
         assert self._process.stdout is not None

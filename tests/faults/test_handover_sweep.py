@@ -1,0 +1,96 @@
+"""The Nth call to the disk or the network fails, in `lazymem send` or `lazymem receive`, during a hand-over of a guest.
+
+Whoever ends of it is started again, as its user would. Each time the guest runs on one side in the end, never on both,
+and counts on. LAZYMEM_SWEEP=wide takes every N until none fails, a quarter of an hour; else two are taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from lazymem.vm.guests import build_guest
+from tests.support.handover import Pair, pair
+from tests.support.vmprocess import WAIT_SECONDS, Process, Start, starting
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+RAM_MIB = 4
+
+FAILING = Path(__file__).parents[1] / "support" / "failing"
+
+ROOT = Path(__file__).parents[2]
+
+WIDE = os.environ.get("LAZYMEM_SWEEP") == "wide"
+
+KINDS = list(itertools.product(("send", "receive"), ("disk", "network")))
+
+FEW = {("send", "network"): 9, ("receive", "disk"): 8}
+"""What else is done of the sweep: a call in the middle."""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def one_guest(start: Start, folder: Path) -> Process:
+    ram = folder / "ram"
+    ram.touch()
+    os.truncate(ram, RAM_MIB << 20)
+    process = start("--pcram-file", ram, "-kernel", build_guest("heartbeat", folder))
+    process.wait_ticks(2)
+    return process
+
+
+def hand_over(folder: Path, side: str, kind: str, number: int) -> bool:
+    """Whether a call failed."""
+    folder.mkdir()
+    failed = folder / "failed"
+    with starting(folder, RAM_MIB) as start:
+        guest = one_guest(start, folder)
+        with pair(folder, guest.monitor, "-serial", f"file:{folder}/there") as two:
+            two.send.arguments[two.send.arguments.index("--listen") + 1] = f"127.0.0.1:{free_port()}"
+            for command in (two.send, two.receive):
+                command._environment["PYTHONPATH"] = f"{FAILING}:{ROOT}"
+                command._environment["LAZYMEM_TEST_FAILS"] = f"{side} {kind} {number} {failed}"
+            two.send.start()
+            address = two.send.arguments[two.send.arguments.index("--listen") + 1]
+            two.receive.arguments += [address, str(two.mountpoint), *map(str, two._vm_options)]
+            two.receive.start()
+            settle(two, guest, failed)
+    return failed.exists()
+
+
+def settle(two: Pair, guest: Process, failed: Path) -> None:
+    """Until the guest runs at the destination; whoever ended on the way is started again."""
+    give_up = time.monotonic() + 2 * WAIT_SECONDS
+    while True:
+        runs = two.runs()
+        told = f"{failed.read_text() if failed.exists() else 'nothing'} failed; {two.tell()}"
+        assert runs != (True, True), f"both run; {told}"
+        if runs[1]:
+            return
+        assert guest.process.poll() is None or two.runs()[1], f"the source's emulator ended: {guest.end()}; {told}"
+        assert time.monotonic() < give_up, told
+        assert "Traceback" not in two.send.said() + two.receive.said(), told
+        for command in (two.send, two.receive):
+            if command.code() not in (None, 0):
+                command.start()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("side", "kind"), KINDS if WIDE else FEW)
+def test_a_call_fails(tmp_path: Path, side: str, kind: str) -> None:
+    if not WIDE:
+        assert hand_over(tmp_path / "one", side, kind, FEW[side, kind])
+        return
+    for number in itertools.count():
+        if not hand_over(tmp_path / str(number), side, kind, number):
+            assert number > 4
+            return

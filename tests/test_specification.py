@@ -1,0 +1,47 @@
+"""`SPECIFICATION.md` against the tests that it names."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "SPECIFICATION.md").read_text()
+
+ROWS = [
+    tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in TEXT.splitlines() if line.startswith("| ")
+]
+PROMISES = [row for row in ROWS if row[0].isdigit()]
+
+NAMED = re.findall(r"`(tests/[^`:]+)::(\w+)`", TEXT)
+
+
+@functools.cache
+def names_in(path: str) -> set[str]:
+    """What a test module has at its top, and in its classes."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize(("path", "name"), sorted(set(NAMED)))
+def test_each_named_test_is_there(path: str, name: str) -> None:
+    assert name.lower().startswith("test")
+    assert name in names_in(path)
+
+
+def test_each_promise_has_a_number_of_its_own_and_a_test_or_says_that_it_has_none() -> None:
+    numbers = [int(row[0]) for row in PROMISES]
+    assert len(numbers) > 40
+    assert numbers == sorted(set(numbers))
+    for number, promise, tests in PROMISES:
+        assert promise.endswith("."), number
+        assert tests == "test pending" or re.fullmatch(r"`tests/[^`]+::\w+`(, `tests/[^`]+::\w+`)*", tests), number
