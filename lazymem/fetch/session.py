@@ -95,7 +95,7 @@ class Session:
             self._unsent.append(data)
             self._unsent_bytes += len(data) + _UNSENT_FRAME_BYTES
             if self._unsent_bytes > MAX_UNSENT_BYTES:
-                self._fail(ServerUnreachableError("the server does not read what it is sent"))
+                self.fail(ServerUnreachableError("the server does not read what it is sent"))
             return
         try:
             taken = self._transport.send_nowait(data)

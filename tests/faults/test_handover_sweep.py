@@ -61,7 +61,7 @@ def hand_over(folder: Path, side: str, kind: str, number: int) -> bool:
                 command._environment["LAZYMEM_TEST_FAILS"] = f"{side} {kind} {number} {failed}"
             two.send.start()
             address = two.send.arguments[two.send.arguments.index("--listen") + 1]
-            two.receive.arguments += [address, str(two.mountpoint), *map(str, two._vm_options)]
+            two.receive.arguments += [address, str(two.mountpoint), *map(str, two.vm_options)]
             two.receive.start()
             settle(two, guest, failed)
     return failed.exists()
