@@ -40,6 +40,7 @@ from lazymem_server.allowed import parse_allowed
 from lazymem_server.catalog import Catalog
 from lazymem_server.counters import Counters
 from lazymem_server.ending import say_last
+from lazymem_server.fewlines import FewLines
 from lazymem_server.gate import Admitted, Gate
 from lazymem_server.learning import Learning
 from lazymem_server.limits import ServerLimits
@@ -89,6 +90,7 @@ class Serving:
         self._bulk_turns = threading.Lock()
         self._sessions: dict[Session, str] = {}
         self._farewells = 0
+        self._few = FewLines()
         self._paces: dict[str, Pace] = {}
         self._accepting = trio.CancelScope()
         self._stop_reason: str | None = None
@@ -160,7 +162,7 @@ class Serving:
             return None
         if admitted is None or admitted.maybe_stream is not None or not self._is_full(host):
             return admitted
-        log.warning("%s: refused, too many clients", admitted.peer)
+        self._few.warning("%s: refused, too many clients", admitted.peer)
         frame = ServerConnection().send(Error(0, ErrorCode.BUSY, "too many clients: try again later"))
         await self._say_last(stream, admitted.sealed(frame))
         return None
@@ -178,7 +180,7 @@ class Serving:
         try:
             session = self._session(stream, host, admitted)
         except OSError as error:  # no descriptor for it: the others have theirs
-            log.warning("%s: refused: %s", admitted.peer, error.strerror)
+            self._few.warning("%s: refused: %s", admitted.peer, error.strerror)
             return
         self._sessions[session] = host
         try:

@@ -34,7 +34,7 @@ STRANGERS: dict[str, bytes] = {
     "a word that is none": said(b'{"say":"mine!"}'),
     "a sender's word": messages.encode(messages.Given()),
     "a decision before hello": messages.encode(messages.Refused()),
-    "pings without end": messages.encode(messages.Ping()) * 1000,
+    "pings without end": messages.encode(messages.Ping()) * 100,
     "hello, and then nonsense": HELLO + said(b"\xff"),
     "hello, and then a sender's word": HELLO + messages.encode(messages.Done()),
 }

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "max_clients": "test_hostile.py::test_too_many_clients_are_told",
     "max_clients_per_host": "test_hostile.py::test_one_host_cannot_take_all_places",
     "handshake_seconds": "test_hostile.py::test_a_greeting_byte_by_byte",
+    "max_handshakes": "test_strangers.py::test_a_crowd_in_its_handshakes_keeps_nobody_out",
     "idle_seconds": "test_hostile.py::test_a_quiet_client_that_answers_stays",
     "pong_seconds": "test_hostile.py::test_a_client_that_died_without_a_word",
     "send_seconds": "test_hostile.py::test_a_client_that_does_not_read",
