@@ -88,12 +88,14 @@ def refused(folder: Path, said: bytes) -> str:
     mountpoint, cache = folder / "mnt", folder / "cache"
     mountpoint.mkdir()
     with server_that_says(said) as address:
-        arguments = (address, mountpoint, "--cache", cache, "--prefetch", "none")
-        found = subprocess.run(
-            command("lazymem.cli.mount", *arguments), capture_output=True, text=True, check=False, timeout=60
-        )
-        if not found.returncode:
-            subprocess.run(command("lazymem.cli.umount", "--force", mountpoint), check=False, timeout=60)
+        arguments = (address, mountpoint, "--cache", cache, "--prefetch", "none", "-f", "--no-supervisor")
+        try:  # in front: a mount that is made after all ends with the process
+            found = subprocess.run(
+                command("lazymem.cli.mount", *arguments), capture_output=True, text=True, check=False, timeout=60
+            )
+        finally:
+            if mountinfo.maybe_mount_at(str(mountpoint)) is not None:
+                subprocess.run(["umount", "-l", mountpoint], check=False, timeout=60)
     assert found.returncode not in (0, 1)
     assert (found.stdout, found.stderr.count("\n")) == ("", 1), found.stderr
     assert found.stderr.startswith("lazymem-mount: ")
