@@ -87,6 +87,11 @@ class GuestRam:
         return self._state is None
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should read at the start."""
+        return self._state.notices if self._state else ()
+
+    @property
     def total_pages(self) -> int:
         return self._pristine.total_pages
 

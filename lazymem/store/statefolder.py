@@ -34,7 +34,9 @@ import trio
 from msgspec import Struct
 
 from lazymem.errors import BusyError, IdentityError, StoreError
+from lazymem.nowait import lies_in_memory
 from lazymem.pages import PageRange
+from lazymem.settings import DEFAULT_RESERVE_BYTES
 from lazymem.store import folders, reserve, syncedmap
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import PageFile
@@ -208,13 +210,23 @@ def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
         raise
 
 
-def reserve_room(state: StateFolder, origin: RamOrigin, wanted_bytes: int) -> None:
-    """Have room for `wanted_bytes` of written pages, those that are there counted in.
+def reserve_room(state: StateFolder, origin: RamOrigin, maybe_wanted_bytes: int | None) -> None:
+    """Have room for so many bytes of written pages, those that are there counted in; None: the default, if possible.
 
     Raises:
         StoreError: it cannot be had.
     """
-    state.reserve = reserve.take(state.path, state.ram.fileno(), origin.size_bytes, wanted_bytes)
+    ram_fd = state.ram.fileno()
+    if maybe_wanted_bytes is not None:
+        if maybe_wanted_bytes:
+            state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, maybe_wanted_bytes)
+        return
+    if lies_in_memory(os.fstat(ram_fd).st_dev):
+        return
+    try:
+        state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, DEFAULT_RESERVE_BYTES)
+    except StoreError as error:
+        log.warning("%s; going on without", error)
 
 
 def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -> StateFolder:

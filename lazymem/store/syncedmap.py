@@ -23,12 +23,21 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class SyncedMap:
-    """The open file `fd` with a byte for each of `pages`, taken over. One caller at a time."""
+    """The open file `fd` with a byte for each of `pages`, taken over, also when it fails. One caller at a time.
+
+    Raises:
+        StoreError: the disk has no room for it, which a sync on a full disk would need.
+    """
 
     def __init__(self, fd: int, pages: int) -> None:
         self._fd = fd
         self._pages = pages
         self._failed = False
+        try:
+            os.posix_fallocate(fd, 0, pages)
+        except OSError as error:
+            os.close(fd)
+            raise StoreError(f"no room for a page map of {pages} bytes: {error.strerror}") from error
 
     def changes(self, written: PageMap) -> list[tuple[int, bytes]]:
         """What `written` has and this has not, to be applied once the pages are synced.
