@@ -34,8 +34,8 @@ def _mount(image: Path, disk: Path, size_bytes: int, test: pytest.Item) -> None:
     with image.open("xb") as file:
         file.truncate(size_bytes)
     path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
-    make = ["mkfs.ext4", "-q", "-m", "0", image]
-    subprocess.run(make, check=True, capture_output=True, env={**os.environ, "PATH": path})
+    make = ["mkfs.ext4", "-q", "-m", "0"]
+    subprocess.run([*make, image], check=True, capture_output=True, env={**os.environ, "PATH": path})
     done = subprocess.run(["mount", "-o", "loop", image, disk], capture_output=True, text=True, check=False)
     if done.returncode:
         stood_in(test, f"memory of a fixed size for a small disk ({done.stderr.strip().splitlines()[0]})")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lazymem.pages import PAGE_SIZE
-from tests.support.mounts import Mounted, Stage, drop_kernel_cache, wait_until
+from tests.support.guestwriter import GuestWriter, expected_ram
+from tests.support.mounts import Stage, drop_kernel_cache, wait_until
 from tests.support.smalldisks import fill_up, small_disk
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
@@ -40,43 +40,6 @@ def mounts(disk: Path, mounts: Stage) -> Stage:
     return mounts
 
 
-class Writer:
-    """Writes pages as a guest does, through a shared map, and has them written back in a thread."""
-
-    def __init__(self, mount: Mounted, pages: range, seed: int) -> None:
-        self._mapped = mount.open_map()
-        self.data = random.Random(seed).randbytes(len(pages) * PAGE_SIZE)
-        self._mapped[pages.start * PAGE_SIZE : pages.stop * PAGE_SIZE] = self.data
-        self._fd = os.open(mount.ram_path, os.O_RDWR)
-        self._failed: OSError | None = None
-        self._thread = threading.Thread(target=self._sync, daemon=True)
-        self._thread.start()
-
-    def _sync(self) -> None:
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            self._failed = error
-
-    @property
-    def waits(self) -> bool:
-        return self._thread.is_alive()
-
-    def finish(self) -> None:
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        assert self._failed is None
-        self._mapped.close()
-        os.close(self._fd)
-
-
-def expected_ram(snapshot: BuiltSnapshot, *written: tuple[range, bytes]) -> bytes:
-    ram = bytearray(snapshot.ram)
-    for pages, data in written:
-        ram[pages.start * PAGE_SIZE : pages.stop * PAGE_SIZE] = data
-    return bytes(ram)
-
-
 def test_fetched_pages_make_room_for_written_ones(mounts: Stage, full_ram: BuiltSnapshot, disk: Path) -> None:
     mounts.cache = disk / "cache"
     server = mounts.serve(full_ram.folder)
@@ -85,7 +48,7 @@ def test_fetched_pages_make_room_for_written_ones(mounts: Stage, full_ram: Built
     wait_until(lambda: bool(mount.status()["pages_held"] == RAM_PAGES), "all fetched")
     fill_up(disk / "others")
     pages = range(1024, 3072)
-    writer = Writer(mount, pages, seed=1)
+    writer = GuestWriter(mount, pages, seed=1)
     writer.finish()
     store = mount.status()["store"]
     assert store["shed_pages"] >= len(pages)
@@ -108,7 +71,7 @@ def test_with_nothing_left_a_write_waits_and_goes_on_by_itself(
     wait_until(lambda: bool(mount.status()["pages_held"] == RAM_PAGES), "all fetched")
     fill_up(disk / "others")
     pages = range(2048)
-    writer = Writer(mount, pages, seed=2)
+    writer = GuestWriter(mount, pages, seed=2)
     wait_until(lambda: bool(mount.status()["store"]["waiting_writes"]), "a write waits")
     assert writer.waits
     assert f"make room on the disk of {disk / 'state'}" in mount.log.read_text()
@@ -129,12 +92,12 @@ def test_what_was_reserved_is_the_guests(mounts: Stage, full_ram: BuiltSnapshot,
     assert mount.status()["store"]["reserved_bytes"] == 6 << 20
     fill_up(disk / "others")
     first = range(1400)
-    writer = Writer(mount, first, seed=3)
+    writer = GuestWriter(mount, first, seed=3)
     writer.finish()
     assert mount.status()["store"]["reserved_bytes"] < 1 << 20
     assert "takes what was reserved" in mount.log.read_text()
     second = range(1400, 2000)
-    more = Writer(mount, second, seed=4)
+    more = GuestWriter(mount, second, seed=4)
     wait_until(lambda: bool(mount.status()["store"]["waiting_writes"]), "the reserve is used up")
     (disk / "others").unlink()
     more.finish()
@@ -147,7 +110,7 @@ def test_a_reserve_for_all_of_the_ram_is_never_short(mounts: Stage, full_ram: Bu
     mount = mounts.mount(server.address, "--state", disk / "state", "--reserve", "all")
     fill_up(disk / "others")
     pages = range(RAM_PAGES)
-    writer = Writer(mount, pages, seed=5)
+    writer = GuestWriter(mount, pages, seed=5)
     writer.finish()
     assert "full" not in mount.log.read_text()
     drop_kernel_cache(mount.ram_path)
