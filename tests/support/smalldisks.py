@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.nowait import lies_in_memory
 from tests.support.skips import stood_in
 
 _STEPS_BYTES = (1 << 20, 64 << 10, 4 << 10)
@@ -40,6 +41,14 @@ def _mount(image: Path, disk: Path, size_bytes: int, test: pytest.Item) -> None:
     if done.returncode:
         stood_in(test, f"memory of a fixed size for a small disk ({done.stderr.strip().splitlines()[0]})")
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=755", "tmpfs", disk], check=True)
+
+
+def mount_again(disk: Path) -> None:
+    """As after a crash, with whatever its journal knows. Memory stays as it is."""
+    if lies_in_memory(disk.stat().st_dev):
+        return
+    _unmount(disk)
+    subprocess.run(["mount", "-o", "loop", disk.with_name("image"), disk], check=True)
 
 
 def _unmount(disk: Path) -> None:
