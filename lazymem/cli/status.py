@@ -89,7 +89,7 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("connection", status["connection"]),
         ("held", _pages(status["pages_held"], total)),
         ("written", _pages(status["pages_written"], total) if not status.get("template") else "never: a template"),
-        *([("WAITING", _waiting_for_disk(status))] if status["store"].get("waiting_writes") else []),
+        *([("WAITING", _waiting_for_disk(status))] if status.get("store", {}).get("waiting_writes") else []),
         ("in flight", _pages(status["pages_in_flight"], total)),
         ("demand faults", f"{status['demand_faults']}, waited {_waits(status)}"),
         *([("working set", _working_set(status["working_set"]))] if status.get("working_set") else []),

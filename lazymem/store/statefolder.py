@@ -38,6 +38,7 @@ from lazymem.nowait import lies_in_memory
 from lazymem.pages import PageRange
 from lazymem.settings import DEFAULT_RESERVE_BYTES
 from lazymem.store import folders, reserve, syncedmap
+from lazymem.store.mendable import is_out_of_room
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import SET, UNSET, PageMap
@@ -226,7 +227,7 @@ def reserve_room(state: StateFolder, origin: RamOrigin, maybe_wanted_bytes: int 
     try:
         state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, DEFAULT_RESERVE_BYTES)
     except StoreError as error:
-        log.warning("%s; going on without", error)
+        log.log(logging.WARNING if is_out_of_room(error) else logging.INFO, "%s; going on without", error)
 
 
 def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -> StateFolder:
