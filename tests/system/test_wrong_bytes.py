@@ -161,6 +161,7 @@ def test_an_unhashed_snapshot_that_changes_is_refused(mounts: Stage, tmp_path: P
     page = full_page(snapshot, 200)
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     assert read_page(mount, page) == snapshot.page(page)
+    wait_until(lambda: bool(mount.status()["pages_held"]), "kept")
     flip(mounts.cache / mount.status()["identity"] / cachefolder.PAGES_NAME, page * PAGE_SIZE)
     flip(snapshot.folder / "pc.ram", page * PAGE_SIZE)
     drop_kernel_cache(mount.ram_path)
