@@ -84,8 +84,11 @@ def go_on_with(folder: Path) -> Reserve:
 
 
 def _open(folder: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(folder / RESERVE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, folders.FILE_MODE)
+        fd = os.open(folder / RESERVE_NAME, flags, folders.FILE_MODE)
+        os.fchmod(fd, folders.FILE_MODE)  # whatever the umask took away
+        return fd
     except OSError as error:
         raise StoreError(f"cannot open {folder / RESERVE_NAME}: {error.strerror}") from error
 
