@@ -15,15 +15,13 @@ A read that meets written pages which the disk does not give back waits as well:
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from operator import or_
 
 import trio
 
-from lazymem.errors import DeadlineError, LazymemError, StoreError, TemplateWriteError, VerificationError
+from lazymem.errors import LazymemError, StoreError, TemplateWriteError, VerificationError
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, PageRange, PageRun, covering, runs
-from lazymem.store.mendable import is_mendable, what_to_do
 from lazymem.store.pagemap import UNSET
 from lazymem.store.pristine import PristinePages
 from lazymem.store.rangelocks import RangeLocks
@@ -35,10 +33,6 @@ from lazymem.store.statefolder import StateFolder
 from lazymem.store.stats import StoreStatistics
 
 log = logging.getLogger(__name__)
-
-FULL_RETRY_SECONDS = 0.5
-"""Who waits for room, or for a disk, tries again this often: soon for a person who mends it, rare for a disk."""
-
 
 OnRead = Callable[[bytes | LazymemError | None], None]
 
@@ -67,7 +61,6 @@ class GuestRam:
         demand: PageDemand,
         deadline_seconds: float | None = None,
     ) -> None:
-        self._deadline_seconds = math.inf if deadline_seconds is None else deadline_seconds
         self._pristine = pristine
         self._state = state
         self._demand = demand
@@ -76,8 +69,7 @@ class GuestRam:
         self._readings: set[_Reading] = set()
         self._reads = self._reads_at_hand = self._demanded_pages = 0
         self._writes = self._merged_pages = 0
-        self._maybe_room = Room(state, pristine.cache) if state is not None else None
-        self._disk_reads_waiting = 0
+        self._maybe_room = Room(state, pristine.cache, deadline_seconds) if state is not None else None
         # Not trio's own limiter: a stalled disk under many syncs would take all of its threads, and reads need some.
         self._syncers = trio.CapacityLimiter(1)
         self._sync_lock = trio.Lock()
@@ -248,33 +240,11 @@ class GuestRam:
         async with self._locks.hold(pages):
             merged_offset, merged = await self._merge(self._state, offset, data)
             assert self._maybe_room is not None, "there is a state folder"
-            await self._put(self._maybe_room, self._state, pages, merged_offset, merged)
+            await self._maybe_room.store(pages, merged_offset, merged)
             # A read that ended since the map was changed, a thread's work ago, came before this write, which nobody was
             # told of yet. What waits still has to see it.
             self._mark_stale(pages)
             self._writes += 1
-
-    async def _put(self, room: Room, state: StateFolder, pages: PageRange, offset: int, data: bytes) -> None:
-        """Whole pages into the state file, then into its map; waits while the disk is full, or refuses."""
-        waited = False
-        try:
-            while True:
-                made = room.made
-                try:
-                    await state.store(pages, offset, data)
-                    return
-                except StoreError as error:
-                    if not is_mendable(error):
-                        raise
-                    if await room.make(error, made):
-                        continue
-                    if not waited:
-                        waited = True
-                        room.begin_waiting(error)
-                await trio.sleep(FULL_RETRY_SECONDS)
-        finally:
-            if waited:
-                room.end_waiting()
 
     async def sync(self) -> None:
         """What was written before the call reaches the disk.
@@ -350,8 +320,8 @@ class GuestRam:
 
         missing: list[PageRange] = []
         for place, run in self._plan(wanted):
-            if place is Place.WRITTEN and self._state is not None:
-                put(run, await self._read_written(self._state, run))
+            if place is Place.WRITTEN and self._maybe_room is not None:
+                put(run, await self._maybe_room.read(run))
             elif place is Place.CACHED:
                 data, wrong = await self._pristine.read(run)
                 put(run, data)
@@ -366,26 +336,6 @@ class GuestRam:
                 missing.append(run)
         for page_run in await self._demand_all(missing):
             put(page_run.pages, page_run.data if page_run.data is not None else bytes(page_run.pages.length_bytes))
-
-    async def _read_written(self, state: StateFolder, pages: PageRange) -> bytes:
-        """Waits while the disk refuses: to nobody else can the reader turn."""
-        waited = False
-        try:
-            with trio.move_on_after(self._deadline_seconds):
-                while True:
-                    try:
-                        return await state.ram.read(pages.offset_bytes, pages.length_bytes)
-                    except StoreError as error:
-                        if not is_mendable(error):
-                            raise
-                        if not self._disk_reads_waiting:
-                            log.error("%s: the guest waits for it; %s", error, what_to_do(error, str(state.path)))
-                        self._disk_reads_waiting += not waited
-                        waited = True
-                    await trio.sleep(FULL_RETRY_SECONDS)
-            raise DeadlineError(f"the disk did not give page {pages.start}, which the guest wrote, back in time")
-        finally:
-            self._disk_reads_waiting -= waited
 
     async def _demand_all(self, missing: Sequence[PageRange]) -> list[PageRun]:
         """Demand all runs at the same time; the first error ends the others."""

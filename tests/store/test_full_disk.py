@@ -17,7 +17,7 @@ import trio
 
 from lazymem.errors import DeadlineError, StoreError
 from lazymem.pages import PAGE_SIZE, PageRange
-from lazymem.store import guestram, pagefile
+from lazymem.store import guestram, pagefile, room
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.pagemap import PageMap
 from tests.support.snapshots import BuiltSnapshot
@@ -34,7 +34,7 @@ class Disk:
         self._real = pagefile.pwrite_all
         self._tries = 0
         monkeypatch.setattr(pagefile, "pwrite_all", self._pwrite_all)
-        monkeypatch.setattr(guestram, "FULL_RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(room, "RETRY_SECONDS", 0.001)
 
     def _pwrite_all(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         if self.full:
@@ -117,7 +117,7 @@ class DyingReads:
         self.refused = trio.Event()
         self._real = pagefile.pread_all
         monkeypatch.setattr(pagefile, "pread_all", self._pread_all)
-        monkeypatch.setattr(guestram, "FULL_RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(room, "RETRY_SECONDS", 0.001)
 
     def _pread_all(self, fd: int, length: int, offset: int) -> bytes:
         if self.dying:
@@ -226,7 +226,7 @@ async def test_a_host_without_threads_loses_no_write_and_fails_no_read(
         def no_start(thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(guestram, "FULL_RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(room, "RETRY_SECONDS", 0.001)
         assert await store.ram.read(0, PAGE_SIZE) == snapshot.page(0)
         monkeypatch.setattr(threading.Thread, "start", no_start)
         assert await store.ram.read(0, PAGE_SIZE) == snapshot.page(0)
