@@ -45,7 +45,8 @@ from lazymem.store.coarsemap import coarse_map
 from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pristine import PristinePages
-from lazymem.store.statefolder import StateFolder, open_private_state, open_state, reserve_room
+from lazymem.store.statefiles import StateFolder
+from lazymem.store.statefolder import open_private_state, open_state, reserve_room
 from lazymem.store.touches import Touches
 from lazymem.wire.messages import PublishedFile, Welcome
 

@@ -51,7 +51,7 @@ class CheckableCache:
         self._fds: list[int] = []
         try:
             for name, size in zip(names, sizes, strict=True):
-                self._fds.append(folders.open_file(folder / name, size))
+                self._fds.append(_open(folder / name, size))
         except StoreError:
             self._close_fds()
             raise
@@ -152,6 +152,19 @@ class CheckableCache:
                     return None
         at = (pages.start - whole.start) * DIGEST_BYTES
         return digests[at : at + pages.count * DIGEST_BYTES]
+
+
+def _open(path: Path, size_bytes: int) -> int:
+    """For reading only, whoever's it is."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise StoreError(f"cannot open {path}: {error.strerror}") from error
+    found = os.fstat(fd).st_size
+    if found != size_bytes:
+        os.close(fd)
+        raise StoreError(f"{path} has {found} bytes, not {size_bytes}: a mount begins this cache again")
+    return fd
 
 
 def caches_in(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from lazymem.store.readplan import Place, plan
 from lazymem.store.room import Room
 from lazymem.store.runfiles import RunFiles
 from lazymem.store.source import PageDemand
-from lazymem.store.statefolder import StateFolder
+from lazymem.store.statefiles import StateFolder
 from lazymem.store.stats import StoreStatistics
 
 log = logging.getLogger(__name__)

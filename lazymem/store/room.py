@@ -20,7 +20,7 @@ from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.mendable import is_mendable, is_out_of_room, what_to_do
 from lazymem.store.pagefile import in_thread
 from lazymem.store.shedding import Shedder
-from lazymem.store.statefolder import StateFolder
+from lazymem.store.statefiles import StateFolder
 
 log = logging.getLogger(__name__)
 

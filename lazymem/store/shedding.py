@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 
+import trio
+
 from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.pagemap import SET, UNSET, PageMap
 
 LOOK_PAGES = 4096
-"""Looked at in one go: microseconds of the loop that serves faults."""
+LOOKS_A_TURN = 32
+"""A look is some microseconds of the loop that serves faults; after so many it gets a turn."""
 
 _WITH_DATA = bytes(state == SET for state in range(256))
 _ONE_OR_NONE = bytes([0]) + bytes([1]) * 255
@@ -36,11 +39,11 @@ class Shedder:
             StoreError: the file system cannot give a part of a file back.
         """
         wanted = max(1, most_bytes // PAGE_SIZE)
-        victims = self._pick(0, wanted, overwritten=True)[0]
+        victims = (await self._pick(0, wanted, overwritten=True))[0]
         if not victims:
-            victims, self._at = self._pick(self._at, wanted, overwritten=False)
-        if not victims and self._at:
-            victims, self._at = self._pick(0, wanted, overwritten=False)
+            victims, self._at = await self._pick(self._at, wanted, overwritten=False)
+        if not victims:
+            victims, self._at = await self._pick(0, wanted, overwritten=False)
         for run in victims:
             with contextlib.suppress(StoreError):  # then it is found wrong when it is read
                 self._held.set(run, UNSET)
@@ -50,11 +53,15 @@ class Shedder:
         self.shed_pages += count
         return count * PAGE_SIZE
 
-    def _pick(self, at: int, wanted: int, *, overwritten: bool) -> tuple[list[PageRange], int]:
+    async def _pick(self, at: int, wanted: int, *, overwritten: bool) -> tuple[list[PageRange], int]:
         """At most `wanted` pages from page `at` on, and where to go on."""
         found: list[PageRange] = []
         total = self._held.pages
+        looks = 0
         while at < total and wanted > 0:
+            looks += 1
+            if looks % LOOKS_A_TURN == 0:
+                await trio.lowlevel.checkpoint()
             look = PageRange(at, min(LOOK_PAGES, total - at))
             states = self._held.states(look).translate(_WITH_DATA)
             if overwritten:

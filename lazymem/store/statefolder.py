@@ -17,124 +17,36 @@ record tells, the folder is opened with the pages that were synced, each with it
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import logging
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import trio
-from msgspec import Struct
-
 from lazymem.errors import BusyError, IdentityError, StoreError
 from lazymem.nowait import lies_in_memory
-from lazymem.pages import PageRange
 from lazymem.settings import DEFAULT_RESERVE_BYTES
 from lazymem.store import folders, reserve, syncedmap
 from lazymem.store.mendable import is_out_of_room
 from lazymem.store.origin import RamOrigin
-from lazymem.store.pagefile import PageFile
-from lazymem.store.pagemap import SET, UNSET, PageMap
-from lazymem.store.reserve import RESERVE_NAME, Reserve
-from lazymem.store.syncedmap import SyncedMap
+from lazymem.store.reserve import RESERVE_NAME
+from lazymem.store.statefiles import MAP_NAME, META_NAME, RAM_NAME, SYNCED_NAME, StateFolder, open_files
 
 FORMAT = "lazymem-state"
 VERSION = 1
 
-RAM_NAME = "pc.ram"
-MAP_NAME = "written"
-SYNCED_NAME = "synced"
-META_NAME = "state.json"
 LOCK_NAME = "lock"
 PRIVATE_PREFIX = "run-"
 
 _PRIVATE_NAME = re.compile(re.escape(PRIVATE_PREFIX) + "[0-9a-f]{16}")
 _OWN_NAMES = frozenset({RAM_NAME, MAP_NAME, META_NAME, LOCK_NAME, RESERVE_NAME})
 
-_LOOK_BYTES = 256 * 1024
-
 _POLL_SECONDS = 0.05
 """Between tries for the lock: a mount's end is noticed sooner than a person would."""
 
 log = logging.getLogger(__name__)
-
-
-class StateFolder(Struct):
-    """An open, locked state folder. `private`: removed at close. `kept`: another process has a copy of the lock, and a
-    next daemon goes on with the run, so it is left as it is. `notices`: what the user should read."""
-
-    path: Path
-    ram: PageFile
-    written: PageMap
-    lock_fd: int
-    private: bool
-    maybe_synced: SyncedMap | None = None
-    reserve: Reserve | None = None
-    notices: tuple[str, ...] = ()
-    kept: bool = False
-
-    async def store(self, pages: PageRange, offset: int, data: bytes) -> None:
-        """`data`, which fills `pages`, into the file and then into the map, both in the kernel's hands on return. Runs
-        to its end if cancelled. Nobody else may store these pages meanwhile.
-
-        Raises:
-            StoreError: the disk refused; bytes of pages that were written before may have changed.
-        """
-        unset = self.written.states(pages).count(UNSET)
-        await self.ram.write(offset, data, partial(self.written.set_uncounted, pages, SET))
-        self.written.count_in(unset)
-
-    async def sync(self, limiter: trio.CapacityLimiter) -> None:
-        """What was stored before the call reaches the disk, the map behind its pages. One call at a time.
-
-        Raises:
-            StoreError: the disk refused.
-        """
-        if self.maybe_synced is None:
-            await self.ram.sync()
-            return
-        changes = await trio.to_thread.run_sync(self.maybe_synced.changes, self.written, limiter=limiter)
-        try:
-            await self.ram.sync()
-        except StoreError:
-            self.maybe_synced.pages_lost()
-            raise
-        await trio.to_thread.run_sync(self.maybe_synced.apply, changes, limiter=limiter)
-
-    def note_whole(self) -> None:
-        """Blocking: all is synced, and nothing follows. Where that cannot be noted the next mount says more than it
-        must."""
-        if self.maybe_synced is None or self.kept:
-            return
-        record = folders.maybe_record(self.path / META_NAME)
-        with contextlib.suppress(OSError):
-            if record is not None:
-                folders.write_record(self.path / META_NAME, {**record, "whole": True})
-
-    def close(self) -> None:
-        """Unsynced bytes stay in the kernel's hands and reach the disk later."""
-        self.ram.close()
-        self.written.close()
-        if self.maybe_synced is not None:
-            self.maybe_synced.close()
-        if self.reserve is not None:
-            self.reserve.close()
-            if not self.kept:
-                (self.path / RESERVE_NAME).unlink(missing_ok=True)
-        if self.private and not self.kept:
-            folders.remove_folder(self.path)
-        if self.lock_fd >= 0:
-            fd, self.lock_fd = self.lock_fd, -1
-            if not self.kept:
-                fcntl.flock(fd, fcntl.LOCK_UN)  # in every copy
-            os.close(fd)
 
 
 def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> StateFolder:
@@ -155,7 +67,7 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
         folders.make_private(path)
         record = _bind(path, origin)
         notices = _after_crash(path, origin, record)
-        state = _open(path, origin, lock_fd, private=False)
+        state = open_files(path, origin, lock_fd, private=False)
         state.notices = notices
     except BaseException:
         os.close(lock_fd)
@@ -201,7 +113,7 @@ def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
     try:
         os.rename(draft, path)  # visible to the next clearing away only once it is locked
         _bind(path, origin)
-        return _open(path, origin, lock_fd, private=True)
+        return open_files(path, origin, lock_fd, private=True)
     except BaseException as error:
         folders.remove_folder(draft)
         folders.remove_folder(path)
@@ -240,7 +152,7 @@ def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -
     if not (path / META_NAME).exists():
         raise StoreError(f"the state folder {path} is gone, and with it what the guest wrote")
     _bind(path, origin)
-    state = _open(path, origin, lock_fd, private=private)
+    state = open_files(path, origin, lock_fd, private=private)
     if (path / RESERVE_NAME).exists():
         state.reserve = reserve.go_on_with(path)
     return state
@@ -302,53 +214,6 @@ def _bind(path: Path, origin: RamOrigin) -> dict[str, Any]:
             f" than the one mounted ({origin.identity.hex()[:16]}...): name another folder"
         )
     return record
-
-
-def _open(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -> StateFolder:
-    ram, written = path / RAM_NAME, path / MAP_NAME
-    try:
-        _complete(written, origin.pages, needed=lambda: ram.exists() and ram.stat().st_blocks > 0)
-        _complete(ram, origin.size_bytes, needed=lambda: _has_bytes(written))
-        if not private:
-            _complete(path / SYNCED_NAME, origin.pages, needed=lambda: False)
-    except OSError as error:
-        raise StoreError(f"cannot make the files of the state folder {path}: {error.strerror}") from error
-    with contextlib.ExitStack() as opened:
-        ram_file = PageFile(folders.open_file(ram, origin.size_bytes), str(ram))
-        opened.callback(ram_file.close)
-        page_map = PageMap(folders.open_file(written, origin.pages), origin.pages)
-        opened.callback(page_map.close)
-        maybe_synced = None
-        if not private:
-            maybe_synced = SyncedMap(folders.open_file(path / SYNCED_NAME, origin.pages), origin.pages)
-        opened.pop_all()
-    return StateFolder(path, ram_file, page_map, lock_fd, private, maybe_synced)
-
-
-def _complete(path: Path, size_bytes: int, *, needed: Callable[[], bool]) -> None:
-    """Make a file that a mount killed in its first moments did not get to; one whose bytes are `needed` is not ours to
-    make up."""
-    if not path.exists():
-        if needed():
-            raise StoreError(f"{path} is gone, and with it what the guest wrote")
-        folders.create_file(path, size_bytes)
-    elif path.stat().st_size == 0:
-        if needed():
-            raise StoreError(f"{path} is empty, and what the guest wrote is gone")
-        os.truncate(path, size_bytes)
-
-
-def _has_bytes(path: Path) -> bool:
-    """Whether a page map says anything. One byte a page: what is not a hole is read, and compared with zeros."""
-    nothing = bytes(_LOOK_BYTES)
-    with open(path, "rb") as file:
-        try:
-            file.seek(0, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole up to the end
-                return False
-            raise
-        return any(chunk != nothing[: len(chunk)] for chunk in iter(lambda: file.read(_LOOK_BYTES), b""))
 
 
 def _remove_abandoned(cache: Path) -> None:

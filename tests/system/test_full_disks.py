@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lazymem.fs import checks
 from lazymem.pages import PAGE_SIZE
 from tests.support.guestwriter import GuestWriter, expected_ram
 from tests.support.mounts import Stage, drop_kernel_cache, wait_until
@@ -16,6 +18,8 @@ from tests.support.smalldisks import fill_up, small_disk
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = [pytest.mark.system, pytest.mark.needs_root]
+
+SURVIVES = pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{checks.maybe_no_resend()}")
 
 DISK_BYTES = 48 << 20
 RAM_PAGES = 3072
@@ -82,6 +86,25 @@ def test_with_nothing_left_a_write_waits_and_goes_on_by_itself(
     (disk / "others").unlink()
     writer.finish()
     assert "any more" in mount.log.read_text()
+    drop_kernel_cache(mount.ram_path)
+    assert mount.ram_path.read_bytes() == expected_ram(full_ram, (pages, writer.data))
+
+
+@SURVIVES
+def test_a_daemon_that_is_killed_while_its_disk_is_full(mounts: Stage, full_ram: BuiltSnapshot, disk: Path) -> None:
+    """The next one starts on the full disk, gets the write again, and waits on."""
+    server = mounts.serve(full_ram.folder)
+    mount = mounts.mount(server.address, "--state", disk / "state", "--reserve", "0", "--prefetch", "none")
+    fill_up(disk / "others")
+    pages = range(2048)
+    writer = GuestWriter(mount, pages, seed=6)
+    wait_until(lambda: bool(mount.status()["store"]["waiting_writes"]), "a write waits")
+    os.kill(mount.pid, signal.SIGKILL)
+    wait_until(lambda: mount.status()["pid"] != mount.pid, "another daemon answers")
+    wait_until(lambda: bool(mount.status()["store"]["waiting_writes"]), "a write waits again")
+    assert writer.waits
+    (disk / "others").unlink()
+    writer.finish()
     drop_kernel_cache(mount.ram_path)
     assert mount.ram_path.read_bytes() == expected_ram(full_ram, (pages, writer.data))
 
