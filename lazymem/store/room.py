@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 STEP_BYTES = 4 << 20
 """Freed at a time: four of the largest writes, and small against what guests fetch."""
 
-
 RETRY_SECONDS = 0.5
 """Who waits tries again this often: soon for a person who mends the disk, rare for a disk."""
 

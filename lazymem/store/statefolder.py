@@ -64,8 +64,8 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
         raise StoreError(f"cannot look into the state folder {path}: {error.strerror}") from error
     lock_fd = _wait_for_lock(path, wait_seconds)
     try:
-        folders.make_private(path)
         record = _bind(path, origin)
+        folders.make_private(path)
         notices = _after_crash(path, origin, record)
         state = open_files(path, origin, lock_fd, private=False)
         state.notices = notices

@@ -112,7 +112,7 @@ def begin_with_synced(written: Path, synced: Path, pages: int) -> int:
         draft.unlink(missing_ok=True)
         folders.create_file(draft, pages)
         _write_data(draft, kept)
-        unsynced = sum(bool(live) and not sure for live, sure in zip(before, kept, strict=False))
+        unsynced = _beyond(before, kept)
         if unsynced:
             os.rename(written, written.with_name(f"{written.name}.unsynced"))
         os.rename(draft, written)
@@ -121,6 +121,16 @@ def begin_with_synced(written: Path, synced: Path, pages: int) -> int:
         raise StoreError(f"cannot begin with what was synced in {written.parent}: {error}") from error
     finally:
         os.close(fd)
+
+
+def _beyond(live: bytes, sure: bytes) -> int:
+    """How many pages the one map names and the other does not."""
+    count = 0
+    for start in range(0, len(live), CHUNK_PAGES):
+        ours, theirs = live[start : start + CHUNK_PAGES], sure[start : start + CHUNK_PAGES]
+        if ours != theirs:
+            count += sum(bool(page) and not known for page, known in zip(ours, theirs, strict=False))
+    return count
 
 
 def _write_data(path: Path, data: bytes) -> None:
