@@ -11,10 +11,9 @@ import pytest
 from lazymem.pages import PageRange
 from tests.support.mounts import WAIT_SECONDS, command
 from tests.support.mounts import Server as ServerProcess
+from tests.support.privileges import root_may_become_nobody
 from tests.support.snapshots import make_snapshot
 from tests.support.wireclient import connected
-
-NOBODY = 65534
 
 
 def refusal(*arguments: object) -> str:
@@ -29,12 +28,6 @@ def refusal(*arguments: object) -> str:
     return done.stderr
 
 
-def may_become_nobody() -> bool:
-    """The root of a user namespace knows no other user."""
-    maps = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
-    return any(int(first) <= NOBODY < int(first) + int(count) for first, _, count in maps)
-
-
 def status_of(pid: int) -> dict[str, str]:
     """What the kernel says of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -46,7 +39,7 @@ async def test_root_is_given_up_when_all_is_open(tmp_path: Path) -> None:
     """The snapshot's folder is root's alone."""
     built = make_snapshot(tmp_path / "web", pages=64)
     os.chmod(tmp_path, 0o700)
-    if not may_become_nobody():
+    if not root_may_become_nobody():
         assert "cannot become him" in refusal(built.folder, "--user", "nobody")
         return
     server = ServerProcess(built.folder, arguments=("--user", "nobody"))
@@ -69,6 +62,6 @@ def test_a_user_who_is_nobody_known_is_refused(tmp_path: Path) -> None:
 def test_a_folder_to_learn_into_must_be_the_users(tmp_path: Path) -> None:
     folder = make_snapshot(tmp_path / "web", pages=4).folder
     (tmp_path / "learned").mkdir(mode=0o700)
-    if not may_become_nobody():
+    if not root_may_become_nobody():
         return
     assert "nobody cannot write there" in refusal(folder, "--user", "nobody", "--learn", tmp_path / "learned")
