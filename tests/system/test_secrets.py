@@ -16,6 +16,7 @@ from lazymem.cli import verify
 from lazymem.pages import PAGE_SIZE
 from lazymem.store import cachefolder
 from tests.support.mounts import Mounted, Stage, drop_kernel_cache, kill_daemon, wait_until
+from tests.support.patientreader import PatientReaders
 from tests.support.privileges import NOBODY, root_may_become_nobody
 from tests.support.skips import stood_in
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
@@ -125,11 +126,13 @@ def test_no_log_and_no_error_has_anything_of_a_page(
                 other.seek(number * PAGE_SIZE)
                 other.write(SECRET)
     drop_kernel_cache(mount.ram_path)
-    refused(mount.ram_path, 4 * PAGE_SIZE)
+    reader = PatientReaders(mount, [4])
+    wait_until(lambda: "page 4 " in mount.log.read_text(), "it says which is wrong")
     assert verify.main([str(mount.path)]) != 0
     assert verify.main([str(snapshot.folder)]) != 0
     said = json.dumps(mount.status())
     kill_daemon(mount)
+    assert isinstance(reader.finish()[4], OSError)
     out, err = capfd.readouterr()
     told = said + mount.log.read_text() + mount.result.stdout + mount.result.stderr + out + err
     assert "page 4 " in told, "it says which"

@@ -3,11 +3,11 @@ whatever a reader is shown is the snapshot's."""
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from lazymem.store import cachefolder
 from tests.cli.test_verify import flip
 from tests.support.corruptingwire import CorruptingWire
 from tests.support.mounts import WAIT_SECONDS, Mounted, Stage, command, drop_kernel_cache, wait_until
+from tests.support.patientreader import PatientReaders
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = pytest.mark.system
@@ -35,14 +36,13 @@ def read_page(mount: Mounted, page: int) -> bytes:
         os.close(fd)
 
 
-def maybe_page(mount: Mounted, page: int) -> bytes | None:
-    """None: refused."""
-    try:
-        return read_page(mount, page)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        return None
+def waits_then_gets(mount: Mounted, page: int, named: str, mend: Callable[[], object]) -> bytes | OSError:
+    """What a reader of `page` gets who waits until the log has `named`, and longer, until it is mended."""
+    reader = PatientReaders(mount, [page])
+    wait_until(lambda: named in mount.log.read_text(), f"{named} is named")
+    assert not reader.found, "not the wrong bytes, and no error yet"
+    mend()
+    return reader.finish()[page]
 
 
 def full_page(snapshot: BuiltSnapshot, start: int) -> int:
@@ -61,22 +61,19 @@ def wire(mounts: Stage, snapshot: BuiltSnapshot) -> Iterator[CorruptingWire]:
     made.close()
 
 
-@pytest.mark.parametrize(("prefetch", "touches"), [("none", 100), ("all", 10)])
-def test_a_wire_that_flips_bits(
-    mounts: Stage, snapshot: BuiltSnapshot, wire: CorruptingWire, prefetch: str, touches: int
-) -> None:
-    """Frames that are none any more, pages that are others, digests that are wrong: each ends in the right bytes, or in
-    EIO, and all of them are right when the wire is."""
+@pytest.mark.parametrize("prefetch", ["none", "all"])
+def test_a_wire_that_flips_bits(mounts: Stage, snapshot: BuiltSnapshot, wire: CorruptingWire, prefetch: str) -> None:
+    """Frames that are none any more, pages that are others, digests that are wrong: nothing of it is shown, readers
+    wait, and all of them are shown the right bytes when the wire is right."""
     mount = mounts.mount(wire.address, "--prefetch", prefetch)
     wire.spoiling = True
-    for page in random.Random(1).sample(range(snapshot.pages), touches):
-        assert maybe_page(mount, page) in (None, snapshot.page(page))
+    readers = PatientReaders(mount, random.Random(1).sample(range(snapshot.pages), 12))
+    wait_until(lambda: wire.spoilt > 12, "bits were flipped")
     wire.spoiling = False
-    assert wire.spoilt > 5
+    assert readers.finish() == {page: snapshot.page(page) for page in readers.found}
+    assert len(readers.found) == 12
     drop_kernel_cache(mount.ram_path)
-    wait_until(lambda: maybe_page(mount, 0) is not None, "connected again")
-    for page in range(snapshot.pages):
-        assert read_page(mount, page) == snapshot.page(page)
+    assert mount.ram_path.read_bytes() == snapshot.ram
 
 
 # ---- the cache
@@ -126,24 +123,28 @@ def test_a_page_that_changes_on_the_servers_disk_is_refused_and_named(mounts: St
     server = mounts.serve(snapshot.folder)
     mount = mounts.mount(server.address, *QUIET)
     page = full_page(snapshot, 100)
-    flip(snapshot.folder / "pc.ram", page * PAGE_SIZE + 77)
-    assert maybe_page(mount, page) is None
-    assert f"page {page} " in mount.log.read_text()
+
+    def flip_one() -> None:
+        flip(snapshot.folder / "pc.ram", page * PAGE_SIZE + 77)
+
+    flip_one()
+    assert waits_then_gets(mount, page, f"page {page} ", flip_one) == snapshot.page(page)
     for other in (page - 1, page + 1):
         assert read_page(mount, other) == snapshot.page(other)
-    flip(snapshot.folder / "pc.ram", page * PAGE_SIZE + 77)
-    assert read_page(mount, page) == snapshot.page(page), "the snapshot's bytes are there again"
 
 
 def test_digests_that_change_on_the_servers_disk_are_refused(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """With a page to match."""
     server = mounts.serve(snapshot.folder)
     mount = mounts.mount(server.address, *QUIET)
     page = full_page(snapshot, 3 * 256)
-    flip(snapshot.folder / "pc.ram.digests", page * 16)
-    flip(snapshot.folder / "pc.ram", page * PAGE_SIZE)
-    assert maybe_page(mount, page) is None
-    assert "leaf 3" in mount.log.read_text()
-    assert read_page(mount, 10) == snapshot.page(10)
+
+    def flip_both() -> None:
+        flip(snapshot.folder / "pc.ram.digests", page * 16)
+        flip(snapshot.folder / "pc.ram", page * PAGE_SIZE)
+
+    flip_both()
+    assert waits_then_gets(mount, page, "leaf 3", flip_both) == snapshot.page(page)
 
 
 def test_a_snapshot_whose_tree_was_changed_is_not_served(snapshot: BuiltSnapshot) -> None:
@@ -165,8 +166,10 @@ def test_an_unhashed_snapshot_that_changes_is_refused(mounts: Stage, tmp_path: P
     flip(mounts.cache / mount.status()["identity"] / cachefolder.PAGES_NAME, page * PAGE_SIZE)
     flip(snapshot.folder / "pc.ram", page * PAGE_SIZE)
     drop_kernel_cache(mount.ram_path)
-    assert maybe_page(mount, page) is None, "not the changed one, of either"
-    assert f"page {page} " in mount.log.read_text()
+    mended = partial(flip, snapshot.folder / "pc.ram", page * PAGE_SIZE)
+    assert waits_then_gets(mount, page, f"page {page} ", mended) == snapshot.page(page), (
+        "not the changed one, of either"
+    )
 
 
 # ---- lazymem verify beside a mount
