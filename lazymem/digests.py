@@ -20,7 +20,7 @@ import struct
 from blake3 import blake3
 from msgspec import Struct
 
-from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE
+from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE, PageRange
 
 DIGEST_BYTES = 16
 LEAF_PAGES = 256
@@ -55,6 +55,27 @@ def root_digest(size_bytes: int, upper: bytes | bytearray | memoryview) -> bytes
     hasher.update(struct.pack("<QI", size_bytes, PAGE_SIZE))
     hasher.update(upper)
     return hasher.digest(ROOT_BYTES)
+
+
+class Checked(Struct, frozen=True):
+    """A part of a RAM that somebody held against its digests, with page numbers: `wrong` have other bytes, `unreadable`
+    the disk did not give, `unknown` have no digest that could be believed."""
+
+    pages: PageRange
+    wrong: tuple[int, ...] = ()
+    unreadable: tuple[int, ...] = ()
+    unknown: tuple[int, ...] = ()
+
+
+def differing(first_page: int, left: bytes, right: bytes) -> tuple[int, ...]:
+    """Pages from `first_page` on whose digests, 16 bytes a page in each, are not the same."""
+    if left == right:
+        return ()
+    return tuple(
+        first_page + at // DIGEST_BYTES
+        for at in range(0, len(left), DIGEST_BYTES)
+        if left[at : at + DIGEST_BYTES] != right[at : at + DIGEST_BYTES]
+    )
 
 
 class TreeShape(Struct, frozen=True):

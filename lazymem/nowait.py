@@ -1,4 +1,4 @@
-"""How a file is read without waiting for a disk: the flags for preadv(2)."""
+"""How a file is read without waiting for a disk: the flags for preadv(2), and which files lie in memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _MOUNTINFO = "/proc/self/mountinfo"
 
 def nowait_flags(fd: int) -> int:
     """RWF_NOWAIT, but 0 for a file in memory: tmpfs refuses it, and reading that waits for no disk (short of swap)."""
-    return 0 if _lies_in_memory(os.fstat(fd).st_dev) else os.RWF_NOWAIT
+    return 0 if lies_in_memory(os.fstat(fd).st_dev) else os.RWF_NOWAIT
 
 
-def _lies_in_memory(device: int) -> bool:
+def lies_in_memory(device: int) -> bool:
+    """Whether the file system with this `st_dev` is one in memory (tmpfs, ramfs)."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open(_MOUNTINFO, encoding="utf-8", errors="replace") as lines:

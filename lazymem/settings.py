@@ -34,6 +34,15 @@ DEFAULT_RECORD_SECONDS = 60.0
 MAX_SERVERS = 16
 """Addresses of one snapshot. All are tried before a wait, and each that is silent costs seconds of a guest's."""
 
+DEFAULT_RESERVE_BYTES = 64 << 20
+"""Of the disk, for what a guest writes, where --reserve does not say: half a minute of a guest that dirties 2 MiB a
+second, for somebody to make room in, and hardly missed on any disk. In memory it would be missed: nothing, there."""
+
+RESERVE_ALL_BYTES = 1 << 62
+"""More than any RAM has."""
+
+_RESERVE_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
 MAX_SOCKET_PATH_BYTES = 107
 """sun_path holds 108 bytes with its zero."""
 
@@ -147,6 +156,22 @@ def escaped_server(text: str) -> str:
     return text.replace(",", ",,")
 
 
+def parse_reserve(text: str) -> int:
+    """Bytes from ``512M``, ``2G`` (K, M, G, T; binary), ``all`` (`RESERVE_ALL_BYTES`) or ``0``.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if text == "all":
+        return RESERVE_ALL_BYTES
+    number, unit = text[:-1], text[-1:].upper()
+    if text == "0":
+        return 0
+    if unit not in _RESERVE_UNITS or not (number.isascii() and number.isdigit() and len(number) <= 9):
+        raise UsageError(f"--reserve {text}: say how much, as in 512M or 2G, or all, or 0")
+    return min(int(number) * _RESERVE_UNITS[unit], RESERVE_ALL_BYTES)
+
+
 def is_snapshot_name(name: str) -> bool:
     """Whether a folder, and so a snapshot, can have this name."""
     return (
@@ -201,7 +226,8 @@ class LinkSettings(Struct, frozen=True):
 class MountSettings(Struct, frozen=True):
     """Everything that a mount was told. `servers`: of one snapshot. `state_dir` None: the run's pages go at unmount.
 
-    `template`: many map the file privately, and its bytes never change.
+    `template`: many map the file privately, and its bytes never change. `reserve_bytes`: of the disk, for what the
+    guest writes; None: `DEFAULT_RESERVE_BYTES`, where they can be had.
     """
 
     servers: tuple[ServerAddress, ...]
@@ -213,12 +239,15 @@ class MountSettings(Struct, frozen=True):
     record_file: Path | None = None
     record_seconds: float = DEFAULT_RECORD_SECONDS
     template: bool = False
+    reserve_bytes: int | None = None
     link: LinkSettings = field(default_factory=LinkSettings)
 
     def __post_init__(self) -> None:
         if self.deadline_seconds is not None:
             check_seconds("--deadline", self.deadline_seconds)
         check_seconds("--record-seconds", self.record_seconds)
+        if self.reserve_bytes is not None and self.template:
+            raise UsageError("--template and --reserve: nobody writes to a template")
         if self.state_dir is not None and self.template:
             raise UsageError("--template and --state: nobody writes to a template, so there is nothing to keep")
         if self.state_dir is not None:

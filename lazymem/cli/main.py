@@ -24,6 +24,7 @@ COMMANDS = {
     "send": Command("lazymem.cli.send", "hand a running guest over to another host"),
     "receive": Command("lazymem.cli.receive", "take a running guest over from another host"),
     "status": Command("lazymem.cli.status", "show what a mount holds, fetches, and waits for"),
+    "verify": Command("lazymem.cli.verify", "hold a snapshot, a cache, or what a mount holds against its digests"),
     "umount": Command("lazymem.cli.umount", "end a mount, or say who holds it"),
     "pki": Command("lazymem.cli.pki", "make the certificates with which hosts know each other over TLS"),
     "doctor": Command("lazymem.cli.doctor", "say what this host lacks for a mount, and how to mend it"),

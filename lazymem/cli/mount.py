@@ -27,6 +27,7 @@ with quick_imports(trio=False):
         TcpEndpoint,
         default_cache_dir,
         parse_endpoint,
+        parse_reserve,
         parse_servers,
     )
     from lazymem.tls.options import add_tls_options, maybe_tls
@@ -42,6 +43,8 @@ _EPILOG = """examples:
   lazymem-mount ram.example:7411/web /mnt/ram --state /srv/run1
                                                               one of several; this run's writes are kept
   lazymem-mount a.example:7411,b.example:7411 /mnt/ram        the same snapshot at two servers: if one goes, the other
+  lazymem-mount ram.example:7411/web /mnt/ram --state /srv/run1 --reserve all
+                                                              and the disk has room for all that the guest may write
   lazymem-mount unix:/run/lazymem.sock:/web /mnt/ram -o allow_other
   lazymem-mount ram.example:7411 /mnt/ram --tls-cert host-b.crt --tls-key host-b.key --tls-ca ca.crt
                                                               over TLS (lazymem pki --help: the files)
@@ -103,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="an existing folder")
     parser.add_argument("--state", metavar="DIR", type=Path, help="this run's written pages (default: gone at unmount)")
     parser.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        help="have so much of the disk for what the guest writes: 512M, 2G, all, 0 (default: 64M, if it is there)",
+    )
+    parser.add_argument(
         "--template", action="store_true", help="for many guests, which map it privately: nothing is ever written to it"
     )
     parser.add_argument("--version", action="version", version=_version())
@@ -158,6 +166,7 @@ def _settings(found: argparse.Namespace) -> MountSettings:
         record_seconds=found.record_seconds,
         template=found.template,
         link=_link(found),
+        reserve_bytes=parse_reserve(found.reserve) if found.reserve is not None else None,
     )
 
 

@@ -45,7 +45,8 @@ from lazymem.store.coarsemap import coarse_map
 from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pristine import PristinePages
-from lazymem.store.statefolder import StateFolder, open_private_state, open_state
+from lazymem.store.statefiles import StateFolder
+from lazymem.store.statefolder import open_private_state, open_state, reserve_room
 from lazymem.store.touches import Touches
 from lazymem.wire.messages import PublishedFile, Welcome
 
@@ -152,7 +153,7 @@ async def _serve(
         nursery.start_soon(tell_link, client, maybe_filler.last_demand)
         nursery.start_soon(watch_fill, maybe_filler, order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
-    ram = GuestRam(pristine, state, scheduler)
+    ram = GuestRam(pristine, state, scheduler, settings.deadline_seconds)
     opened.push_async_callback(_close, ram)
     page_cache = None
     if settings.prefetch is not Prefetch.NONE:
@@ -225,8 +226,15 @@ async def _open_store(
         if settings.template:
             return None
         if settings.state_dir is None:
-            return open_private_state(settings.cache_dir, origin)
-        return open_state(settings.state_dir, origin, wait_seconds=STATE_WAIT_SECONDS)
+            run = open_private_state(settings.cache_dir, origin)
+        else:
+            run = open_state(settings.state_dir, origin, wait_seconds=STATE_WAIT_SECONDS)
+        try:
+            reserve_room(run, origin, settings.reserve_bytes)
+        except BaseException:
+            run.close()
+            raise
+        return run
 
     state = await trio.to_thread.run_sync(maybe_open_run)
     try:
@@ -331,7 +339,7 @@ async def _mount_and_serve(
                 parts={DIGESTS_INODE: ram.run_files.read_tree, WRITTEN_INODE: ram.run_files.read_written},
             )
             session.attach(operations, channel.take_library_end())
-            notices = (*(manifest.resume_notices if manifest else ()), *survival.notices)
+            notices = (*(manifest.resume_notices if manifest else ()), *survival.notices, *ram.notices)
             pace = WritebackPace(mounted)
             nursery.start_soon(_announce, path, mounted, ready, notices, pace)
             nursery.start_soon(watch.run, mounted, wish)

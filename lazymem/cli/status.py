@@ -89,6 +89,7 @@ def describe(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("connection", status["connection"]),
         ("held", _pages(status["pages_held"], total)),
         ("written", _pages(status["pages_written"], total) if not status.get("template") else "never: a template"),
+        *([("WAITING", _waiting_for_disk(status))] if status.get("store", {}).get("waiting_writes") else []),
         ("in flight", _pages(status["pages_in_flight"], total)),
         ("demand faults", f"{status['demand_faults']}, waited {_waits(status)}"),
         *([("working set", _working_set(status["working_set"]))] if status.get("working_set") else []),
@@ -110,6 +111,11 @@ def _pages(count: int, total: int) -> str:
 def _working_set(found: dict[str, int]) -> str:
     touched, pages = found["set_touched"], found["set_pages"]
     return f"{touched} of {pages} pages asked for so far, {found['set_ready']} of these were here before that"
+
+
+def _waiting_for_disk(status: dict[str, Any]) -> str:
+    where = status["state"] or status["cache"]
+    return f"{status['store']['waiting_writes']} writes of the guest's wait for the disk of {where}: the log says why"
 
 
 def _waits(status: dict[str, Any]) -> str:

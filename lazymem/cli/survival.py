@@ -27,7 +27,8 @@ from lazymem.fs.mountinfo import Mount
 from lazymem.fs.sessionrecord import SessionRecord
 from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
-from lazymem.store.statefolder import StateFolder, adopt_state, remove_private
+from lazymem.store.statefiles import StateFolder
+from lazymem.store.statefolder import adopt_state, remove_private
 
 log = logging.getLogger(__name__)
 

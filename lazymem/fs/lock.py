@@ -5,6 +5,7 @@ So a mount right after an unmount waits until the old daemon has stored what the
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -44,25 +45,40 @@ class MountLock:
             BusyError: another daemon of this mount point still lives after `wait_seconds`.
             EnvironmentRefusedError: the lock's folder is not ours, or cannot be made.
         """
-        try:
-            self._make_folder()
-            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            raise EnvironmentRefusedError(f"cannot make the lock {self._file}: {error.strerror}") from error
         deadline = time.monotonic() + wait_seconds
         while True:
+            self._open()
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_the_file():
+                    return
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
-                    os.close(self._descriptor)
+                    self._close()
                     raise BusyError(
                         f"the daemon of an earlier mount on {self._path} is still storing what its guest wrote "
                         f"(waited {wait_seconds:g} s): try again once it has ended"
                     ) from error
                 time.sleep(_POLL_SECONDS)
-            else:
-                return
+            self._close()  # whoever had it removed it: what we have is no lock of anybody's
+
+    def _open(self) -> None:
+        try:
+            self._make_folder()
+            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise EnvironmentRefusedError(f"cannot make the lock {self._file}: {error.strerror}") from error
+
+    def _is_the_file(self) -> bool:
+        """Whether what is open is what the name stands for."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.lstat(self._file))
+        except FileNotFoundError:
+            return False
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
 
     def adopt(self, descriptor: int) -> None:
         """Take over the lock that an earlier daemon of this mount took; it was never free in between."""
@@ -73,12 +89,14 @@ class MountLock:
         return self._descriptor
 
     def release(self) -> None:
-        """Let go, also in who has a copy. The file stays: to remove it would let two daemons lock two files of one
-        name."""
+        """Let go, also in who has a copy. The file goes first, while it is locked: whoever waits for it then looks
+        whether it is still the one of that name, so no two daemons lock two files."""
         if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                if self._is_the_file():
+                    self._file.unlink()
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._close()
 
     def _make_folder(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """A snapshot's RAM and digest tree, opened: of one folder, or of a delta and its parent, which is looked for.
 
 A parent is known by its identity alone: the folders that were named are looked at first, then those beside the delta.
-Nothing is read of it that its size needs, but where its RAM file is newer than its manifest: then somebody may have
-written to it, and all of it is read against its digests.
+Nothing is read of it that its size needs, but where its RAM file is newer than its manifest, or in memory, where a
+mapped write moves no time: then somebody may have written to it, and all of it is read against its digests.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lazymem.digests import LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, page_digest
 from lazymem.errors import SnapshotError, VerificationError
+from lazymem.nowait import lies_in_memory
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot import deltaindex
 from lazymem.snapshot.deltaindex import INDEX_NAME, DeltaIndex
@@ -154,8 +155,9 @@ def _open_as_parent(
 ) -> tuple[RamFile, TreeVouching]:
     ram, tree = open_layers(folder, manifest, parents, depth + 1)
     try:
-        if _is_newer(folder / manifest.ram.file, folder / MANIFEST_NAME):
-            log.warning("%s is newer than its manifest: reading all of it against its digests", folder)
+        maybe_reason = _maybe_doubt(folder / manifest.ram.file, folder / MANIFEST_NAME)
+        if maybe_reason is not None:
+            log.warning("%s %s: reading all of it against its digests", folder, maybe_reason)
             check_all(ram, tree, manifest.ram.size // PAGE_SIZE)
     except (OSError, VerificationError) as error:
         ram.close()
@@ -196,9 +198,12 @@ def _folders_in(folder: Path) -> list[Path]:
         return []
 
 
-def _is_newer(ram: Path, manifest: Path) -> bool:
-    """A snapshot's RAM file is finished before its manifest is written."""
-    return ram.stat().st_mtime_ns > manifest.stat().st_mtime_ns
+def _maybe_doubt(ram: Path, manifest: Path) -> str | None:
+    """Why the RAM file may not be as it was made; it was finished before its manifest was written."""
+    found = ram.stat()
+    if found.st_mtime_ns > manifest.stat().st_mtime_ns:
+        return "is newer than its manifest"
+    return "lies in memory, where a mapped write moves no time" if lies_in_memory(found.st_dev) else None
 
 
 def check_all(ram: RamFile, tree: TreeVouching, total_pages: int) -> None:

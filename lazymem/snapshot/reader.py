@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, page_digest
 from lazymem.errors import SnapshotError, VerificationError
+from lazymem.nowait import lies_in_memory
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE, PageRange, PageRun
 from lazymem.snapshot import manifest as manifests
 from lazymem.snapshot.chain import open_layers, open_ram
@@ -113,6 +114,7 @@ class SnapshotReader:
                 files.callback(maybe_tree.close)
             self._signature = ram.signature()
             self._settled = False
+            self._in_memory = any(lies_in_memory(device) for device in self._signature[::5])
             self.ram_bytes = self._signature[2]
             self.shape = TreeShape(self.ram_bytes)
             self._tree = maybe_tree
@@ -163,9 +165,9 @@ class SnapshotReader:
         """Whether what was read before this call needs no digest to be believed: nobody wrote to the file.
 
         Whoever receives pages verifies them all the same. This is blind to a write through a shared map until the
-        kernel moves the file's times, and on a memory file system for ever.
+        kernel moves the file's times, which it never does in memory: such files are never called untouched.
         """
-        if self._ram.signature() != self._signature:
+        if self._in_memory or self._ram.signature() != self._signature:
             return False
         if not self._settled:  # ctime, since nobody can set it
             self._settled = time.time_ns() - self._signature[4] > SETTLED_NS

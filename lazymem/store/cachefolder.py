@@ -19,7 +19,7 @@ from msgspec import Struct
 from lazymem.errors import StoreError
 from lazymem.store import folders
 from lazymem.store.digestfile import DigestFile
-from lazymem.store.fulldisk import is_full
+from lazymem.store.mendable import is_full
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import PageMap
@@ -86,7 +86,7 @@ def _create(cache: Path, path: Path, origin: RamOrigin) -> None:
     """Make the folder under another name, then rename it; whoever comes second finds the first one's."""
     draft = cache / f".new-{secrets.token_hex(8)}"
     try:
-        draft.mkdir(mode=folders.FOLDER_MODE)
+        folders.make_folder(draft)
         folders.create_file(draft / PAGES_NAME, origin.size_bytes)
         folders.create_file(draft / MAP_NAME, origin.pages)
         folders.create_file(draft / DIGESTS_NAME, origin.shape.file_bytes)

@@ -27,10 +27,36 @@ def ensure_folder(path: Path) -> None:
     """
     try:
         for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
-            missing.mkdir(mode=FOLDER_MODE, exist_ok=True)
+            make_folder(missing)
         path.mkdir(mode=FOLDER_MODE, exist_ok=True)  # says so when it is there and no folder
     except OSError as error:
         raise StoreError(f"cannot make the folder {path}: {error.strerror}") from error
+
+
+def make_folder(path: Path) -> None:
+    """A new folder, private whatever the umask takes away; one that somebody else made meanwhile is left as it is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        path.mkdir(mode=FOLDER_MODE)
+    except FileExistsError:
+        return
+    path.chmod(FOLDER_MODE)
+
+
+def make_private(path: Path) -> None:
+    """Take a folder of ours from the eyes of others, who made it or not.
+
+    Raises:
+        StoreError: the disk refused.
+    """
+    try:
+        if stat.S_IMODE(path.stat().st_mode) != FOLDER_MODE:
+            path.chmod(FOLDER_MODE)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder {path} private: {error.strerror}") from error
 
 
 def why_not_ours(path: Path) -> str | None:
@@ -52,6 +78,7 @@ def create_file(path: Path, size_bytes: int) -> None:
     """A new sparse file. OSError where that fails or it exists."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
     try:
+        os.fchmod(fd, FILE_MODE)  # whatever the umask took away
         os.ftruncate(fd, size_bytes)
     finally:
         os.close(fd)
@@ -87,12 +114,24 @@ def write_record(path: Path, record: dict[str, Any], *, durable: bool = True) ->
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
     try:
+        os.fchmod(fd, FILE_MODE)
         os.write(fd, (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
         if durable:
             os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(temporary, path)
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """The names in it reach the disk. OSError where the disk refuses."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def maybe_record(path: Path) -> dict[str, Any] | None:
@@ -117,6 +156,7 @@ def maybe_lock(path: Path) -> int | None:
     except OSError as error:
         raise StoreError(f"cannot open {path}: {error.strerror}") from error
     try:
+        os.fchmod(fd, FILE_MODE)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)

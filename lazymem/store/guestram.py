@@ -7,8 +7,9 @@ those pages again before they return.
 
 One write at a time a page: a part of a page is merged with the page's bytes, and nobody may change those in between.
 A write is acknowledged (returns) when its bytes are in the state file and its map says so, in this order. On a full
-disk it waits for room: the kernel forgets the bytes of a write-back that failed, without a word to a guest that
-only has the file mapped, and would read older ones later.
+disk it makes room (`room`) or waits for it, and on a dying one it waits, too: the kernel forgets the bytes of a
+write-back that failed, without a word to a guest that only has the file mapped, and would read older ones later.
+A read that meets written pages which the disk does not give back waits as well: nobody else has them.
 """
 
 from __future__ import annotations
@@ -21,21 +22,17 @@ import trio
 
 from lazymem.errors import LazymemError, StoreError, TemplateWriteError, VerificationError
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, PageRange, PageRun, covering, runs
-from lazymem.store.fulldisk import is_full
-from lazymem.store.pagemap import SET, UNSET
+from lazymem.store.pagemap import UNSET
 from lazymem.store.pristine import PristinePages
 from lazymem.store.rangelocks import RangeLocks
 from lazymem.store.readplan import Place, plan
+from lazymem.store.room import Room
 from lazymem.store.runfiles import RunFiles
 from lazymem.store.source import PageDemand
-from lazymem.store.statefolder import StateFolder
+from lazymem.store.statefiles import StateFolder
 from lazymem.store.stats import StoreStatistics
 
 log = logging.getLogger(__name__)
-
-FULL_RETRY_SECONDS = 0.5
-"""A write that waits for room looks for it this often: soon for a person who makes room, rare for a disk."""
-
 
 OnRead = Callable[[bytes | LazymemError | None], None]
 
@@ -53,10 +50,17 @@ class _Reading:
 class GuestRam:
     """Reads and writes of one run. Takes `pristine` and `state` over.
 
-    `state` None makes it a template: its bytes never change, writes are refused.
+    `state` None makes it a template: its bytes never change, writes are refused. `deadline_seconds`: for a read that
+    waits for the disk with written pages; None waits for ever.
     """
 
-    def __init__(self, pristine: PristinePages, state: StateFolder | None, demand: PageDemand) -> None:
+    def __init__(
+        self,
+        pristine: PristinePages,
+        state: StateFolder | None,
+        demand: PageDemand,
+        deadline_seconds: float | None = None,
+    ) -> None:
         self._pristine = pristine
         self._state = state
         self._demand = demand
@@ -65,13 +69,19 @@ class GuestRam:
         self._readings: set[_Reading] = set()
         self._reads = self._reads_at_hand = self._demanded_pages = 0
         self._writes = self._merged_pages = 0
-        self._waiting_for_room = 0
+        self._maybe_room = Room(state, pristine.cache, deadline_seconds) if state is not None else None
         # Not trio's own limiter: a stalled disk under many syncs would take all of its threads, and reads need some.
         self._syncers = trio.CapacityLimiter(1)
+        self._sync_lock = trio.Lock()
 
     @property
     def template(self) -> bool:
         return self._state is None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should read at the start."""
+        return self._state.notices if self._state else ()
 
     @property
     def total_pages(self) -> int:
@@ -109,6 +119,9 @@ class GuestRam:
             writes=self._writes,
             merged_pages=self._merged_pages,
             dropped_pages=self._pristine.dropped_pages,
+            shed_pages=self._maybe_room.shed_pages if self._maybe_room else 0,
+            waiting_writes=self._maybe_room.waiting_writes if self._maybe_room else 0,
+            reserved_bytes=self._state.reserve.bytes_left if self._state and self._state.reserve else 0,
         )
 
     def read_soon(self, offset: int, length: int, done: OnRead) -> bytes | bool:
@@ -141,7 +154,7 @@ class GuestRam:
 
         Raises:
             VerificationError, DeadlineError: from the demand, for any of the pages.
-            StoreError: the disk refused written pages.
+            DeadlineError: the disk refused written pages for so long.
         """
         length = min(length, self.size_bytes - offset)
         if length <= 0:
@@ -209,12 +222,12 @@ class GuestRam:
     async def write(self, offset: int, data: bytes) -> None:
         """Put `data` at byte `offset`; returns when it is in the state file, which outlives this process.
 
-        Parts of missing pages wait for the fetched page, and all of it waits for room on a full disk. A cancelled write
-        is done wholly or not at all, a failed one may have changed bytes of pages that the guest wrote before.
+        Parts of missing pages wait for the fetched page, and all of it waits for a full or dying disk. A cancelled
+        write is done wholly or not at all, a failed one may have changed bytes of pages that the guest wrote before.
 
         Raises:
             TemplateWriteError: this is a template.
-            StoreError: the disk refused (other than for want of room), or `data` reaches beyond the RAM.
+            StoreError: `data` reaches beyond the RAM, or the disk refused what it will never take.
             VerificationError, DeadlineError: from the demand for a page that is written in part.
         """
         if self._state is None:
@@ -226,32 +239,12 @@ class GuestRam:
         pages = covering(offset, len(data))
         async with self._locks.hold(pages):
             merged_offset, merged = await self._merge(self._state, offset, data)
-            await self._put(self._state, pages, merged_offset, merged)
-            # No await from the map's change to here: the write counts in it, and in waiting reads, at once.
+            assert self._maybe_room is not None, "there is a state folder"
+            await self._maybe_room.store(pages, merged_offset, merged)
+            # A read that ended since the map was changed, a thread's work ago, came before this write, which nobody was
+            # told of yet. What waits still has to see it.
             self._mark_stale(pages)
             self._writes += 1
-
-    async def _put(self, state: StateFolder, pages: PageRange, offset: int, data: bytes) -> None:
-        """Whole pages into the state file, then into its map; waits while the disk is full."""
-        waited = False
-        try:
-            while True:
-                try:
-                    await state.ram.write(offset, data)
-                    state.written.set(pages, SET)
-                    return
-                except StoreError as error:
-                    if not is_full(error):
-                        raise
-                    if not self._waiting_for_room:
-                        log.error("%s: what the guest writes waits, and soon the guest too, until there is room", error)
-                    self._waiting_for_room += not waited
-                    waited = True
-                await trio.sleep(FULL_RETRY_SECONDS)
-        finally:
-            self._waiting_for_room -= waited
-            if waited and not self._waiting_for_room:
-                log.warning("nothing the guest wrote waits for room any more")
 
     async def sync(self) -> None:
         """What was written before the call reaches the disk.
@@ -260,8 +253,8 @@ class GuestRam:
             StoreError: the disk refused.
         """
         if self._state is not None:
-            await self._state.ram.sync()
-            await trio.to_thread.run_sync(self._state.written.sync, limiter=self._syncers)
+            async with self._sync_lock:
+                await self._state.sync(self._syncers)
 
     async def close(self) -> None:
         """Sync (unless the run ends here) and let all files go. No read or write may be open, none may follow."""
@@ -269,6 +262,7 @@ class GuestRam:
             try:
                 if self._state is not None and not self._state.private:
                     await self.sync()
+                    await trio.to_thread.run_sync(self._state.note_whole, limiter=self._syncers)
             finally:
                 self._pristine.close()
                 if self._state is not None:
@@ -326,8 +320,8 @@ class GuestRam:
 
         missing: list[PageRange] = []
         for place, run in self._plan(wanted):
-            if place is Place.WRITTEN and self._state is not None:
-                put(run, await self._state.ram.read(run.offset_bytes, run.length_bytes))
+            if place is Place.WRITTEN and self._maybe_room is not None:
+                put(run, await self._maybe_room.read(run))
             elif place is Place.CACHED:
                 data, wrong = await self._pristine.read(run)
                 put(run, data)

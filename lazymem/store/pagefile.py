@@ -17,6 +17,7 @@ import trio
 from lazymem.errors import StoreError
 from lazymem.nowait import nowait_flags
 from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.store.fallocate import punch
 from lazymem.store.secondcopy import SecondCopy
 
 READ_THREADS = 8
@@ -29,6 +30,11 @@ BLOCK_PAGES = 32
 BLOCK_BYTES = BLOCK_PAGES * PAGE_SIZE
 """The kernel caches what one call writes in pieces as large as it can, and lets go of whole pieces only: so none is
 larger than what a READ takes. (Also at most 32 buffers in a call, of the kernel's 1,024.)"""
+
+LEFT_FREE_BYTES = 64 << 20
+LEFT_FREE_SHARE = 20
+"""Fetched pages leave 64 MiB, or a twentieth of a small disk, to those who cannot do without: else a mount that fills
+its cache, in another process maybe, takes at once what was given up for a guest's writes."""
 
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -78,27 +84,60 @@ class PageFile:
             StoreError: the disk refused, or the file is shorter.
         """
         try:
-            return await _in_thread(self._readers, pread_all, self._fd, length, offset)
+            return await in_thread(self._readers, pread_all, self._fd, length, offset)
         except OSError as error:
             raise StoreError(f"cannot read {self._name}: {error}") from error
 
-    async def write(self, offset: int, data: bytes | memoryview) -> None:
+    async def write(self, offset: int, data: bytes | memoryview, then: Callable[[], None] | None = None) -> None:
         """All of `data`, in the kernel's hands on return: it outlives this process. Runs to its end if cancelled.
+
+        `then`: what follows in the same thread, once the bytes are there.
 
         Raises:
             StoreError: the disk refused; part of `data` may be there.
         """
+
+        def work() -> None:
+            pwrite_all(self._fd, data, offset)
+            if then is not None:
+                then()
+
         try:
-            await _in_thread(self._writers, pwrite_all, self._fd, data, offset)
+            await in_thread(self._writers, work)
         except OSError as error:
             raise StoreError(f"cannot write {self._name}: {error}") from error
 
     async def write_many(self, pieces: list[tuple[int, bytes | memoryview]]) -> None:
-        """Several (offset, data), in one thread. Otherwise as `write`."""
+        """Several (offset, data), in one thread, of what can be had again: some of the disk stays free for what cannot.
+        Otherwise as `write`."""
+
+        def work() -> None:
+            _leave_room(self._fd)
+            _pwrite_pieces(self._fd, pieces)
+
         try:
-            await _in_thread(self._writers, _pwrite_pieces, self._fd, pieces)
+            await in_thread(self._writers, work)
         except OSError as error:
             raise StoreError(f"cannot write {self._name}: {error}") from error
+
+    async def punch(self, ranges: Iterable[PageRange]) -> None:
+        """Give the room of these pages back to the disk; they read as zeros.
+
+        Raises:
+            StoreError: the file system cannot do that, or refused.
+        """
+
+        def work() -> None:
+            for pages in ranges:
+                punch(self._fd, pages.offset_bytes, pages.length_bytes)
+
+        try:
+            await in_thread(self._writers, work)
+        except OSError as error:
+            raise StoreError(f"cannot make holes in {self._name}: {error}") from error
+
+    def fileno(self) -> int:
+        return self._fd
 
     def let_go(self, pages: PageRange) -> None:
         """The guest's kernel has these pages: it need not cache them of this file too. Returns at once."""
@@ -107,7 +146,7 @@ class PageFile:
     async def sync(self) -> None:
         """Bytes reach the disk; afterwards the kernel's second copy of them goes."""
         try:
-            await _in_thread(self._writers, _fsync_and_drop, self._fd)
+            await in_thread(self._writers, _fsync_and_drop, self._fd)
         except OSError as error:
             raise StoreError(f"cannot sync {self._name}: {error}") from error
 
@@ -118,7 +157,7 @@ class PageFile:
             os.close(fd)
 
 
-async def _in_thread(limiter: trio.CapacityLimiter, work: Callable[[*A], R], *arguments: *A) -> R:
+async def in_thread(limiter: trio.CapacityLimiter, work: Callable[[*A], R], *arguments: *A) -> R:
     """Blocking `work`, in a thread. OSError, also where the host has no thread for us (a limit on tasks)."""
     try:
         return await trio.to_thread.run_sync(work, *arguments, limiter=limiter)
@@ -142,6 +181,13 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     done = os.pwrite(fd, data, offset)
     while done < len(data):
         done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+
+
+def _leave_room(fd: int) -> None:
+    found = os.fstatvfs(fd)
+    left = min(LEFT_FREE_BYTES, found.f_blocks * found.f_frsize // LEFT_FREE_SHARE)
+    if found.f_bavail * found.f_frsize < left:  # where all is 0, there is no limit
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (but for what guests write)")
 
 
 def _pwrite_pieces(fd: int, pieces: list[tuple[int, bytes | memoryview]]) -> None:

@@ -6,6 +6,8 @@ read-only mapping, at C speed, and see every other process's stores at once. The
 
 All of the file is allocated when it is opened. A memory file system would otherwise allocate a hole when it is *looked
 at* through the mapping, and when it is full answer with SIGBUS, that is, with the daemon's death and the guest's.
+What it holds, and what is looked at, is locked in memory (`lockedmap`): a page that was let go of would come back from
+the disk, and one that the disk cannot read any more is SIGBUS, too. (So is a file that somebody cuts short.)
 
 Caveat: `count` knows what other processes stored only up to the last `recount`.
 """
@@ -19,6 +21,7 @@ from collections.abc import Iterable, Iterator
 
 from lazymem.errors import StoreError
 from lazymem.pages import PageRange
+from lazymem.store.lockedmap import lock_what_is_touched
 
 UNSET = 0
 SET = 1
@@ -46,6 +49,8 @@ class PageMap:
             self.recount()  # before it is allocated: a new map of a huge RAM is one hole still, and costs nothing
             os.posix_fallocate(fd, 0, pages)
             self._map = mmap.mmap(fd, pages, mmap.MAP_SHARED, mmap.PROT_READ)
+            if lock_what_is_touched(self._map):
+                self._touch_data()
         except StoreError:
             os.close(fd)
             raise
@@ -102,18 +107,29 @@ class PageMap:
         if states:
             self._store(start, b"".join(states))
 
+    def set_uncounted(self, pages: PageRange, state: int) -> None:
+        """As `set`, for any thread: `count` is as before until `count_in`."""
+        self._pwrite(pages.start, _STATES[state] * pages.count)
+
+    def count_in(self, pages: int) -> None:
+        """So many pages were `UNSET` before a `set_uncounted`."""
+        self._count += pages
+
     def _store(self, start: int, states: bytes) -> None:
+        unset_before = self._map[start : start + len(states)].count(UNSET)
+        self._pwrite(start, states)
+        self._count += unset_before - states.count(UNSET)
+
+    def _pwrite(self, start: int, states: bytes) -> None:
         end = start + len(states)
         if end > self._pages:
             raise ValueError(f"pages up to {end} in a map of {self._pages}")
-        unset_before = self._map[start:end].count(UNSET)
         try:
             done = os.pwrite(self._fd, states, start)
         except OSError as error:
             raise StoreError(f"cannot note pages in the page map: {error}") from error
         if done != len(states):
             raise StoreError("cannot note pages in the page map: short write")
-        self._count += unset_before - states.count(UNSET)
 
     def unset_runs(self, pages: PageRange) -> Iterator[PageRange]:
         """The runs within `pages` that are `UNSET`, in order; reads the map as it goes."""
@@ -147,7 +163,19 @@ class PageMap:
         self._count = sum(len(chunk) - chunk.count(UNSET) for chunk in self._data_chunks() if chunk != _NOTHING)
         return self._count
 
+    def _touch_data(self) -> None:
+        """What was read a moment ago, so that no disk has a say in it."""
+        for start, end in self._data_ranges():
+            for at in range(start, end, mmap.PAGESIZE):
+                self._map[at]
+
     def _data_chunks(self) -> Iterator[bytes]:
+        for start, end in self._data_ranges():
+            for offset in range(start, end, _CHUNK_BYTES):
+                yield os.pread(self._fd, min(_CHUNK_BYTES, end - offset), offset)
+
+    def _data_ranges(self) -> Iterator[tuple[int, int]]:
+        """Where the file is no hole: start and end."""
         at = 0
         while at < self._pages:
             try:
@@ -157,15 +185,7 @@ class PageMap:
                     return
                 raise StoreError(f"cannot read the page map: {error}") from error
             at = min(os.lseek(self._fd, start, os.SEEK_HOLE), self._pages)
-            for offset in range(start, at, _CHUNK_BYTES):
-                yield os.pread(self._fd, min(_CHUNK_BYTES, at - offset), offset)
-
-    def sync(self) -> None:
-        """Blocking: stores reach the disk."""
-        try:
-            os.fsync(self._fd)
-        except OSError as error:
-            raise StoreError(f"cannot sync the page map: {error}") from error
+            yield start, at
 
     def close(self) -> None:
         if self._fd >= 0:

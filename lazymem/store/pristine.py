@@ -119,6 +119,11 @@ class PristinePages:
         return self._dropped_pages
 
     @property
+    def cache(self) -> CacheFolder:
+        """Its files."""
+        return self._cache
+
+    @property
     def shape(self) -> TreeShape:
         return self._origin.shape
 

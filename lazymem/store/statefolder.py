@@ -1,77 +1,52 @@
 """One run's written pages on disk: the guest's only copy of them. Locked by one mount, bound to one snapshot. Blocking.
 
     pc.ram      written pages at their places, sparse
-    written     one byte a page
-    state.json  format, version, the snapshot's identity and size; the first file that is made
+    written     one byte a page: what the guest wrote
+    synced      the same, of what surely is on the disk (`syncedmap`)
+    state.json  format, version, the snapshot's identity and size; in which start of the host the folder was last
+                opened, and whether it was closed whole; the first file that is made
+    reserve     room on the disk for what the guest will write (`reserve`)
     lock        flock of the mount that has it
 
 Without a folder of the user's the run gets a private one, ``run-...`` below the cache, which goes at close; those of
-killed mounts go when the next one opens.
+killed mounts go when the next one opens. It has no `synced`.
 
-Caveat: after a crash of the *host* (not of the daemon), only what was synced is sure; the map may be on the disk ahead
-of pages that were not.
+The death of a daemon loses nothing: files and maps are in the kernel's hands. After a crash of the *host*, which the
+record tells, the folder is opened with the pages that were synced, each with its bytes of then or later ones.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
+import logging
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-from msgspec import Struct
+from typing import Any
 
 from lazymem.errors import BusyError, IdentityError, StoreError
-from lazymem.store import folders
+from lazymem.nowait import lies_in_memory
+from lazymem.settings import DEFAULT_RESERVE_BYTES
+from lazymem.store import folders, reserve, syncedmap
+from lazymem.store.mendable import is_out_of_room
 from lazymem.store.origin import RamOrigin
-from lazymem.store.pagefile import PageFile
-from lazymem.store.pagemap import PageMap
+from lazymem.store.reserve import RESERVE_NAME
+from lazymem.store.statefiles import MAP_NAME, META_NAME, RAM_NAME, SYNCED_NAME, StateFolder, open_files
 
 FORMAT = "lazymem-state"
 VERSION = 1
 
-RAM_NAME = "pc.ram"
-MAP_NAME = "written"
-META_NAME = "state.json"
 LOCK_NAME = "lock"
 PRIVATE_PREFIX = "run-"
 
 _PRIVATE_NAME = re.compile(re.escape(PRIVATE_PREFIX) + "[0-9a-f]{16}")
-_OWN_NAMES = frozenset({RAM_NAME, MAP_NAME, META_NAME, LOCK_NAME})
-
-_LOOK_BYTES = 256 * 1024
+_OWN_NAMES = frozenset({RAM_NAME, MAP_NAME, META_NAME, LOCK_NAME, RESERVE_NAME})
 
 _POLL_SECONDS = 0.05
 """Between tries for the lock: a mount's end is noticed sooner than a person would."""
 
-
-class StateFolder(Struct):
-    """An open, locked state folder. `private`: removed at close. `kept`: another process has a copy of the lock, and a
-    next daemon goes on with the run, so it is left as it is."""
-
-    path: Path
-    ram: PageFile
-    written: PageMap
-    lock_fd: int
-    private: bool
-    kept: bool = False
-
-    def close(self) -> None:
-        """Unsynced bytes stay in the kernel's hands and reach the disk later."""
-        self.ram.close()
-        self.written.close()
-        if self.private and not self.kept:
-            folders.remove_folder(self.path)
-        if self.lock_fd >= 0:
-            fd, self.lock_fd = self.lock_fd, -1
-            if not self.kept:
-                fcntl.flock(fd, fcntl.LOCK_UN)  # in every copy
-            os.close(fd)
+log = logging.getLogger(__name__)
 
 
 def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> StateFolder:
@@ -89,11 +64,36 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
         raise StoreError(f"cannot look into the state folder {path}: {error.strerror}") from error
     lock_fd = _wait_for_lock(path, wait_seconds)
     try:
-        _bind(path, origin, durable=True)
-        return _open(path, origin, lock_fd, private=False)
+        record = _bind(path, origin)
+        folders.make_private(path)
+        notices = _after_crash(path, origin, record)
+        state = open_files(path, origin, lock_fd, private=False)
+        state.notices = notices
     except BaseException:
         os.close(lock_fd)
         raise
+    try:
+        # Durable before a page can be written: else a crash after that would not be seen.
+        folders.write_record(path / META_NAME, {**record, "boot": syncedmap.boot_id(), "whole": False})
+    except OSError as error:
+        state.close()
+        raise StoreError(f"cannot write {path / META_NAME}: {error.strerror}") from error
+    return state
+
+
+def _after_crash(path: Path, origin: RamOrigin, record: dict[str, Any]) -> tuple[str, ...]:
+    """Begin with what was synced, if the folder was last opened in another start of the host. What to tell the user."""
+    if not record.get("boot") or record["boot"] == syncedmap.boot_id():
+        return ()
+    unsynced = syncedmap.begin_with_synced(path / MAP_NAME, path / SYNCED_NAME, origin.pages)
+    if record.get("whole"):
+        return ()
+    notice = (
+        f"the host ended while {path} was in use: {unsynced} pages that were never synced are the snapshot's again, "
+        "the others have their bytes of the last sync or later ones; go on with no guest's device state from before"
+    )
+    log.warning("%s", notice)
+    return (notice,)
 
 
 def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
@@ -112,8 +112,8 @@ def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
     path = cache / f"{PRIVATE_PREFIX}{name}"
     try:
         os.rename(draft, path)  # visible to the next clearing away only once it is locked
-        _bind(path, origin, durable=False)  # nobody opens it again
-        return _open(path, origin, lock_fd, private=True)
+        _bind(path, origin)
+        return open_files(path, origin, lock_fd, private=True)
     except BaseException as error:
         folders.remove_folder(draft)
         folders.remove_folder(path)
@@ -121,6 +121,25 @@ def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
         if isinstance(error, OSError):
             raise StoreError(f"cannot make a folder for written pages in {cache}: {error.strerror}") from error
         raise
+
+
+def reserve_room(state: StateFolder, origin: RamOrigin, maybe_wanted_bytes: int | None) -> None:
+    """Have room for so many bytes of written pages, those that are there counted in; None: the default, if possible.
+
+    Raises:
+        StoreError: it cannot be had.
+    """
+    ram_fd = state.ram.fileno()
+    if maybe_wanted_bytes is not None:
+        if maybe_wanted_bytes:
+            state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, maybe_wanted_bytes)
+        return
+    if lies_in_memory(os.fstat(ram_fd).st_dev):
+        return
+    try:
+        state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, DEFAULT_RESERVE_BYTES)
+    except StoreError as error:
+        log.log(logging.WARNING if is_out_of_room(error) else logging.INFO, "%s; going on without", error)
 
 
 def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -> StateFolder:
@@ -132,8 +151,11 @@ def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -
     """
     if not (path / META_NAME).exists():
         raise StoreError(f"the state folder {path} is gone, and with it what the guest wrote")
-    _bind(path, origin, durable=not private)
-    return _open(path, origin, lock_fd, private=private)
+    _bind(path, origin)
+    state = open_files(path, origin, lock_fd, private=private)
+    if (path / RESERVE_NAME).exists():
+        state.reserve = reserve.go_on_with(path)
+    return state
 
 
 def remove_private(path: Path) -> None:
@@ -166,8 +188,8 @@ def _wait_for_lock(path: Path, wait_seconds: float) -> int:
         time.sleep(min(left, _POLL_SECONDS))
 
 
-def _bind(path: Path, origin: RamOrigin, *, durable: bool) -> None:
-    """Check the record, or write it into a folder that has none."""
+def _bind(path: Path, origin: RamOrigin) -> dict[str, Any]:
+    """Check the record, or write it into a folder that has none. Returns it. (Durable it is before pages are.)"""
     meta = path / META_NAME
     wanted = {
         "format": FORMAT,
@@ -177,61 +199,21 @@ def _bind(path: Path, origin: RamOrigin, *, durable: bool) -> None:
     }
     if not meta.exists():
         try:
-            folders.write_record(meta, wanted, durable=durable)
+            folders.write_record(meta, wanted, durable=False)
         except OSError as error:
             raise StoreError(f"cannot write {meta}: {error.strerror}") from error
-        return
+        return wanted
     record = folders.maybe_record(meta)
     if record is None or record.get("format") != FORMAT:
         raise StoreError(f"{meta} is damaged or not a state folder's")
     if record.get("version") != VERSION:
         raise StoreError(f"{meta} has version {record.get('version')!r}, this lazymem knows {VERSION}")
-    if record != wanted:
+    if {name: record.get(name) for name in wanted} != wanted:
         raise IdentityError(
             f"the state folder {path} belongs to another snapshot ({str(record.get('identity'))[:16]}...)"
             f" than the one mounted ({origin.identity.hex()[:16]}...): name another folder"
         )
-
-
-def _open(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -> StateFolder:
-    ram, written = path / RAM_NAME, path / MAP_NAME
-    try:
-        _complete(written, origin.pages, needed=lambda: ram.exists() and ram.stat().st_blocks > 0)
-        _complete(ram, origin.size_bytes, needed=lambda: _has_bytes(written))
-    except OSError as error:
-        raise StoreError(f"cannot make the files of the state folder {path}: {error.strerror}") from error
-    with contextlib.ExitStack() as opened:
-        ram_file = PageFile(folders.open_file(ram, origin.size_bytes), str(ram))
-        opened.callback(ram_file.close)
-        page_map = PageMap(folders.open_file(written, origin.pages), origin.pages)
-        opened.pop_all()
-    return StateFolder(path, ram_file, page_map, lock_fd, private)
-
-
-def _complete(path: Path, size_bytes: int, *, needed: Callable[[], bool]) -> None:
-    """Make a file that a mount killed in its first moments did not get to; one whose bytes are `needed` is not ours to
-    make up."""
-    if not path.exists():
-        if needed():
-            raise StoreError(f"{path} is gone, and with it what the guest wrote")
-        folders.create_file(path, size_bytes)
-    elif path.stat().st_size == 0:
-        if needed():
-            raise StoreError(f"{path} is empty, and what the guest wrote is gone")
-        os.truncate(path, size_bytes)
-
-
-def _has_bytes(path: Path) -> bool:
-    """Whether a page map says anything. One byte a page: what is not a hole is read, and compared with zeros."""
-    nothing = bytes(_LOOK_BYTES)
-    with open(path, "rb") as file:
-        try:
-            file.seek(0, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole up to the end
-                return False
-            raise
-        return any(chunk != nothing[: len(chunk)] for chunk in iter(lambda: file.read(_LOOK_BYTES), b""))
+    return record
 
 
 def _remove_abandoned(cache: Path) -> None:

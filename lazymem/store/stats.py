@@ -10,7 +10,9 @@ class StoreStatistics(Struct, frozen=True):
 
     `held_pages`: in the cache, by this mount or found there; those that another mount puts there meanwhile are not in
     it. `reads_at_hand`: reads answered without waiting for disk or source. `dropped_pages`: cached pages that did not
-    have their digest, dropped and fetched again.
+    have their digest, dropped and fetched again. `shed_pages`: cached pages given up for room on the disk.
+    `waiting_writes`: of the guest's, now, for room or for a disk that refuses them. `reserved_bytes`: room beside the
+    written pages that is still theirs to take.
     """
 
     total_pages: int
@@ -22,3 +24,6 @@ class StoreStatistics(Struct, frozen=True):
     writes: int
     merged_pages: int
     dropped_pages: int
+    shed_pages: int = 0
+    waiting_writes: int = 0
+    reserved_bytes: int = 0

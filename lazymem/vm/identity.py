@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, TreeShape, leaf_digest, page_digest, root_digest
 from lazymem.errors import IdentityError, RamFileError, SnapshotError
+from lazymem.nowait import lies_in_memory
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot.manifest import (
     DIGESTS_NAME,
@@ -150,8 +151,9 @@ def check_state_belongs(ram: Path, block: str, stream: bytes, notice: Callable[[
         raise IdentityError(f"{ram} is a delta's, which is not all of the RAM: run guests from a lazymem-mount of it")
     _check_stream(manifest, stream)
     entry = next(entry for entry in manifest.blocks if entry.name == block)
-    if run is None and _changed_since(ram):
-        notice(f"{ram} is newer than its manifest: reading all of it against its digests")
+    maybe_reason = _maybe_doubt(ram) if run is None else None
+    if maybe_reason is not None:
+        notice(f"{ram} {maybe_reason}: reading all of it against its digests")
         _verify_all(ram, manifest, entry)
     for line in manifest.resume_notices:
         notice(line)
@@ -178,10 +180,13 @@ def _check_stream(manifest: Manifest, stream: bytes) -> None:
         )
 
 
-def _changed_since(ram: Path) -> bool:
-    """A snapshot's RAM file is finished before its manifest is written."""
+def _maybe_doubt(ram: Path) -> str | None:
+    """Why the RAM file may not be as it was made; it was finished before its manifest was written."""
     try:
-        return os.stat(ram).st_mtime_ns > os.stat(ram.parent / MANIFEST_NAME).st_mtime_ns
+        found = os.stat(ram)
+        if found.st_mtime_ns > os.stat(ram.parent / MANIFEST_NAME).st_mtime_ns:
+            return "is newer than its manifest"
+        return "lies in memory, where a mapped write moves no time" if lies_in_memory(found.st_dev) else None
     except OSError as error:
         raise SnapshotError(f"cannot stat the snapshot of {ram}: {error.strerror}") from error
 

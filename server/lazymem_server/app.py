@@ -47,6 +47,7 @@ from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
 from lazymem_server.logs import OneLineNowAndThen
 from lazymem_server.pace import Pace
+from lazymem_server.privileges import give_up_root
 from lazymem_server.session import Session
 
 log = logging.getLogger("lazymem.server")
@@ -313,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             adopted = listeners.adopt()
             if options.listen or not adopted:
                 listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
+            give_up_root(options.user, options.learn)
             sys.setswitchinterval(SWITCH_SECONDS)
             ask_for_short_slices()  # a session's thread that is put aside while it has the interpreter stops them all
             start = partial(serve, catalog, listeners, learn=options.learn, maybe_gate=maybe_gate)
@@ -380,6 +382,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help=f"HOST:PORT (port 0: any free one) or unix:PATH (mode 0600); may be repeated; default {DEFAULT_LISTEN}, "
         "or the sockets that systemd hands over",
+    )
+    parser.add_argument(
+        "--user", metavar="NAME", help="started by root: become this user once snapshots and sockets are open"
     )
     parser.add_argument(
         "--learn",

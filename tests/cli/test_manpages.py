@@ -18,6 +18,7 @@ COMMANDS = {
     "lazymem-receive": "lazymem.cli.receive",
     "lazymem-status": "lazymem.cli.status",
     "lazymem-template": "lazymem.cli.template",
+    "lazymem-verify": "lazymem.cli.verify",
     "lazymem-umount": "lazymem.cli.umount",
     "lazymem-guest": "lazymem.cli.guest",
     "lazymem-demo": "lazymem.cli.demo",

@@ -31,7 +31,7 @@ from lazymem.fetch.client import connect
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PAGE_SIZE
 from lazymem.settings import LinkSettings, ServerAddress, parse_endpoint
-from lazymem.store import guestram
+from lazymem.store import room
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.guestram import GuestRam
 from lazymem.store.pristine import PristinePages
@@ -72,6 +72,13 @@ class Guest:
             except LazymemError as error:
                 self.errors.append(error)
                 assert len(self.errors) < 20, self.errors
+
+    async def once(self, step: Callable[[], Awaitable[None]]) -> None:
+        """A sync that failed is not made up for by another one: the kernel tells of lost pages once."""
+        try:
+            await step()
+        except LazymemError as error:
+            self.errors.append(error)
 
     async def read(self, ram: GuestRam, page: int, count: int) -> None:
         offset, length = page * PAGE_SIZE, count * PAGE_SIZE
@@ -126,7 +133,7 @@ async def work(guest: Guest, ram: GuestRam, cut: Callable[[], None]) -> None:
     cut()
     await guest.write(ram, 7 * PAGE_SIZE + 100, b"again")
     await guest.read(ram, 38, 8)
-    await guest.again(ram.sync)
+    await guest.once(ram.sync)
     await guest.write(ram, 260 * PAGE_SIZE - 3, b"border")
     await guest.read(ram, 0, 64)
 
@@ -161,7 +168,7 @@ async def test_each_call_fails_once(
             folder.mkdir()
             guest = Guest(snapshot)
             with pytest.MonkeyPatch.context() as patch, trio.fail_after(30):
-                patch.setattr(guestram, "FULL_RETRY_SECONDS", 0.001)
+                patch.setattr(room, "RETRY_SECONDS", 0.001)
                 with Faults(patch, folder, number, error, late=late, more=more) as faults:
                     async with mounted(guest, serving.addresses[0], snapshot, folder) as ram:
                         await work(guest, ram, partial(cut_all, serving))

@@ -29,6 +29,30 @@ def test_other_mount_points_are_free(tmp_path: Path) -> None:
     other.release()
 
 
+def test_no_file_is_left_behind(tmp_path: Path) -> None:
+    """Locks of mount points that come and go would fill /run."""
+    for path in ("/mnt/a", "/mnt/b", "/mnt/a"):
+        lock = MountLock(path, tmp_path)
+        lock.acquire(0)
+        assert len(os.listdir(tmp_path)) == 1
+        lock.release()
+        assert not os.listdir(tmp_path)
+
+
+def test_never_two_at_once_whoever_removes_the_file(tmp_path: Path) -> None:
+    """Whoever waited for a file that is removed takes the lock of the next one, or waits for that."""
+    program = (
+        "import pathlib, sys; from lazymem.fs.lock import MountLock\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "for _ in range(150):\n"
+        "    lock = MountLock('/mnt/ram', folder / 'locks'); lock.acquire(60)\n"
+        "    (folder / 'alone').mkdir(); (folder / 'alone').rmdir()\n"
+        "    lock.release()\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path)]) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+
+
 def test_a_dead_daemon_holds_nothing(tmp_path: Path) -> None:
     code = f"""
 import os, pathlib

@@ -157,6 +157,7 @@ async def test_who_asks_again_is_believed_that_something_is_wrong(
     So the first answer may be the wrong bytes (which its reader refuses); the second one is an error that says so.
     """
     monkeypatch.setattr(reader, "SETTLED_NS", -1)
+    monkeypatch.setattr(reader, "lies_in_memory", lambda device: False)
     built = make_snapshot(tmp_path / "web", pages=64)
     number = next(n for n in range(64) if any(built.page(n)))
     spoil(built.folder / "pc.ram", number * PAGE_SIZE + 5)  # before it is opened: all times are as at its opening

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -118,6 +120,7 @@ def test_cached_pages_need_no_thread(built: BuiltSnapshot) -> None:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every file had been written long before it is opened."""
+    monkeypatch.setattr(reader_module, "lies_in_memory", lambda device: False)
     monkeypatch.setattr(reader_module, "SETTLED_NS", -1)
 
 
@@ -352,3 +355,20 @@ def test_damaged_snapshots(tmp_path: Path, damage: object, match: str) -> None:
     with pytest.raises(SnapshotError, match=match):
         open_snapshot(built.folder)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@HASHED
+def test_a_mapped_write_to_a_file_in_memory_is_seen(hashed: bool) -> None:
+    """It moves no time, so what is read there is never believed unseen."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        built = make_snapshot(Path(folder), pages=300, hashed=hashed)
+        page = next(number for number in range(300) if any(built.page(number)))
+        with open_snapshot(built.folder) as reader:
+            assert data_of(reader.read(PageRange(page, 1))) == built.page(page)
+            assert not reader.untouched()
+            with (built.folder / "pc.ram").open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+                mapped[page * PAGE_SIZE] ^= 1
+            assert reader.unchanged(), "as far as its times tell"
+            with pytest.raises(VerificationError, match=f"page {page} "):
+                reader.read_nowait(PageRange(page, 1))
+            assert reader.read_into_nowait(page, 1, memoryview(bytearray(PAGE_SIZE))) is None

@@ -110,13 +110,13 @@ class FailingFile(PageFile):
         self._disk.step()
         return await super().read(offset, length)
 
-    async def write(self, offset: int, data: bytes | memoryview) -> None:
+    async def write(self, offset: int, data: bytes | memoryview, then: Callable[[], None] | None = None) -> None:
         try:
             self._disk.step()
         except StoreError:
             await super().write(offset, data[: len(data) // 2])  # a disk that fills up takes a part
             raise
-        await super().write(offset, data)
+        await super().write(offset, data, then)
 
     async def write_many(self, pieces: list[tuple[int, bytes | memoryview]]) -> None:
         try:
@@ -135,6 +135,10 @@ class FailingMap(PageMap):
     def set(self, pages: PageRange, state: int) -> None:
         self._disk.step()
         super().set(pages, state)
+
+    def set_uncounted(self, pages: PageRange, state: int) -> None:
+        self._disk.step()
+        super().set_uncounted(pages, state)
 
 
 @pytest.mark.parametrize("broken", ["cache", "state"])

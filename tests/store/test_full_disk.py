@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from lazymem.errors import StoreError
+from lazymem.errors import DeadlineError, StoreError
 from lazymem.pages import PAGE_SIZE, PageRange
-from lazymem.store import guestram, pagefile
+from lazymem.store import guestram, pagefile, room
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.pagemap import PageMap
 from tests.support.snapshots import BuiltSnapshot
@@ -34,7 +34,7 @@ class Disk:
         self._real = pagefile.pwrite_all
         self._tries = 0
         monkeypatch.setattr(pagefile, "pwrite_all", self._pwrite_all)
-        monkeypatch.setattr(guestram, "FULL_RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(room, "RETRY_SECONDS", 0.001)
 
     def _pwrite_all(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         if self.full:
@@ -51,8 +51,8 @@ def spoil(pages_file: Path, page: int) -> None:
         file.write(b"wrong")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-async def test_a_write_waits_for_room(
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+async def test_a_write_waits_for_room_or_for_a_dying_disk(
     snapshot: BuiltSnapshot,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -75,11 +75,14 @@ async def test_a_write_waits_for_room(
             assert store.ram.written_pages == 0
             errors = [record for record in caplog.records if record.levelno == logging.ERROR]
             assert len(errors) == 1
-            assert "room" in errors[0].getMessage()
+            what = "make room on the disk of" if number in (errno.ENOSPC, errno.EDQUOT) else "look after the disk of"
+            assert f"{what} {tmp_path / 'state'}" in errors[0].getMessage()
+            assert store.ram.statistics().waiting_writes == 2
             disk.full = False
         assert sorted(finished) == [3, 5]
         assert await store.ram.read(3 * PAGE_SIZE, PAGE_SIZE) == b"w" * PAGE_SIZE
         assert "any more" in caplog.messages[-1]
+        assert store.ram.statistics().waiting_writes == 0
 
 
 async def test_a_write_that_waits_for_room_can_be_cancelled(
@@ -96,13 +99,68 @@ async def test_a_write_that_waits_for_room_can_be_cancelled(
         await store.ram.write(0, b"v" * PAGE_SIZE)
 
 
-async def test_a_broken_disk_is_an_error_at_once(
+async def test_a_file_that_is_too_large_for_its_disk_is_an_error_at_once(
     snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That is no state of the disk, and nobody can mend it."""
     async with opened_store(snapshot, tmp_path / "cache", tmp_path / "state") as store:
-        Disk(monkeypatch, errno.EIO)
+        Disk(monkeypatch, errno.EFBIG)
         with pytest.raises(StoreError):
             await store.ram.write(0, b"w" * PAGE_SIZE)
+
+
+class DyingReads:
+    """Stands before `pread_all`; `dying` disks give nothing back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.dying = True
+        self.refused = trio.Event()
+        self._real = pagefile.pread_all
+        monkeypatch.setattr(pagefile, "pread_all", self._pread_all)
+        monkeypatch.setattr(room, "RETRY_SECONDS", 0.001)
+
+    def _pread_all(self, fd: int, length: int, offset: int) -> bytes:
+        if self.dying:
+            trio.from_thread.run_sync(self.refused.set)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._real(fd, length, offset)
+
+
+async def test_a_written_page_that_the_disk_does_not_give_back_is_waited_for(
+    snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error would be the guest's death, and the page is nowhere else."""
+    async with opened_store(snapshot, tmp_path / "cache", tmp_path / "state") as store:
+        await store.ram.write(0, b"w" * PAGE_SIZE)
+        assert store.state
+        monkeypatch.setattr(store.state.ram, "maybe_read_nowait", lambda offset, length: None)
+        disk = DyingReads(monkeypatch)
+        found = []
+
+        async def read() -> None:
+            found.append(await store.ram.read(0, PAGE_SIZE))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            await disk.refused.wait()
+            assert not found
+            disk.dying = False
+        assert found == [b"w" * PAGE_SIZE]
+        (error,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert "look after the disk" in error
+
+
+async def test_a_deadline_ends_that_wait(
+    hashed: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened_store(hashed, tmp_path / "cache", tmp_path / "state") as store:
+        await store.ram.write(0, b"w" * PAGE_SIZE)
+        assert store.state
+        monkeypatch.setattr(store.state.ram, "maybe_read_nowait", lambda offset, length: None)
+        DyingReads(monkeypatch)
+        ram = guestram.GuestRam(store.pristine, store.state, store.demand, deadline_seconds=0.01)
+        with pytest.raises(DeadlineError, match="page 0, which the guest wrote"):
+            await ram.read(0, PAGE_SIZE)
 
 
 def test_a_page_map_has_its_room_from_the_start(tmp_path: Path) -> None:
@@ -168,7 +226,7 @@ async def test_a_host_without_threads_loses_no_write_and_fails_no_read(
         def no_start(thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(guestram, "FULL_RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(room, "RETRY_SECONDS", 0.001)
         assert await store.ram.read(0, PAGE_SIZE) == snapshot.page(0)
         monkeypatch.setattr(threading.Thread, "start", no_start)
         assert await store.ram.read(0, PAGE_SIZE) == snapshot.page(0)

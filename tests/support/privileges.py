@@ -88,3 +88,13 @@ def maybe_own_mount_namespace(propagation: str) -> list[str] | None:
         script = '"$@"; exit $?'
         return ["unshare", "-rm", "--fork", "--pid", "--mount-proc", "sh", "-c", script, "sh", *alone]
     return None
+
+
+NOBODY = 65534
+
+
+def root_may_become_nobody() -> bool:
+    """Not the root of a user namespace, which knows no other user."""
+    with open("/proc/self/uid_map", encoding="ascii") as lines:
+        maps = [line.split() for line in lines]
+    return any(int(first) <= NOBODY < int(first) + int(count) for first, _, count in maps)

@@ -16,7 +16,8 @@ from lazymem.store.localsource import LocalSource
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pristine import PristinePages
 from lazymem.store.source import PageSource
-from lazymem.store.statefolder import StateFolder, open_private_state, open_state
+from lazymem.store.statefiles import StateFolder
+from lazymem.store.statefolder import open_private_state, open_state
 from tests.support.snapshots import BuiltSnapshot
 
 Over = Callable[[PageSource], PageSource]

@@ -113,7 +113,7 @@ def test_fetched_and_written_pages_are_in_their_files(mounts: Stage, snapshot: B
     """Rule 12: read from the files while the mount lives."""
     server = mounts.serve(snapshot.folder)
     state = tmp_path / "state"
-    mount = mounts.mount(server.address, *QUIET, "--state", state)
+    mount = mounts.mount(server.address, *QUIET, "--state", state, "--reserve", "0")
     assert mount.ram_path.read_bytes() == snapshot.ram
     _write(mount.ram_path, 3 * PAGE_SIZE, b"w" * PAGE_SIZE)
     wait_until(lambda: mount.status()["fetch"]["unkept_pages"] == 0, "fetched pages are kept")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from msgspec.structs import replace
 
 from lazymem.errors import IdentityError, LazymemError, RamFileError, SnapshotError
 from lazymem.pages import PAGE_SIZE
+from lazymem.vm import identity
 from lazymem.vm.identity import RUN_ATTRIBUTE, check_may_share, check_state_belongs
 from tests.support.deltas import make_delta
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
@@ -28,6 +31,12 @@ def snapshot(tmp_path: Path) -> BuiltSnapshot:
     built = make_snapshot(tmp_path / "snapshot", PAGES, vmstate=STATE)
     set_ram_time(built, -1)
     return built
+
+
+@pytest.fixture
+def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the tests' folders lie."""
+    monkeypatch.setattr(identity, "lies_in_memory", lambda device: False)
 
 
 def set_ram_time(snapshot: BuiltSnapshot, seconds: int) -> None:
@@ -60,8 +69,22 @@ def notices(snapshot: BuiltSnapshot, stream: bytes = STATE) -> list[str]:
 
 
 class TestSnapshotsOwnFolder:
+    @pytest.mark.usefixtures("on_a_disk")
     def test_its_own_state_belongs(self, snapshot: BuiltSnapshot) -> None:
         assert notices(snapshot) == []
+
+    def test_ram_in_memory_is_read_whole_and_said(self) -> None:
+        """There a raw QEMU that maps the file shared writes it without a trace, but for its bytes."""
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            snapshot = make_snapshot(Path(folder), PAGES, vmstate=STATE)
+            (said,) = notices(snapshot)
+            assert "lies in memory" in said
+            before = ram_of(snapshot).stat()
+            with ram_of(snapshot).open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+                mapped[5 * PAGE_SIZE] ^= 1
+            assert ram_of(snapshot).stat().st_mtime_ns == before.st_mtime_ns
+            with pytest.raises(IdentityError, match="was written since the snapshot was made"):
+                notices(snapshot)
 
     @pytest.mark.parametrize("stream", [b"", STATE[:-1], STATE + b"x", STATE.replace(b"t", b"T")])
     def test_another_state_does_not(self, snapshot: BuiltSnapshot, stream: bytes) -> None:
@@ -124,6 +147,7 @@ class TestSnapshotsOwnFolder:
         with pytest.raises(RamFileError, match=r"cannot be found out: cannot read .*manifest\.json"):
             check_may_share(ram_of(snapshot), "pc.ram")
 
+    @pytest.mark.usefixtures("on_a_disk")
     def test_uncovered_disks_are_said_on_each_resume(self, snapshot: BuiltSnapshot) -> None:
         assert snapshot.manifest is not None
         manifest = replace(snapshot.manifest, disks_handled=True)
