@@ -42,7 +42,7 @@ DEMANDED_SECONDS = 0.25
 
 MAX_ATTEMPTS = 30
 """A wrong answer is asked for again, since memory and wires do flip bits: once at once, then with growing pauses and at
-another server, for about a minute. A guest would die of the error. A source that insists is not believed."""
+another server, for one to two minutes. A guest would die of the error. A source that insists is not believed."""
 
 RETRY_BASE_SECONDS = 0.05
 RETRY_CAP_SECONDS = 5.0

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import sdnotify  # here: whom root has become (`--user`) may not read our installation
 import trio
 
 from lazymem.errors import LazymemError, UsageError
@@ -346,9 +347,7 @@ def _announce(serving: Serving, as_json: bool) -> None:
 
 
 def _notify(state: str) -> None:
-    import sdnotify  # only needed here; outside of systemd it does nothing
-
-    sdnotify.SystemdNotifier().notify(state)
+    sdnotify.SystemdNotifier().notify(state)  # outside of systemd it does nothing
 
 
 _EPILOG = """examples:
