@@ -44,6 +44,7 @@ from lazymem.vm.qemurecorded import has_generation, maybe_generation
 LOG_NAME = "emulator.log"
 _MOUNT_LOG_NAME = "mount.log"
 _MADE_BY_NAME = "made-by.json"
+_SOCKETS_PREFIX = "lazymem-"
 _START_SECONDS = 60.0
 _END_SECONDS = 1.0
 """For an emulator whose guest never ran: it has nothing to store, and may wait for a page that never comes."""
@@ -145,7 +146,7 @@ class ReceiveHost:
 
     def make_sockets(self) -> Path:
         """A folder for the emulator's sockets, by whose name it is found, too."""
-        self.sockets = Path(tempfile.mkdtemp(prefix="lazymem-"))
+        self.sockets = Path(tempfile.mkdtemp(prefix=_SOCKETS_PREFIX))
         return self.sockets
 
     def start(self, offer: Offer, wanted: Wanted) -> ArrivingGuest:
@@ -258,7 +259,7 @@ class ReceiveHost:
             LazymemError: somebody uses the mount.
         """
         self.end_emulator()
-        if self.sockets.name.startswith("lazymem-"):
+        if _is_socket_folder(self.sockets):
             shutil.rmtree(self.sockets, ignore_errors=True)
         deadline = time.monotonic() + _UNMOUNT_SECONDS
         while self._is_mount_ours():
@@ -330,13 +331,24 @@ def _began(pid: int) -> str:
     return "" if fields[0] == "Z" else fields[19]
 
 
+def _is_socket_folder(path: Path) -> bool:
+    """Whether `ReceiveHost.make_sockets` can have made it."""
+    return path.is_absolute() and path.name.startswith(_SOCKETS_PREFIX)
+
+
 def _maybe_emulator_with(sockets: Path) -> int | None:
-    """The lazymem-vm whose command line names that folder, which nobody else has."""
+    """The lazymem-vm whose command line names something in that folder, which is this hand-over's alone.
+
+    Without a folder there is none: every command line holds an empty path, or ".", somewhere.
+    """
+    if not _is_socket_folder(sockets):
+        return None
+    inside = os.fsencode(sockets) + b"/"
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"lazymem.cli.vm" in words and any(os.fsencode(sockets) in word for word in words):
+                if b"lazymem.cli.vm" in words and any(inside in word for word in words):
                     return int(entry.name)
     return None
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +109,35 @@ def test_nobody_elses_mount_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(mountinfo, "maybe_mount_at", lambda _: replace(mounted, source=f"unix:x:/{'00' * 16}"))
     host.clean_up()
     assert ended == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("folder", ["", ".", "/", "/tmp", "lazymem-x", "{0}/lazymem-", "{0}/lazymem-ab"])
+def test_nobody_elses_emulator_is_ended(tmp_path: Path, folder: str) -> None:
+    """A journal without an emulator names no other hand-over's: its guest may be anybody's."""
+    sockets = Path(folder.format(tmp_path))
+    stranger = f"unix:{tmp_path}/lazymem-abc/qmp"
+    with _named(stranger):
+        host = ReceiveHost(tmp_path, tmp_path)
+        host.adopt("00" * 16, 0, "", Path(), sockets)
+        assert host.pid == 0
+
+
+def test_ones_own_emulator_is_found_by_its_folder(tmp_path: Path) -> None:
+    sockets = tmp_path / "lazymem-abc"
+    with _named(f"unix:{sockets}/qmp") as process:
+        host = ReceiveHost(tmp_path, tmp_path)
+        host.adopt("00" * 16, 0, "", Path(), sockets)
+        assert (host.pid, host.maybe_exit_code()) == (process.pid, None)
+
+
+@contextmanager
+def _named(word: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose command line is as a lazymem-vm's with that word."""
+    command = [sys.executable, "-c", "print(flush=True); input()", "lazymem.cli.vm", "-qmp", word]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
 
 
 def test_every_figure_is_one_of_the_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
