@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,7 +25,7 @@ from lazymem.cli.mountwatch import Watch
 from lazymem.cli.restart import Restart
 from lazymem.cli.supervised import Supervised
 from lazymem.cli.survival import Survival
-from lazymem.errors import VerificationError
+from lazymem.errors import ServerUnreachableError, VerificationError
 from lazymem.fetch.client import Client, connect, resume
 from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.scheduler import Scheduler
@@ -242,7 +243,8 @@ async def _open_store(
             survival.keep_state(state)
         upper = b""
         if origin.root is not None:
-            upper = survival.maybe_upper() or cache.digests.maybe_upper(origin.root) or await client.fetch_upper()
+            seconds = math.inf if survival.continues else settings.link.connect_timeout_seconds
+            upper = survival.maybe_upper() or cache.digests.maybe_upper(origin.root) or await _upper(client, seconds)
         pristine = PristinePages(origin, cache, upper, state.written if state is not None else None)
         survival.keep_upper(upper)
         return pristine, state
@@ -251,6 +253,21 @@ async def _open_store(
         if state is not None:
             state.close()
         raise
+
+
+async def _upper(client: Client, seconds: float) -> bytes:
+    """Of the digest tree. Before there is a mount, somebody waits for the command.
+
+    Raises:
+        ServerUnreachableError: it does not come.
+    """
+    try:
+        with trio.fail_after(seconds):
+            return await client.fetch_upper()
+    except trio.TooSlowError as error:
+        raise ServerUnreachableError(
+            f"the server took the connection, but sends no digests of the RAM within {seconds:g} s"
+        ) from error
 
 
 def _maybe_manifest(welcome: Welcome) -> Manifest | None:

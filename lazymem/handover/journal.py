@@ -8,6 +8,7 @@ gigabytes unwritten).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -108,7 +109,8 @@ class Journal:
         sequence = self._sequence + 1
         text = _encode(sequence, record)
         try:
-            os.pwrite(self._file, text.ljust(_SLOT_BYTES, b"\0"), sequence % 2 * _SLOT_BYTES)
+            if os.pwrite(self._file, text.ljust(_SLOT_BYTES, b"\0"), sequence % 2 * _SLOT_BYTES) != _SLOT_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fdatasync(self._file)
         except OSError as error:
             raise StoreError(f"cannot write a decision to {self.folder / NAME}: {error.strerror}") from error

@@ -45,6 +45,7 @@ STALLED_SECONDS = 120.0
 """A state of some MiB that takes longer will never be done: the guest stands, or writes faster than the link takes."""
 
 _ENDED = ("failed", "cancelled")
+_SAVES_LAST_PASS = ("finish-migrate", "postmigrate")
 
 
 class Look(Struct, frozen=True):
@@ -135,9 +136,10 @@ class LeavingGuest:
             now = time.monotonic()
             if now - begun > STALLED_SECONDS:
                 raise MonitorError(f"the emulator's state was not sent within {STALLED_SECONDS:.0f} s")
-            if event is not None and event.name == "STOP" and stopped is None:
+            # Somebody else's STOP, or a disk's, is followed by a guest that writes on: only the save's own counts.
+            is_stop = event is not None and event.name == "STOP" and stopped is None
+            if event is not None and is_stop and self._status_of_guest() in _SAVES_LAST_PASS:
                 stopped = event.seconds
-                self._qmp.command("query-status")
                 on_stopped(stopped)
             told = event is not None and event.name == "MIGRATION"
             if told or now - looked >= _LOOK_SECONDS:  # a guest may make events without end
@@ -156,6 +158,10 @@ class LeavingGuest:
             stopped = time.time()
         on_stopped(stopped)
         return stopped
+
+    def _status_of_guest(self) -> str:
+        """Answered only when nothing of the guest writes any more, its disks' requests included."""
+        return str(self._qmp.command("query-status")["status"])
 
     def _prepare(self) -> None:
         entries = self._qmp.maybe_command("query-migrate-capabilities") or []

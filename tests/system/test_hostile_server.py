@@ -125,3 +125,16 @@ def test_a_manifest_that_does_not_fit(tmp_path: Path, name: str) -> None:
 
 def test_a_vmstate_beyond_memory_is_not_read(tmp_path: Path) -> None:
     assert "vmstate" in refused(tmp_path, hashed(tmp_path / "web", vmstate_bytes=MAX_FILE_OFFSET))
+
+
+def test_one_that_greets_and_then_leaves_again_and_again(tmp_path: Path) -> None:
+    """A mount that is not there yet does not wait for ever: somebody waits for the command."""
+    (tmp_path / "mnt").mkdir()
+    with server_that_says(hashed(tmp_path / "web")) as address:
+        arguments = (address, tmp_path / "mnt", "--cache", tmp_path / "cache", "--prefetch", "none")
+        found = subprocess.run(
+            command("lazymem.cli.mount", *arguments), capture_output=True, text=True, check=False, timeout=60
+        )
+    assert found.returncode not in (0, 1)
+    assert "sends no digests of the RAM within" in found.stderr
+    assert found.stderr.count("\n") == 1
