@@ -11,6 +11,8 @@ NEEDS = (
     prepare.Need("file systems with reflinks", prepare.program("mkfs.btrfs"), ("btrfs-progs",)),
     # Two network namespaces and a cable between them, for a hand-over between two hosts.
     prepare.Need("networks of one's own", prepare.program("ip"), ("iproute2",)),
+    prepare.Need("a judge of our certificates", prepare.program("openssl"), ("openssl",)),
+    prepare.Need("file systems that fill up", prepare.program("mkfs.ext4"), ("e2fsprogs",)),
 )
 
 
