@@ -19,7 +19,7 @@ from msgspec import Struct
 from lazymem.errors import StoreError
 from lazymem.store import folders
 from lazymem.store.digestfile import DigestFile
-from lazymem.store.mendable import is_full
+from lazymem.store.mendable import is_short
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import PageMap
@@ -66,8 +66,8 @@ def open_cache(cache: Path, origin: RamOrigin) -> CacheFolder:
         try:
             return _open(path, origin)
         except StoreError as error:
-            if is_full(error):
-                raise  # nothing is wrong with the folder, and another one would not fit either
+            if is_short(error):
+                raise  # nothing is wrong with the folder, and another one would not do either
             _set_aside(path, error)
     raise StoreError(f"the cache {path} does not become usable: remove it")
 
@@ -103,7 +103,11 @@ def _open(path: Path, origin: RamOrigin) -> CacheFolder:
     reason = folders.why_not_ours(path)
     if reason:
         raise StoreError(reason)
-    if folders.maybe_record(path / META_NAME) != _meta(origin):
+    try:
+        record = folders.read_record(path / META_NAME)
+    except OSError as error:
+        raise StoreError(f"cannot read {path / META_NAME}: {error.strerror}") from error
+    if record != _meta(origin):
         raise StoreError("it is of another format, version, or size")
     with contextlib.ExitStack() as opened:
         pages = PageFile(folders.open_file(path / PAGES_NAME, origin.size_bytes), str(path / PAGES_NAME))

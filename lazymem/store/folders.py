@@ -135,11 +135,19 @@ def sync_folder(path: Path) -> None:
 
 
 def maybe_record(path: Path) -> dict[str, Any] | None:
-    """The JSON record in `path`; None if there is none, or something else is there."""
+    """The JSON record in `path`; None if there is none, something else is there, or it cannot be read."""
+    try:
+        return read_record(path)
+    except OSError:
+        return None
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON record in `path`; None if there is none, or something else is there. OSError where it cannot be read."""
     try:
         with open(path, "rb") as file:
             record = json.loads(file.read(MAX_RECORD_BYTES))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

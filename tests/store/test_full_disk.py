@@ -10,7 +10,9 @@ import errno
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -51,7 +53,7 @@ def spoil(pages_file: Path, page: int) -> None:
         file.write(b"wrong")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOLINK, errno.ENOMEM])
 async def test_a_write_waits_for_room_or_for_a_dying_disk(
     snapshot: BuiltSnapshot,
     tmp_path: Path,
@@ -75,8 +77,13 @@ async def test_a_write_waits_for_room_or_for_a_dying_disk(
             assert store.ram.written_pages == 0
             errors = [record for record in caplog.records if record.levelno == logging.ERROR]
             assert len(errors) == 1
-            what = "make room on the disk of" if number in (errno.ENOSPC, errno.EDQUOT) else "look after the disk of"
-            assert f"{what} {tmp_path / 'state'}" in errors[0].getMessage()
+            state = tmp_path / "state"
+            what = {
+                errno.ENOSPC: f"make room on the disk of {state}",
+                errno.EDQUOT: f"make room on the disk of {state}",
+                errno.ENOMEM: "needs more memory",
+            }
+            assert what.get(number, f"look after the disk of {state}") in errors[0].getMessage()
             assert store.ram.statistics().waiting_writes == 2
             disk.full = False
         assert sorted(finished) == [3, 5]
@@ -187,6 +194,32 @@ def test_a_cache_is_not_set_aside_for_want_of_room(
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     with pytest.raises(StoreError, match="No space left"):
         open_cache(tmp_path / "cache", origin)
+    assert os.listdir(tmp_path / "cache") == [origin.identity.hex()]
+
+
+@pytest.mark.parametrize("name", ["meta.json", "pages", "map", "digests"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_cache_is_not_set_aside_where_the_host_is_short_of_something(
+    snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """A next daemon would begin with an empty one, and all that was fetched would take room for ever."""
+    origin = origin_of(snapshot)
+    open_cache(tmp_path / "cache", origin).close()
+    real_os_open, real_open = os.open, open
+
+    def short(real: Callable[..., Any]) -> Callable[..., Any]:
+        def opening(path: Any, *arguments: Any, **named: Any) -> Any:
+            if str(path).endswith(f"/{name}"):
+                raise OSError(number, os.strerror(number))
+            return real(path, *arguments, **named)
+
+        return opening
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", short(real_os_open))
+        patched.setattr("builtins.open", short(real_open))
+        with pytest.raises(StoreError, match=os.strerror(number)):
+            open_cache(tmp_path / "cache", origin)
     assert os.listdir(tmp_path / "cache") == [origin.identity.hex()]
 
 
