@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lazymem import timeslice
+from lazymem.fs import checks
 
 SCHED = Path("/proc/self/sched")
 
@@ -35,7 +36,9 @@ def _asked(*arguments: str) -> list[str]:
 
 
 def _slice_ns(lines: list[str]) -> int | None:
-    """None: a kernel that has no such thing, or does not show it."""
+    """None: a kernel that gives none (before 6.12; 6.6 shows its own), or does not show them."""
+    if checks.kernel_version(os.uname().release) < (6, 12):
+        return None
     found = re.search(r"^se\.slice\s*:\s*(\d+)$", "\n".join(lines), re.MULTILINE)
     return int(found[1]) if found else None
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from lazymem.errors import StoreError
 from lazymem.pages import PageRange
-from lazymem.store import folders
+from lazymem.store import folders, syncedmap
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import SET, UNSET, PageMap
@@ -26,6 +26,10 @@ RAM_NAME = "pc.ram"
 MAP_NAME = "written"
 SYNCED_NAME = "synced"
 META_NAME = "state.json"
+
+LOST_KEY = "lost"
+"""Of the record: the start of the host in which a sync failed. The kernel tells one daemon of it, and the next one has
+to know. In another start of the host the folder has begun with what was synced."""
 
 _LOOK_BYTES = 256 * 1024
 
@@ -69,6 +73,7 @@ class StateFolder(Struct):
             await self.ram.sync()
         except StoreError:
             self.maybe_synced.pages_lost()
+            await trio.to_thread.run_sync(self._note, {LOST_KEY: syncedmap.boot_id()}, limiter=limiter)
             raise
         await trio.to_thread.run_sync(self.maybe_synced.apply, changes, limiter=limiter)
 
@@ -77,10 +82,13 @@ class StateFolder(Struct):
         must."""
         if self.maybe_synced is None or self.kept:
             return
+        self._note({"whole": True})
+
+    def _note(self, entries: Mapping[str, object]) -> None:
         record = folders.maybe_record(self.path / META_NAME)
         with contextlib.suppress(OSError):
             if record is not None:
-                folders.write_record(self.path / META_NAME, {**record, "whole": True})
+                folders.write_record(self.path / META_NAME, {**record, **entries})
 
     def close(self) -> None:
         """Unsynced bytes stay in the kernel's hands and reach the disk later."""
@@ -125,6 +133,8 @@ def open_files(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) ->
         maybe_synced = None
         if not private:
             maybe_synced = SyncedMap(folders.open_file(path / SYNCED_NAME, origin.pages), origin.pages)
+            if (folders.maybe_record(path / META_NAME) or {}).get(LOST_KEY) == syncedmap.boot_id():
+                maybe_synced.pages_lost()
         opened.pop_all()
     return StateFolder(path, ram_file, page_map, lock_fd, private, maybe_synced)
 

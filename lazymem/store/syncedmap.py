@@ -70,7 +70,7 @@ class SyncedMap:
 
     def pages_lost(self) -> None:
         """A sync of the pages failed. The kernel tells that once, and forgets which pages it was: nothing that was not
-        synced before ever counts as synced in this run."""
+        synced before counts as synced from here on."""
         self._failed = True
 
     def _read(self, start: int, count: int) -> bytes:

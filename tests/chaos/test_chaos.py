@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from lazymem.fs import checks
 from tests.chaos.report import Report
 from tests.chaos.run import run, say_nothing
+from tests.support import skips
 
 pytestmark = [
     pytest.mark.system,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{checks.maybe_no_resend()}"),
+    skips.needs_resend,
 ]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import struct
 import threading
 from collections.abc import AsyncIterator
@@ -37,10 +36,9 @@ from lazymem.wire.messages import (
     Pages,
     Ping,
     Pong,
-    Welcome,
 )
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
-from tests.support.wireclient import WireClient, connected, open_stream, page_bytes
+from tests.support.wireclient import WireClient, connected, open_stream, page_bytes, small_client
 
 PAGES = 4096
 
@@ -186,23 +184,10 @@ async def test_a_quiet_client_that_answers_stays(snapshot: BuiltSnapshot) -> Non
             await client.send(Pong(1))
 
 
-@asynccontextmanager
-async def small_client(serving: Serving) -> AsyncIterator[WireClient]:
-    """A greeted client whose socket holds next to nothing of what it does not read."""
-    host, _, port = serving.addresses[0].rpartition(":")
-    inner = trio.socket.socket()
-    inner.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    await inner.connect((host, int(port)))
-    async with trio.SocketStream(inner) as stream:
-        client = WireClient(stream)
-        assert isinstance(await client.hello(), Welcome)
-        yield client
-
-
 async def test_a_client_that_does_not_read(snapshot: BuiltSnapshot) -> None:
     """The server holds a bounded part of its answers, reads no more of its requests, and drops it in time."""
     limits = ServerLimits(send_seconds=0.5)
-    async with served(snapshot, limits) as serving, small_client(serving) as client:
+    async with served(snapshot, limits) as serving, small_client(serving.addresses[0]) as client:
         for _ in range(100):
             await client.send(Fetch(client.next_id(), (PageRange(0, PAGES),)))
         await assert_another_is_served(serving, snapshot)
@@ -211,7 +196,7 @@ async def test_a_client_that_does_not_read(snapshot: BuiltSnapshot) -> None:
 
 
 async def test_a_client_that_reads_slowly_is_served_on(snapshot: BuiltSnapshot) -> None:
-    async with served(snapshot) as serving, small_client(serving) as client:
+    async with served(snapshot) as serving, small_client(serving.addresses[0]) as client:
         await client.send(Fetch(1, (PageRange(0, 1024),)))
         await assert_another_is_served(serving, snapshot)
         assert len(await client.answers(1)) > 1
@@ -221,7 +206,7 @@ async def test_a_flood_of_pings_that_nobody_reads_the_answers_of(snapshot: Built
     """Pongs wait in bounded memory; then the server stops reading, and the flood stands in the client's own socket."""
     limits = ServerLimits(send_seconds=0.5, max_unsent_bytes=4096)
     async with served(snapshot, limits) as serving:
-        async with small_client(serving) as client:
+        async with small_client(serving.addresses[0]) as client:
             flood = b"".join(encode(Ping(at)) for at in range(1, 1000))
             with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(20):
                 while True:

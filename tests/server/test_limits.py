@@ -21,7 +21,7 @@ from lazymem.pages import PageRange
 from lazymem.snapshot.reader import SnapshotReader, VouchedRun
 from lazymem.wire.messages import Encoding, Fetch, FetchFlag, Pages, Ping, Pong
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
-from tests.support.wireclient import WireClient, connected
+from tests.support.wireclient import WireClient, connected, small_client
 
 PAGES = 2048
 
@@ -170,13 +170,7 @@ async def test_cold_read_pages(snapshot: BuiltSnapshot) -> None:
 @asynccontextmanager
 async def deaf_client(serving: Serving) -> AsyncIterator[WireClient]:
     """Asked for all of the RAM as a guess, and reads nothing of it; its socket holds next to nothing."""
-    host, _, port = serving.addresses[0].rpartition(":")
-    inner = trio.socket.socket()
-    inner.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    await inner.connect((host, int(port)))
-    async with trio.SocketStream(inner) as stream:
-        client = WireClient(stream)
-        await client.hello()
+    async with small_client(serving.addresses[0]) as client:
         await client.send(Fetch(1, (PageRange(0, PAGES),), FetchFlag.BACKGROUND))
         yield client
 

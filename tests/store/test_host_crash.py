@@ -240,9 +240,14 @@ async def test_a_sync_that_failed_is_never_made_up_for(
             await sync_again()
     source.close()
     assert not any((tmp_path / "state" / "synced").read_bytes())
+    state = statefolder.open_state(tmp_path / "state", origin_of(hashed))  # as a next daemon, or mount, has it
+    with pytest.raises(StoreError, match="not known any more"):
+        await state.sync(trio.CapacityLimiter(1))
+    state.close()
     monkeypatch.setattr(syncedmap, "boot_id", lambda: "of another start")
     state = statefolder.open_state(tmp_path / "state", origin_of(hashed))
     assert "the host ended while" in state.notices[0]
+    await state.sync(trio.CapacityLimiter(1))  # of what was synced: that is known again
     state.close()
 
 

@@ -12,20 +12,26 @@ from typing import Any, NoReturn
 
 import pytest
 
+from lazymem.fs import checks
 from tests.support import disks, privileges
 
 ROOT = "no root and no sudo without a password"
 OWN_ROOT = "no root, no sudo without a password, no user namespaces"
 MOUNTS = "root may not mount or make control groups"
 DISK = "no file system lets go of what it caches"
+RESEND = "the kernel ends a mount with its daemon"
 
 MISSING: dict[str, Callable[[], bool]] = {
     OWN_ROOT: lambda: privileges.maybe_as_own_root() is None,
     ROOT: lambda: privileges.maybe_as_root() is None,
     MOUNTS: lambda: not privileges.root_may_mount(),
     DISK: lambda: disks.maybe_place() is None,
+    RESEND: lambda: checks.maybe_no_resend() is not None,
 }
 """What may be missing, and whether it is."""
+
+needs_resend = pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{RESEND}: {checks.maybe_no_resend()}")
+"""For tests of what comes after a daemon's death: before Linux 6.9 that is the mount's end, as the command says."""
 
 _STAND_IN = "stand-in"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -118,4 +119,17 @@ async def connected(address: str, name: str = "") -> AsyncIterator[WireClient]:
     async with await open_stream(address) as stream:
         client = WireClient(stream)
         assert isinstance(await client.hello(name), Welcome)
+        yield client
+
+
+@asynccontextmanager
+async def small_client(address: str) -> AsyncIterator[WireClient]:
+    """A welcomed client over TCP whose socket holds next to nothing of what it does not read."""
+    host, _, port = address.rpartition(":")
+    inner = trio.socket.socket()
+    inner.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    await inner.connect((host, int(port)))
+    async with trio.SocketStream(inner) as stream:
+        client = WireClient(stream)
+        assert isinstance(await client.hello(), Welcome)
         yield client

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lazymem.fs import checks
 from lazymem.pages import PAGE_SIZE
+from tests.support import skips
 from tests.support.guestwriter import GuestWriter, expected_ram
 from tests.support.mounts import Stage, drop_kernel_cache, wait_until
 from tests.support.smalldisks import fill_up, small_disk
@@ -19,7 +19,6 @@ from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = [pytest.mark.system, pytest.mark.needs_root]
 
-SURVIVES = pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{checks.maybe_no_resend()}")
 
 DISK_BYTES = 48 << 20
 RAM_PAGES = 3072
@@ -90,7 +89,7 @@ def test_with_nothing_left_a_write_waits_and_goes_on_by_itself(
     assert mount.ram_path.read_bytes() == expected_ram(full_ram, (pages, writer.data))
 
 
-@SURVIVES
+@skips.needs_resend
 def test_a_daemon_that_is_killed_while_its_disk_is_full(mounts: Stage, full_ram: BuiltSnapshot, disk: Path) -> None:
     """The next one starts on the full disk, gets the write again, and waits on."""
     server = mounts.serve(full_ram.folder)

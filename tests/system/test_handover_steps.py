@@ -13,6 +13,7 @@ import pytest
 
 from lazymem.errors import IdentityError
 from lazymem.handover.states import DESTINATION, SOURCE, Destination, Effect, Move, Source
+from tests.support import skips
 from tests.support.everystep import Steps, every_step
 from tests.support.forkedcommands import ForkServer, fork_server
 from tests.support.handover import Pair
@@ -88,6 +89,7 @@ def test_the_connection_is_cut(steps: Callable[[], Steps], forks: ForkServer) ->
     _through(steps(), forks)
 
 
+@skips.needs_resend
 def test_the_destinations_mount_daemon_is_killed(forks: ForkServer) -> None:
     """At every event and effect. What follows it is Python's start each time, so not on both sides of each record."""
     words = [step for step in TAKES if step.partition(" ")[0] not in ("RECORD", "AT")]

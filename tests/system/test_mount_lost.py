@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lazymem.fs import checks
+from tests.support import skips
 from tests.support.badlink import BadLink, Mode
 from tests.support.mounts import Stage, command, drop_kernel_cache, wait_until
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
@@ -103,7 +104,7 @@ def test_what_a_deadline_does_to_a_guest(mounts: Stage, snapshot: BuiltSnapshot)
     assert subprocess.run(touch, capture_output=True, check=True, timeout=60).stdout == snapshot.page(0)
 
 
-@pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{checks.maybe_no_resend()}")
+@skips.needs_resend
 def test_an_unmount_needs_no_server(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     """Not even of a daemon that begins with nothing in its cache."""
     server = mounts.serve(snapshot.folder)

@@ -15,17 +15,18 @@ import msgspec
 import pytest
 
 from lazymem.cli.mountrecording import RECORDING_NOTE
-from lazymem.fs import checks, mountinfo
+from lazymem.fs import mountinfo
 from lazymem.fs.sessionrecord import SessionRecord
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot import workingset
+from tests.support import skips
 from tests.support.mounts import Mounted, Stage, command, drop_kernel_cache, page_of, wait_until
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.writers import Writer
 
 pytestmark = [
     pytest.mark.system,
-    pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{checks.maybe_no_resend()}"),
+    skips.needs_resend,
 ]
 
 QUIET = ("--prefetch", "none")

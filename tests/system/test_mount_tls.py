@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from msgspec import structs
 
-from lazymem.fs import checks, mountinfo
+from lazymem.fs import mountinfo
 from lazymem.pages import PAGE_SIZE
+from tests.support import skips
 from tests.support.certificates import OVER, Pki, options
 from tests.support.mounts import Mounted, Server, Stage, command, page_of, wait_until
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
@@ -21,9 +22,6 @@ from tests.support.snapshots import BuiltSnapshot, make_snapshot
 pytestmark = pytest.mark.system
 
 QUIET = ("--prefetch", "none")
-
-no_resend = checks.maybe_no_resend()
-outlives = pytest.mark.skipif(no_resend is not None, reason=f"{no_resend}")
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ def test_the_whole_way(mounts: Stage, pki: Pki, tmp_path: Path) -> None:
     mount.unmount()
 
 
-@outlives
+@skips.needs_resend
 def test_a_killed_and_an_upgraded_daemon(mounts: Stage, pki: Pki, snapshot: BuiltSnapshot) -> None:
     """Whoever comes next has the same certificate, and needs it: the pages are not here."""
     mount = mounts.mount(serve(mounts, pki, snapshot.folder).address, *options(pki.client()), *QUIET)

@@ -17,6 +17,7 @@ from lazymem.errors import VerificationError
 from lazymem.pages import PAGE_SIZE
 from lazymem.store import cachefolder
 from tests.cli.test_verify import flip
+from tests.support import skips
 from tests.support.corruptingwire import CorruptingWire
 from tests.support.mounts import WAIT_SECONDS, Mounted, Stage, command, drop_kernel_cache, wait_until
 from tests.support.patientreader import PatientReaders
@@ -101,6 +102,7 @@ def test_somebody_writes_into_the_cache_of_a_mount(mounts: Stage, snapshot: Buil
     assert mounts.mount(server.address).ram_path.read_bytes() == snapshot.ram
 
 
+@skips.needs_resend
 def test_a_cache_map_that_is_cut_short_below_a_mount_costs_a_daemon(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     """It looks at the map through a mapping, and beyond the end of a file that is SIGBUS. The next daemon begins the
     cache again; the guest waits."""

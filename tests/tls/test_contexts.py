@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +86,6 @@ def test_what_is_wrong_with_a_file_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to lock a key with")
 def test_a_key_with_a_password_asks_nobody(own: Pki) -> None:
     with pytest.raises(UsageError, match="password"):
         make_context(locked(own.client()), Side.CLIENT)
