@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -26,15 +26,17 @@ import trio
 from lazymem_server.app import Serving, serve
 from lazymem_server.limits import ServerLimits
 
-from lazymem.errors import LazymemError
+from lazymem.errors import LazymemError, StoreError
 from lazymem.fetch.client import connect
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PAGE_SIZE
 from lazymem.settings import LinkSettings, ServerAddress, parse_endpoint
 from lazymem.store import room
 from lazymem.store.cachefolder import open_cache
+from lazymem.store.folders import read_record
 from lazymem.store.guestram import GuestRam
 from lazymem.store.pristine import PristinePages
+from lazymem.store.statefiles import LOST_KEY, META_NAME
 from lazymem.store.statefolder import open_state
 from tests.support.faults import Faults
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
@@ -188,8 +190,11 @@ def cut_all(serving: Serving) -> None:
 
 async def check(guest: Guest, faults: Faults, snapshot: BuiltSnapshot, folder: Path) -> None:
     assert all(str(error).isprintable() for error in guest.errors)
-    async with opened_store(snapshot, folder / "cache", folder / "state") as store:
-        found = await store.ram.read(0, len(guest.model))
+    """The next daemon's view. After a sync that failed it reads the same, and calls nothing synced any more."""
+    lost = LOST_KEY in (read_record(folder / "state" / META_NAME) or {})
+    with pytest.raises(StoreError, match="refused written pages before") if lost else nullcontext():
+        async with opened_store(snapshot, folder / "cache", folder / "state") as store:
+            found = await store.ram.read(0, len(guest.model))
     size = PAGE_SIZE
     wrong = [at // size for at in range(0, len(found), size) if found[at : at + size] != guest.model[at : at + size]]
     assert not wrong, f"{faults.failed}: {guest.errors}"
