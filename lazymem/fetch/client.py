@@ -129,6 +129,26 @@ class Client:
 
         self._demand.submit_lone(FetchRequest((pages,), want_leaves, False, ended, on_here))
 
+    def ask(self, pages: PageRange) -> bool:
+        """As `FetchStarter.ask`."""
+        return self._demand.ask(pages)
+
+    def maybe_asked_answer(self) -> bytes | memoryview | None:
+        """As `FetchStarter.maybe_asked_answer`."""
+        return self._demand.maybe_asked_answer()
+
+    def end_asked(self) -> None:
+        """As `FetchStarter.end_asked`."""
+        self._demand.end_asked()
+
+    def enter_asked(self, on_here: OnHere, on_done: OnFetched) -> None:
+        """As `FetchStarter.enter_asked`."""
+
+        def ended(request: FetchRequest, maybe_error: LazymemError | None) -> None:
+            self._ended(request, maybe_error, on_done)
+
+        self._demand.enter_asked(lambda pages: FetchRequest((pages,), False, False, ended, on_here))
+
     def fileno(self) -> int:
         """The demand connection's socket, readable when answers came; -1 without one."""
         return self._demand.fileno()

@@ -21,6 +21,7 @@ from lazymem.errors import LazymemError, LocalProtocolError
 from lazymem.fetch.backoff import Backoff
 from lazymem.fetch.requests import FetchRequest, Part, Request, maybe_again, refusal
 from lazymem.fetch.session import Session
+from lazymem.pages import PageRange
 from lazymem.settings import ServerAddress
 from lazymem.wire.messages import Cancel, Cancelled, Error, Message
 
@@ -133,6 +134,39 @@ class Lane:
             self.submit(request)
             return
         self._next_id = request_id + 1
+        self._requests[request] = None
+        self._open[request_id] = (request, request.ranges)
+        request.open_parts = 1
+
+    # ---- one fetch that is answered before anything else happens, or entered
+
+    def ask(self, pages: PageRange) -> bool:
+        """Send a FETCH of `pages` and note nothing; False: nothing was sent."""
+        session = self._session
+        if session is None or self._unsent or not session.ask(self._next_id, pages):
+            return False
+        self._next_id += 1
+        return True
+
+    def maybe_asked_answer(self) -> memoryview | None:
+        """The bytes of its pages, if just they came; `end_asked` or `enter_asked` must follow."""
+        return None if self._session is None else self._session.maybe_asked_answer()
+
+    def end_asked(self) -> None:
+        """They were right."""
+        assert self._session is not None
+        self._session.end_asked()
+        if self._refusing:
+            self._refusing = False
+            self._backoff.reset()
+
+    def enter_asked(self, make: Callable[[PageRange], FetchRequest]) -> None:
+        """It is a request like others from now on; `make` makes it."""
+        session = self._session
+        assert session is not None
+        request_id, pages = session.asked
+        request = make(pages)
+        session.enter_asked(request.lone_message(request_id))
         self._requests[request] = None
         self._open[request_id] = (request, request.ranges)
         request.open_parts = 1

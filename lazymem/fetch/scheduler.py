@@ -12,13 +12,13 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import trio
 
 from lazymem.errors import DeadlineError, LazymemError, LocalProtocolError, RemoteProtocolError, VerificationError
-from lazymem.fetch.fault import Fault
+from lazymem.fetch.faultway import Demands, Entered, Fault, FaultWay, Here
 from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
 from lazymem.fetch.inflight import Demand, InFlightTable, State, Want
@@ -28,7 +28,7 @@ from lazymem.fetch.plan import Budget, Load, background_allowance, plan_demand
 from lazymem.fetch.prefetch import Prefetcher
 from lazymem.fetch.sink import Sink
 from lazymem.fetch.starter import Source, starter_of
-from lazymem.fetch.stats import FetchStatistics, WaitHistogram
+from lazymem.fetch.stats import FetchStatistics
 from lazymem.fetch.window import BackgroundWindow
 from lazymem.pages import Fetched, PageRange, PageRun
 
@@ -74,18 +74,28 @@ class Scheduler:
         self._deadline = deadline_seconds
         self._table = InFlightTable()
         self._flights: dict[Want, Flight] = {}
-        self._demand_flights = 0
         self._guesses = GuessQueue(self._table, sink, prefetcher)
         self._window = BackgroundWindow()
         self._last_demand = last_demand or LastDemand()
-        self._best_answer = math.inf  # of guesses too: a round trip, and the only one measured while nothing pauses
+        self._demands = Demands()
         self._keeper = Keeper(sink, self._kept)
         self._keep_failing = False
         self._rng = random.Random()
         self._copying = False
         self._looking_on = False
-        self._waits = WaitHistogram()
-        self._faults = self._failures = self._demand_pages = self._background_pages = 0
+        self._failures = self._background_pages = 0
+        self._faults = FaultWay(
+            self._starter,
+            sink,
+            self._table,
+            self._keeper,
+            self._demands,
+            self._budget,
+            self._last_demand,
+            prefetcher,
+            self._fault_answered,
+            self._send_demands,
+        )
         nursery.start_soon(self._keeper.run)
         self._fill_background()
 
@@ -100,7 +110,7 @@ class Scheduler:
             ServerRefusedError: the server refuses these pages for good.
         """
         started_at = perf_counter()
-        self._faults += 1
+        self._demands.faults += 1
         arrived = trio.Event()
         demand = self._table.demand(pages, arrived.set)
         if demand.open:
@@ -114,58 +124,19 @@ class Scheduler:
             finally:
                 if demand.open or demand.error is not None:
                     self._leave(demand)
-        self._waits.add(perf_counter() - started_at)
+        self._demands.waits.add(perf_counter() - started_at)
         return demand.collect()
 
-    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
+    def start(self, pages: PageRange, here: Here, entered: Entered) -> bool:
         """As `PageDemand.start`: for pages that nobody has asked for, when nothing is in the way of asking now."""
-        table = self._table
-        if self._deadline is not None or table.has_waiting or not table.is_free(pages):
-            return False
-        if self._demand_flights >= self._budget.max_demand_requests:
-            return False
-        if table.unkept_pages >= self._budget.max_unkept_pages:
-            return False
-        fault = Fault(pages, done, perf_counter())
-        self._faults += 1
-        self._demand_flights += 1
-        self._last_demand.seconds = fault.started_at
-        table.enter_sent(fault)
-        self._starter.start_lone(
-            pages,
-            self._sink.missing_leaves(pages),
-            lambda maybe_data: self._fault_here(fault, maybe_data),
-            lambda answer: self._fault_answered(fault, answer),
-        )
-        if self._guesses.maybe_prefetcher is not None:
-            self._guesses.maybe_prefetcher.faulted(pages)
-        return True
-
-    def _fault_here(self, fault: Fault, maybe_data: bytes | None) -> None:
-        """The whole answer came in one frame; None: zeros. The reader gets it before anything else is done."""
-        run = PageRun(fault.pages, maybe_data)
-        fetched = Fetched((run,))
-        try:
-            self._sink.accept(fetched)
-        except LazymemError as error:
-            self._fault_answered(fault, error)
-            return
-        fault.done([run])
-        elapsed = perf_counter() - fault.started_at
-        self._waits.add(elapsed)
-        self._note_demand(fault.pages.count, elapsed)
-        self._demand_flights -= 1
-        self._table.arrived(fault, fetched.runs)
-        self._keeper.put((fault,), fetched, demanded=True)
-        if self._table.has_waiting:
-            self._send_demands()
+        return self._deadline is None and self._faults.start(pages, here, entered)
 
     def _fault_answered(self, fault: Fault, answer: Fetched | LazymemError) -> None:
         """Anything but one good frame: from here on it goes the common way."""
 
         def settled() -> None:
-            self._waits.add(perf_counter() - fault.started_at)
-            fault.done(demand.error or demand.collect())
+            self._demands.waits.add(perf_counter() - fault.started_at)
+            fault.answered(demand.error or demand.collect())
 
         demand = self._table.join(fault, settled)
         flight = Flight((fault,), False, self._starter.wire_received_bytes, 0, None)
@@ -182,11 +153,24 @@ class Scheduler:
     @property
     def best_answer_seconds(self) -> float:
         """The shortest time that an answer took, of demands and guesses; infinite before the first."""
-        return self._best_answer
+        return self._demands.best_answer_seconds
 
     def receive_nowait(self) -> bool:
         """Act on what came; whether there was something."""
-        return self._starter.receive_nowait()
+        return self._faults.receive_nowait()
+
+    def watch(self) -> None:
+        """From now until `unwatch` the caller gives up the processor to nobody, looks at `fileno`, and calls `settle`
+        before it does anything else than `start` and `receive_nowait`."""
+        self._faults.watch()
+
+    def unwatch(self) -> None:
+        """Others run from now on."""
+        self._faults.unwatch()
+
+    def settle(self) -> None:
+        """Something else is done now, though a page that was started is not here."""
+        self._faults.settle()
 
     async def _wait(self, arrived: trio.Event, pages: PageRange) -> None:
         if self._deadline is None:
@@ -220,7 +204,7 @@ class Scheduler:
 
     def _load(self) -> Load:
         table = self._table
-        return Load(self._demand_flights, table.background_in_flight_pages, table.unkept_pages)
+        return Load(self._demands.flights, table.background_in_flight_pages, table.unkept_pages)
 
     def _send_demands(self) -> None:
         sends = plan_demand(self._table.waiting, self._load(), self._budget)
@@ -231,12 +215,12 @@ class Scheduler:
             self._send(send.wants, background=False)
 
     def _send(self, wants: Sequence[Want], background: bool, maybe_asked: Asked | None = None) -> None:
-        pages_before = self._demand_pages + self._background_pages
+        pages_before = self._demands.pages + self._background_pages
         flight = Flight(wants, background, self._starter.wire_received_bytes, pages_before, maybe_asked)
         for want in wants:
             self._flights[want] = flight
         if not background:
-            self._demand_flights += 1
+            self._demands.flights += 1
             self._last_demand.seconds = perf_counter()
 
         def on_done(answer: Fetched | LazymemError) -> None:
@@ -252,7 +236,7 @@ class Scheduler:
         for want in flight.wants:
             del self._flights[want]
         if not flight.background:
-            self._demand_flights -= 1
+            self._demands.flights -= 1
 
     # ---- answers in
 
@@ -304,26 +288,21 @@ class Scheduler:
         pages = flight.pages
         now = trio.current_time()
         elapsed = now - flight.sent_at
-        self._best_answer = min(self._best_answer, elapsed)
         if flight.background:
+            self._demands.note(0, elapsed)
             self._background_pages += pages
             self._window.note(
                 self._starter.wire_received_bytes - flight.bytes_before,
-                self._demand_pages + self._background_pages - flight.pages_before,
+                self._demands.pages + self._background_pages - flight.pages_before,
                 elapsed,
-                min(self._best_answer, self._starter.best_round_trip_seconds),
+                min(self._demands.best_answer_seconds, self._starter.best_round_trip_seconds),
                 now,
                 perf_counter() - self._last_demand.seconds < DEMANDED_SECONDS,
             )
         else:
-            self._note_demand(pages, elapsed)
+            self._demands.note(pages, elapsed)
         self._keeper.put(flight.wants, fetched, flight.maybe_asked)
         flight.maybe_asked = None
-
-    def _note_demand(self, pages: int, elapsed: float) -> None:
-        self._demand_pages += pages
-        if elapsed < self._best_answer:
-            self._best_answer = elapsed
 
     def _rejected(self, flight: Flight, error: LazymemError) -> None:
         """Wrong bytes: ask again for what a reader waits for, each want by itself; give up on guesses."""
@@ -417,7 +396,7 @@ class Scheduler:
     @property
     def demands_wait(self) -> bool:
         """Whether a reader waits for pages that are on their way."""
-        return self._demand_flights > 0 or self._table.has_waiting
+        return self._demands.flights > 0 or self._table.has_waiting
 
     @property
     def guessing(self) -> bool:
@@ -471,11 +450,11 @@ class Scheduler:
         table = self._table
         link = getattr(self._source, "statistics", None)
         return FetchStatistics(
-            demand_faults=self._faults,
-            wait_octaves=self._waits.octaves(),
-            wait_p50_seconds=self._waits.quantile(0.5),
-            wait_p99_seconds=self._waits.quantile(0.99),
-            demand_pages=self._demand_pages,
+            demand_faults=self._demands.faults,
+            wait_octaves=self._demands.waits.octaves(),
+            wait_p50_seconds=self._demands.waits.quantile(0.5),
+            wait_p99_seconds=self._demands.waits.quantile(0.99),
+            demand_pages=self._demands.pages,
             background_pages=self._background_pages,
             in_flight_pages=table.in_flight_pages,
             background_in_flight_pages=table.background_in_flight_pages,

@@ -17,7 +17,9 @@ from lazymem.errors import LazymemError, RemoteProtocolError, ServerUnreachableE
 from lazymem.fetch.requests import refusal
 from lazymem.fetch.stats import LinkCounters
 from lazymem.fetch.transport import Transport
+from lazymem.pages import PageRange
 from lazymem.settings import LinkSettings
+from lazymem.wire.codec import raw_head
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ClientConnection, Event
 from lazymem.wire.messages import Error, Fetch, Goodbye, Hello, Message, Ping, Pong, Welcome
 
@@ -65,6 +67,10 @@ class Session:
         self._cause: LazymemError | None = None
         self._on_message: Callable[[Message], None] | None = None
         self._on_lone: OnLone = _nobody
+        self.asked: tuple[int, PageRange] = (0, PageRange(0, 1))
+        """Id and pages of what `ask` sent last."""
+        self._asked_head = b""
+        self._held_back = b""
         self._scope = trio.CancelScope()
 
     @property
@@ -116,6 +122,42 @@ class Session:
         self._put(data)
         return True
 
+    def ask(self, request_id: int, pages: PageRange) -> bool:
+        """As `send_lone`, but nothing is noted: `end_asked` or `enter_asked` comes before anything else."""
+        if self._unsent or self.draining or self._cause is not None or self._on_message is None:
+            return False
+        maybe_frame = self._connection.maybe_ask(request_id, pages)
+        if maybe_frame is None:
+            return False
+        self._put(maybe_frame)
+        self.asked = (request_id, pages)
+        self._asked_head = raw_head(request_id, pages.start, pages.count)
+        return True
+
+    def maybe_asked_answer(self) -> memoryview | None:
+        """The bytes of the pages, if what came is their one frame. Whatever came is kept for `receive_nowait`."""
+        try:
+            data = self._transport.receive_nowait()
+        except LazymemError as error:
+            self.fail(error)
+            return None
+        if data is None:
+            return None
+        self._held_back = data
+        head = self._asked_head
+        if len(data) != len(head) + self.asked[1].length_bytes or not data.startswith(head):
+            return None
+        return memoryview(data)[len(head) :]
+
+    def end_asked(self) -> None:
+        """`maybe_asked_answer` gave its answer, and that was right."""
+        self._note_received(self._held_back)
+        self._held_back = b""
+
+    def enter_asked(self, fetch: Fetch) -> None:
+        """Note what was asked as if `send_lone` had sent it."""
+        self._connection.enter_asked(fetch)
+
     async def run(self, on_message: Callable[[Message], None], on_lone: OnLone) -> None:
         """Serve until the connection ends; always raises, unless cancelled. The transport is closed afterwards.
 
@@ -147,9 +189,10 @@ class Session:
         if self._on_message is None or self._cause is not None:
             return False
         try:
-            data = self._transport.receive_nowait()
+            data = self._held_back or self._transport.receive_nowait()
             if data is None:
                 return False
+            self._held_back = b""
             lone = self._connection.lone_answer(data)
             if lone is None:
                 self._take(data, self._on_message)

@@ -60,6 +60,24 @@ class FetchStarter(Protocol):
         `on_here` gets the bytes (None: zeros) instead of `on_done`; not from `start_lone` itself."""
         ...
 
+    def ask(self, pages: PageRange) -> bool:
+        """Send for `pages`, whose leaf is here, and note nothing: whoever calls lets nothing else happen here until
+        `end_asked` or `enter_asked`. False: nothing was sent."""
+        ...
+
+    def maybe_asked_answer(self) -> bytes | memoryview | None:
+        """The bytes of what was asked, if they came in one frame as they are, and nothing else; None: call
+        `enter_asked`, then `receive_nowait`, which acts on what came."""
+        ...
+
+    def end_asked(self) -> None:
+        """What `maybe_asked_answer` gave was right."""
+        ...
+
+    def enter_asked(self, on_here: OnHere, on_done: OnFetched) -> None:
+        """From now on what was asked is as if begun by `start_lone`."""
+        ...
+
     def fileno(self) -> int:
         """Readable when answers to demands came; -1: there is nothing to look at."""
         ...
@@ -117,6 +135,19 @@ class TaskStarter:
 
     def start_lone(self, pages: PageRange, want_leaves: bool, on_here: OnHere, on_done: OnFetched) -> None:
         self.start_fetch((pages,), want_leaves=want_leaves, background=False, on_done=on_done)
+
+    def ask(self, pages: PageRange) -> bool:
+        """Never: it takes a task."""
+        return False
+
+    def maybe_asked_answer(self) -> bytes | memoryview | None:
+        raise AssertionError("nothing was asked")
+
+    def end_asked(self) -> None:
+        raise AssertionError("nothing was asked")
+
+    def enter_asked(self, on_here: OnHere, on_done: OnFetched) -> None:
+        raise AssertionError("nothing was asked")
 
     def fileno(self) -> int:
         """Its fetches need their tasks to run."""

@@ -59,7 +59,7 @@ SEEN_AGAIN_SECONDS = 1.0
 
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 
-Answer = Callable[[bytes | LazymemError | None], None]
+Answer = Callable[[bytes | memoryview | LazymemError | None], None]
 
 Taken = Callable[[int, int, int], bool]
 """Told of each READ's thread, offset and size; True: it is read-ahead to be refused (`readahead`)."""
@@ -90,6 +90,19 @@ class Link(Protocol):
 
     def receive_nowait(self) -> bool:
         """Act on what came; whether there was something."""
+        ...
+
+    def watch(self) -> None:
+        """From now until `unwatch` no other task runs, and before anything but `read_soon` and `receive_nowait` is
+        done `settle` is called."""
+        ...
+
+    def unwatch(self) -> None:
+        """Others run from now on."""
+        ...
+
+    def settle(self) -> None:
+        """Something else is done now, though an answer is not here."""
         ...
 
     @property
@@ -218,39 +231,46 @@ class Channel:
     # ---- bursts
 
     def _serve_burst(self) -> None:
+        try:
+            self._serve_until_quiet()
+        finally:
+            self._link.unwatch()
+
+    def _serve_until_quiet(self) -> None:
         begun = perf_counter()
         turn_ends = begun + TURN_SECONDS
         if begun - self._answered_at < MAX_LINGER_SECONDS:  # it would have paid to wait
             self._linger = MAX_LINGER_SECONDS
         self._watch_link()
         poll, fd = self._poll.poll, self._fd
-        if begun < self._crowded_until:
-            near, linger_ends = False, 0.0
-        else:
-            near = self._link.best_answer_seconds < NEAR_SECONDS
-            linger_ends = begun + self._linger
+        spins = begun >= self._crowded_until
+        near = self._link.best_answer_seconds < NEAR_SECONDS
+        if near:
+            self._link.watch()
+        linger_ends = begun + self._linger
         now = begun
         while True:
-            found = poll(0)
+            found = poll(0 if spins or now > linger_ends else 1)
             before, now = now, perf_counter()
             for ready, _ in found:
                 if ready == fd:
-                    self._take_request()
-                else:
-                    self._link.receive_nowait()
+                    if len(found) == 1:
+                        self._link.settle()
+                        self._take_request()
+                elif not self._link.receive_nowait():
                     self._watch_link()
             if found:
                 if now > turn_ends or self._over:
                     return
-                if linger_ends:
-                    linger_ends = now + (MAX_LINGER_SECONDS if near and self._open else self._linger)
+                linger_ends = now + (MAX_LINGER_SECONDS if near and self._open else self._linger)
             elif now <= linger_ends:
                 os.sched_yield()
             else:
                 self._linger = max(self._linger / 2, MIN_LINGER_SECONDS)
-                if now - before > PUT_ASIDE_SECONDS:
-                    self._crowded_until = now + CROWDED_SECONDS
                 return
+            if spins and now - before > PUT_ASIDE_SECONDS:
+                spins = False
+                self._crowded_until = now + CROWDED_SECONDS
 
     def _watch_link(self) -> None:
         link_fd = self._link.fileno()
@@ -302,7 +322,7 @@ class Channel:
         try:
             self._open[unique] = thread
 
-            def done(answer: bytes | LazymemError | None) -> None:
+            def done(answer: bytes | memoryview | LazymemError | None) -> None:
                 self._done(unique, offset, size, answer)
 
             found = self._ram.read_soon(offset, size, done)
@@ -314,7 +334,7 @@ class Channel:
         except Exception as error:  # noqa: BLE001  # the guest of another page must outlive a bug in this one's way
             self._fail("read", unique, error)
 
-    def _done(self, unique: int, offset: int, size: int, answer: bytes | LazymemError | None) -> None:
+    def _done(self, unique: int, offset: int, size: int, answer: bytes | memoryview | LazymemError | None) -> None:
         if unique not in self._open:
             return
         if answer is None:
@@ -394,7 +414,7 @@ class Channel:
 
     # ---- answers
 
-    def _answer_read(self, unique: int, data: bytes) -> None:
+    def _answer_read(self, unique: int, data: bytes | memoryview) -> None:
         self._send((fuseabi.answer_head(unique, len(data)), data))
         self._answered_at = perf_counter()
 

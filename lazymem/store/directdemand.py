@@ -16,7 +16,12 @@ class DirectDemand:
         self._source = source
         self._sink = sink
 
-    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
+    def start(
+        self,
+        pages: PageRange,
+        here: Callable[[bytes | memoryview], None],
+        entered: Callable[[], Callable[[list[PageRun] | LazymemError], None]],
+    ) -> bool:
         """Never: it takes a task."""
         return False
 

@@ -34,7 +34,7 @@ from lazymem.store.stats import StoreStatistics
 
 log = logging.getLogger(__name__)
 
-OnRead = Callable[[bytes | LazymemError | None], None]
+OnRead = Callable[[bytes | memoryview | LazymemError | None], None]
 
 
 class _Reading:
@@ -189,6 +189,18 @@ class GuestRam:
 
     def _start_missing(self, pages: PageRange, done: OnRead) -> bool:
         """Demand `pages`, none of which is here, and give the answer as it is. The commonest fault, and the barest."""
+
+        def entered() -> Callable[[list[PageRun] | LazymemError], None]:
+            return self._waiting_for(pages, done)
+
+        if not self._demand.start(pages, done, entered):
+            return False
+        self._reads += 1
+        self._demanded_pages += pages.count
+        return True
+
+    def _waiting_for(self, pages: PageRange, done: OnRead) -> Callable[[list[PageRun] | LazymemError], None]:
+        """Who is told what a demand of `pages` brings, while writes may end meanwhile."""
         reading = _Reading(pages)
 
         def arrived(answer: list[PageRun] | LazymemError) -> None:
@@ -204,12 +216,7 @@ class GuestRam:
                 self._pristine.given(pages)
 
         self._readings.add(reading)
-        if not self._demand.start(pages, arrived):
-            self._readings.discard(reading)
-            return False
-        self._reads += 1
-        self._demanded_pages += pages.count
-        return True
+        return arrived
 
     def _given(self, planned: list[tuple[Place, PageRange]]) -> None:
         """The kernel gets these: rule 12."""

@@ -161,6 +161,9 @@ class PristinePages:
     def missing_leaves(self, pages: PageRange) -> bool:
         return self._verifier.missing_leaves(pages)
 
+    def maybe_digests(self, pages: PageRange) -> bytes | None:
+        return self._verifier.maybe_digests(pages)
+
     def accept(self, fetched: Fetched) -> None:
         self._verifier.accept(fetched)
 

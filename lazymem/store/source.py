@@ -44,6 +44,11 @@ class PageSink(Protocol):
         """
         ...
 
+    def maybe_digests(self, pages: PageRange) -> bytes | None:
+        """16 bytes a page, what a fetch of `pages` must bring, where that is known (a hashed snapshot, their leaf is
+        here) and they lie in one leaf. Synchronous, and perhaps a read of 4 KiB."""
+        ...
+
     def worth_fetching(self, pages: PageRange) -> list[PageRange]:
         """The parts of missing `pages` that a guess should bring; the sink can have the others without the source."""
         ...
@@ -55,6 +60,10 @@ class PageSink(Protocol):
 
     async def copy_equal(self) -> None:
         """Hold what is equal to held pages. Blocking work in a thread."""
+        ...
+
+    def given(self, pages: PageRange) -> None:
+        """The guest's kernel has got `pages`."""
         ...
 
     def accept(self, fetched: Fetched) -> None:
@@ -73,9 +82,16 @@ class PageSink(Protocol):
 class PageDemand(Protocol):
     """What the store calls when a reader needs pages that are not held."""
 
-    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
-        """As `demand`, without a task: whether it was begun. `done` is then called once, later, with what `demand`
-        would return or raise. False: nothing was begun; `demand` is the way (some are on their way already, say)."""
+    def start(
+        self,
+        pages: PageRange,
+        here: Callable[[bytes | memoryview], None],
+        entered: Callable[[], Callable[[list[PageRun] | LazymemError], None]],
+    ) -> bool:
+        """As `demand`, without a task: whether it was begun. False: nothing was; `demand` is the way (some are on their
+        way already, say). Else one of the two is called, once: `here`, later, with the pages' bytes, while nothing else
+        has happened since this call; or `entered`, in this call or later, as soon as something else may happen. What
+        that returns is then called once, later, with what `demand` would return or raise."""
         ...
 
     async def demand(self, pages: PageRange) -> list[PageRun]:

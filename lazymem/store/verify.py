@@ -44,6 +44,10 @@ class Verifier(Protocol):
         """16 bytes a page: the digest that it must have, `NO_DIGEST` where that is not known yet."""
         ...
 
+    def maybe_digests(self, pages: PageRange) -> bytes | None:
+        """As `digests_of`, if all are known and the pages lie in one leaf."""
+        ...
+
     def accept(self, fetched: Fetched) -> None:
         """Check all of an answer and learn its digests.
 
@@ -124,13 +128,17 @@ class HashedVerifier:
         return any(self._maybe_leaf(leaf) is None for leaf in _leaves(pages))
 
     def digests_of(self, pages: PageRange) -> bytes:
-        leaf, at = divmod(pages.start, LEAF_PAGES)
-        if at + pages.count > LEAF_PAGES:
+        if pages.start % LEAF_PAGES + pages.count > LEAF_PAGES:
             return self._digests_of(pages, {})
-        digests = self._maybe_leaf(leaf)
-        if digests is None:
-            return NO_DIGEST * pages.count
-        return bytes(digests[at * DIGEST_BYTES : (at + pages.count) * DIGEST_BYTES])
+        return self.maybe_digests(pages) or NO_DIGEST * pages.count
+
+    def maybe_digests(self, pages: PageRange) -> bytes | None:
+        start, count = pages.start, pages.count
+        at = start % LEAF_PAGES
+        digests = self._maybe_leaf(start // LEAF_PAGES)
+        if digests is None or at + count > LEAF_PAGES or start + count > self._shape.pages:
+            return None
+        return bytes(digests[at * DIGEST_BYTES : (at + count) * DIGEST_BYTES])
 
     def accept(self, fetched: Fetched) -> None:
         if self._is_right_at_once(fetched):
@@ -236,6 +244,9 @@ class UnhashedVerifier:
             self._unstored.get(page, stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES])
             for index, page in enumerate(range(pages.start, pages.end))
         )
+
+    def maybe_digests(self, pages: PageRange) -> bytes | None:
+        return None  # they come with the pages
 
     def accept(self, fetched: Fetched) -> None:
         vouched = dict(self._vouched(fetched))

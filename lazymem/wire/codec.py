@@ -73,6 +73,7 @@ _HEADER_AND_PAGES = struct.Struct(frame.HEADER.format + frame.PAGES.format[1:])
 _HEADER_AND_RANGE = struct.Struct(frame.HEADER.format + frame.RANGE.format[1:])
 _ENCODINGS = {int(encoding): encoding for encoding in Encoding}
 _RAW, _ZERO = int(Encoding.RAW), int(Encoding.ZERO)
+_FETCH, _PAGES = int(FrameType.FETCH), int(FrameType.PAGES)
 _FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(8)}
 _KNOWN_CAPABILITIES = int(Capability.ZSTD | Capability.LEARN | Capability.PACKED)
 
@@ -124,7 +125,7 @@ def encode_parts(message: Message) -> tuple[bytes | memoryview, ...]:
 def raw_head(request_id: int, start: int, count: int) -> bytes:
     """What stands before the bytes of pages that end an answer as they are (PAGES, RAW, final, no digests)."""
     length = frame.PAGES.size + count * PAGE_SIZE
-    return _HEADER_AND_PAGES.pack(length, FrameType.PAGES, frame.FINAL, 0, request_id, start, count, Encoding.RAW, 0)
+    return _HEADER_AND_PAGES.pack(length, _PAGES, frame.FINAL, 0, request_id, start, count, _RAW, 0)
 
 
 def zero_frame(request_id: int, start: int, count: int) -> bytes:
@@ -138,7 +139,7 @@ def lone_range(data: bytes) -> tuple[int, int, int, int] | None:
     if len(data) != _HEADER_AND_RANGE.size:
         return None
     length, number, flags, reserved, request_id, start, count = _HEADER_AND_RANGE.unpack(data)
-    if number != FrameType.FETCH or length != frame.RANGE.size or flags > 3 or reserved or not request_id or not count:
+    if number != _FETCH or length != frame.RANGE.size or flags > 3 or reserved or not request_id or not count:
         return None
     return request_id, flags, start, count
 
@@ -146,7 +147,7 @@ def lone_range(data: bytes) -> tuple[int, int, int, int] | None:
 def lone_fetch(request_id: int, start: int, count: int, flags: int) -> bytes:
     """The frame of a FETCH of one range; the caller knows that it is legal."""
     length = frame.RANGE.size
-    return _HEADER_AND_RANGE.pack(length, FrameType.FETCH, flags, 0, request_id, start, count)
+    return _HEADER_AND_RANGE.pack(length, _FETCH, flags, 0, request_id, start, count)
 
 
 def lone_pages(data: bytes) -> tuple[int, int, int, bytes | None] | None:

@@ -20,6 +20,7 @@ import enum
 from typing import Final, Literal
 
 from lazymem.errors import LocalProtocolError, RemoteProtocolError
+from lazymem.pages import PageRange
 from lazymem.wire.codec import FRAME_TYPES, encode, encode_parts, lone_fetch, lone_pages, lone_range
 from lazymem.wire.frame import Role
 from lazymem.wire.limits import MAX_PINGS
@@ -252,6 +253,20 @@ class ClientConnection(Connection):
             return None
         requests.open_lone(fetch)
         return lone_fetch(fetch.id, start, count, fetch.flags)
+
+    def maybe_ask(self, request_id: int, pages: PageRange) -> bytes | None:
+        """The frame of a FETCH that is legal now, of one range, without flags; None: it is not. Nothing is noted: only
+        for who calls `enter_asked` before anything else, or takes in its whole answer outside of the connection."""
+        requests = self._requests
+        if requests is None or self._buffer or not self._both_open:
+            return None
+        start, count = pages.start, pages.count
+        return lone_fetch(request_id, start, count, 0) if requests.may_open(request_id, start, count) else None
+
+    def enter_asked(self, fetch: Fetch) -> None:
+        """What `maybe_ask` gave was sent: note it."""
+        assert self._requests is not None, "it was legal"
+        self._requests.open_lone(fetch)
 
     def lone_answer(self, data: bytes) -> tuple[int, int, int, bytes | None] | None:
         """Id, first page, count and bytes (None: zeros) if `data` is the whole answer of an open FETCH of one range, in

@@ -93,10 +93,7 @@ class ConnectionStates:
 
     def __init__(self) -> None:
         self._state = {Role.CLIENT: State.IDLE, Role.SERVER: State.IDLE}
-
-    @property
-    def both_open(self) -> bool:
-        return self._state[Role.CLIENT] is State.OPEN and self._state[Role.SERVER] is State.OPEN
+        self.both_open = False
 
     def __getitem__(self, role: Role) -> State:
         return self._state[role]
@@ -114,7 +111,12 @@ class ConnectionStates:
         if move in _CAUSES_REACTION:
             peer = sender.peer
             self._state[peer] = REACTIONS[peer].get((self._state[peer], move), self._state[peer])
+        self._note()
 
     def close(self, role: Role) -> None:
         """`role` ended its direction of the stream, or broke the protocol."""
         self._state[role] = State.CLOSED
+        self._note()
+
+    def _note(self) -> None:
+        self.both_open = self._state[Role.CLIENT] is State.OPEN and self._state[Role.SERVER] is State.OPEN

@@ -90,6 +90,7 @@ class Serving:
         self._threads = trio.CapacityLimiter(limits.max_clients)
         self._disks = ThreadPoolExecutor(limits.max_threads, "lazymem-disk")
         self._bulk_turns = threading.Lock()
+        self._linger_turn = threading.Lock()
         self._sessions: dict[Session, str] = {}
         self._farewells = 0
         self._few = FewLines()
@@ -211,6 +212,7 @@ class Serving:
             maybe_learning=self._maybe_learning,
             read=admitted.read,
             begun=admitted.begun,
+            maybe_linger_turn=self._linger_turn,
         )
 
     def _pace(self, host: str) -> Pace:

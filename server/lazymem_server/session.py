@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -54,6 +55,7 @@ from lazymem_server.greeting import find_published, welcome_to
 from lazymem_server.jobs import Answer, Job, JobQueue, failure, make_job
 from lazymem_server.learning import Learning, Upload
 from lazymem_server.limits import ServerLimits
+from lazymem_server.linger import Linger
 from lazymem_server.outlet import Outlet
 from lazymem_server.output import Lane, Piece
 from lazymem_server.pace import Pace
@@ -95,6 +97,7 @@ class Session:
         maybe_learning: Learning | None = None,
         read: Callable[[int, int], bytes] = os.read,
         begun: bytes = b"",
+        maybe_linger_turn: threading.Lock | None = None,
     ) -> None:
         """Args:
         fd: a connected stream socket, not blocking; whoever made it closes it.
@@ -103,6 +106,7 @@ class Session:
         writev, read: as those of `os`; other ones for TLS, and for tests.
         maybe_learning: where working sets that clients send go.
         begun: what was read before.
+        maybe_linger_turn: as `Linger` takes it; all sessions share it.
         """
         self.counters = Counters()
         self._fd = fd
@@ -125,8 +129,10 @@ class Session:
         self._cancelled: set[int] = set()
         self._demanded: dict[int, None] = {}
         self._reader: SnapshotReader | None = None
+        self._linger = Linger(maybe_linger_turn or threading.Lock())
         self._lone_pages = limits.demand_frame_pages
         self._buffer = memoryview(bytearray(self._lone_pages * PAGE_SIZE))
+        self._one_page = self._buffer[:PAGE_SIZE]
         self._heard = False
         self._unhandled = False  # messages may stand in the connection's buffer
         now = time.monotonic()
@@ -204,8 +210,9 @@ class Session:
         Returns when a request takes the common way (it is then in the connection's buffer, or handled), when something
         else is to be looked at, and when nothing comes for as long as the clock may go unseen.
         """
-        wait, read, fd, asked = self._poll.poll, self._read_socket, self._fd, [(self._fd, select.POLLIN)]
-        while wait(LONE_PATIENCE_MS) == asked:
+        linger, poll, read, fd = self._linger, self._poll.poll, self._read_socket, self._fd
+        asked = [(fd, select.POLLIN)]
+        while linger.poll(poll, LONE_PATIENCE_MS) == asked:
             try:
                 data = read(fd, RECEIVE_BYTES)
             except BlockingIOError:
@@ -334,7 +341,7 @@ class Session:
             return False
         reader = self._reader
         assert reader is not None
-        buffer = self._buffer[: count * PAGE_SIZE]
+        buffer = self._one_page if count == 1 else self._buffer[: count * PAGE_SIZE]
         held = reader.read_into_nowait(start, count, buffer)
         if held is None:
             return False

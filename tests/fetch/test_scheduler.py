@@ -47,7 +47,7 @@ def assert_empty(scheduler: Scheduler) -> None:
     assert statistics.unkept_pages == statistics.queued_demands == 0
     assert not scheduler._flights
     assert not len(scheduler._table)
-    assert scheduler._demand_flights == 0
+    assert scheduler._demands.flights == 0
     assert statistics.link is None or statistics.link.open_requests == 0
 
 
@@ -106,7 +106,7 @@ async def test_an_answer_in_several_frames_took_as_long_as_it_took(
     scheduler = Scheduler(await network.connect(), sink, nursery)
     answers: list[object] = []
     pages = PageRange(3, 20)
-    assert scheduler.start(pages, answers.append)
+    assert scheduler.start(pages, answers.append, lambda: answers.append)
     await settle()
     time.sleep(0.05)  # noqa: ASYNC251 (the clock that counts waiting is not trio's)
     for frame in peer.pages(peer.fetches[0].id, (pages,), frame_pages=8):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,52 +12,20 @@ import trio
 from lazymem_server.app import Serving, serve
 
 from lazymem.errors import ServerRefusedError
-from lazymem.fetch.client import Client, connect
-from lazymem.fetch.prefetch import prepager
-from lazymem.fetch.scheduler import Scheduler
+from lazymem.fetch.client import connect
 from lazymem.pages import PAGE_SIZE, PageRange
-from lazymem.settings import LinkSettings, parse_server
-from lazymem.store.cachefolder import open_cache
+from lazymem.settings import parse_server
 from lazymem.store.guestram import GuestRam
-from lazymem.store.pristine import PristinePages
-from lazymem.store.statefolder import open_private_state
 from lazymem.wire.messages import PublishedFile
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
-from tests.support.stores import origin_of
+from tests.support.stacks import stack
 
 PAGES = 1000
-FAST = LinkSettings(backoff_base_seconds=0.01, backoff_cap_seconds=0.05)
 
 
 @pytest.fixture(params=[True, False], ids=["hashed", "unhashed"])
 def snapshot(request: pytest.FixtureRequest, tmp_path: Path) -> BuiltSnapshot:
     return make_snapshot(tmp_path / "snapshot", PAGES, hashed=request.param)
-
-
-class Stack:
-    def __init__(self, client: Client, scheduler: Scheduler, ram: GuestRam, pristine: PristinePages) -> None:
-        self.client = client
-        self.scheduler = scheduler
-        self.ram = ram
-        self.pristine = pristine
-
-
-@asynccontextmanager
-async def stack(snapshot: BuiltSnapshot, address: str, cache: Path, prefetch: bool) -> AsyncIterator[Stack]:
-    async with trio.open_nursery() as nursery:
-        client = await connect(nursery, parse_server(address), FAST)
-        upper = await client.fetch_upper() if client.welcome.hashed else b""
-        assert upper == (snapshot.upper if snapshot.manifest else b"")
-        origin = origin_of(snapshot)
-        folder, state = open_cache(cache, origin), open_private_state(cache, origin)
-        pristine = PristinePages(origin, folder, upper, state.written)
-        guesses = prepager(pristine.next_missing, PAGES) if prefetch else None
-        scheduler = Scheduler(client, pristine, nursery, prefetcher=guesses)
-        ram = GuestRam(pristine, state, scheduler)
-        yield Stack(client, scheduler, ram, pristine)
-        await scheduler.wait_kept()
-        nursery.cancel_scope.cancel()
-    await ram.close()
 
 
 async def compare(ram: GuestRam, snapshot: BuiltSnapshot, seed: int, reads: int) -> None:

@@ -35,16 +35,22 @@ class SteppedDemand:
         self.asked: list[PageRange] = []
         self.waiting = 0
 
-    def start(self, pages: PageRange, done: Callable[[list[PageRun] | LazymemError], None]) -> bool:
+    def start(
+        self,
+        pages: PageRange,
+        here: Callable[[bytes | memoryview], None],
+        entered: Callable[[], Callable[[list[PageRun] | LazymemError], None]],
+    ) -> bool:
         if self._nursery is None:
             return False
+        answered = entered()
 
         async def bring() -> None:
             try:
                 answer: list[PageRun] | LazymemError = await self.demand(pages)
             except LazymemError as error:
                 answer = error
-            done(answer)
+            answered(answer)
 
         self._nursery.start_soon(bring)
         return True

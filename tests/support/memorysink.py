@@ -25,6 +25,12 @@ class MemorySink:
     def missing_leaves(self, pages: PageRange) -> bool:
         return self.leaves_wanted
 
+    def maybe_digests(self, pages: PageRange) -> bytes | None:
+        return None
+
+    def given(self, pages: PageRange) -> None:
+        pass
+
     def next_missing(self, start: int, limit: int) -> PageRange | None:
         total = len(self.ram) >> PAGE_SHIFT
         first = next((page for page in range(start, total) if page not in self.held), None)

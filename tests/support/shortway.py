@@ -15,10 +15,10 @@ async def read_as_channel(
 ) -> bytes:
     """As `GuestRam.read`. `at_answer` is called in the moment in which the kernel would get the answer: no task has run
     between the last look at the bytes and it."""
-    answers: list[bytes | LazymemError | None] = []
+    answers: list[bytes | memoryview | LazymemError | None] = []
     arrived = trio.Event()
 
-    def done(answer: bytes | LazymemError | None) -> None:
+    def done(answer: bytes | memoryview | LazymemError | None) -> None:
         assert not answers, "one answer a read"
         answers.append(answer)
         at_answer()
@@ -35,7 +35,7 @@ async def read_as_channel(
         if isinstance(answers[0], LazymemError):
             raise answers[0]
         if answers[0] is not None:
-            return answers[0]
+            return bytes(answers[0])
     data = await ram.read(offset, length)
     at_answer()
     return data
