@@ -9,11 +9,11 @@ from contextlib import ExitStack
 
 import trio
 from lazymem_server.allowed import ANY, parse_allowed
-from lazymem_server.app import Serving
 from lazymem_server.catalog import Catalog
 from lazymem_server.gate import Gate, plaintext_refusal
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import Listeners
+from lazymem_server.serving import Serving
 
 from lazymem.errors import LazymemError, RemoteProtocolError
 from lazymem.handover import messages

@@ -23,8 +23,8 @@ from typing import TypeVar
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
 from lazymem_server.limits import ServerLimits
+from lazymem_server.serving import Serving, serve
 
 from lazymem.errors import LazymemError, StoreError
 from lazymem.fetch.client import connect

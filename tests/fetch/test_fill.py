@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
+from lazymem_server.serving import Serving, serve
 
 from lazymem.fetch.client import Client, connect
 from lazymem.fetch.fill import Fill

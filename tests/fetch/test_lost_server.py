@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from lazymem_server.app import Serving, serve
+from lazymem_server.serving import Serving, serve
 from msgspec import structs
 
 from lazymem.cli.fillwatch import tell_link

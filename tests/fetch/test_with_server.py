@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
+from lazymem_server.serving import Serving, serve
 
 from lazymem.errors import ServerRefusedError
 from lazymem.fetch.client import connect

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
 from lazymem_server.limits import ServerLimits
+from lazymem_server.serving import Serving, serve
 
 from lazymem.pages import PageRange
 from lazymem.wire import limits as wire_limits

@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
 from lazymem_server.limits import ServerLimits
+from lazymem_server.serving import Serving, serve
 
 from lazymem.pages import PageRange
 from lazymem.wire.codec import encode

@@ -16,9 +16,9 @@ from functools import partial
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
 from lazymem_server.jobs import FetchJob
 from lazymem_server.limits import ServerLimits
+from lazymem_server.serving import Serving, serve
 
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot.reader import SnapshotReader, VouchedRun

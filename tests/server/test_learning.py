@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
 from lazymem_server.learning import Learning
+from lazymem_server.serving import Serving, serve
 
 from lazymem.errors import UsageError
 from lazymem.pages import PageRange

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import tune
 from lazymem_server.output import Lane, Output
+from lazymem_server.serving import Serving, serve
 
 from lazymem.pages import PageRange
 from lazymem.snapshot.reader import SnapshotReader, VouchedRun

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
+from lazymem_server.serving import Serving, serve
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES
 from lazymem.pages import PAGE_SIZE, PageRange

@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 import trio
-from lazymem_server.app import Serving, open_gate, serve
 from lazymem_server.limits import ServerLimits
+from lazymem_server.serving import Serving, open_gate, serve
 
 from lazymem.errors import LazymemError, ServerRefusedError, TlsError
 from lazymem.fetch.client import connect

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import trio
-from lazymem_server.app import serve
+from lazymem_server.serving import serve
 
 from lazymem.cli.fillprocess import FillOrder, FillProcess
 from lazymem.cli.mountfill import fill

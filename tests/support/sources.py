@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 
 import trio
-from lazymem_server.app import serve
+from lazymem_server.serving import serve
 
 from lazymem.fetch.client import connect
 from lazymem.settings import ServerAddress, parse_endpoint
