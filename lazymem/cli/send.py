@@ -242,7 +242,7 @@ async def _watch_signals(signals: AsyncIterator[int], sender: Sender, scope: tri
 
 
 async def _reclaim(sender: Sender) -> None:
-    done, text = await sender.reclaim(_BACK_SECONDS)
+    done, text = await sender.reclaiming.reclaim(_BACK_SECONDS)
     say(text)
     if not done:
         raise BusyError("the guest is not taken back")

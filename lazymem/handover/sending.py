@@ -7,47 +7,34 @@ queue.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import trio
-from blake3 import blake3
 from msgspec import to_builtins
 
-from lazymem.errors import IdentityError, LazymemError, MonitorError, StoreError
-from lazymem.handover import messages, requests
+from lazymem.errors import LazymemError, MonitorError, StoreError
+from lazymem.handover import messages
 from lazymem.handover.channel import Channel
 from lazymem.handover.departure import Leaving, Outcome, PageServer
 from lazymem.handover.devicestate import StateSending
 from lazymem.handover.journal import Journal, read
 from lazymem.handover.leaving import LeavingGuest
+from lazymem.handover.leavingram import LeavingRam
+from lazymem.handover.offers import Offers
 from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
+from lazymem.handover.reclaiming import Reclaiming
 from lazymem.handover.states import SAID, Effect, Event, Source, source
-from lazymem.snapshot.liveram import LiveRam, Served
+from lazymem.snapshot.liveram import Served
 
 _LINGER_SECONDS = 3.0
 """For the last word to be taken; a receiver that misses it asks again, and finds nobody: it needs nothing more."""
 
-_ANSWERS_SECONDS = 5.0
-"""For a destination to answer before the guest may be taken back by hand."""
-
-_MAX_OFFERS = 200
-"""Receivers that came and left before anything was begun; each costs two descriptors until this process ends."""
-
 _QUEUE = 256
 """Events that wait: a receiver that says more at once is not read from."""
-
-_NO_RECLAIM = {
-    Source.OURS: "the guest is here: nothing was given away",
-    Source.MOVING: "the guest is here, and on its way: end lazymem send, and it goes on",
-    Source.GONE: "the destination has said that the guest runs there, so it is not taken back. The emulator here "
-    "stands as it was at the hand-over: its monitor's cont goes on from there, once you know that the other is dead",
-    Source.RELEASED: "the destination has all of the guest, and the emulator here was ended",
-}
 
 Say = Callable[[str], None]
 
@@ -70,35 +57,37 @@ class Sender:
         self._journal = journal
         self._guest = guest
         self._leaving = leaving
-        self._pages = pages
+        self._ram = LeavingRam(pages)
         self._say = say
         found = journal.found if maybe_look is not None else None
         self._maybe_look = maybe_look
         self._restarted = found is not None
         self._side = source(Source(found.state) if found is not None else Source.OURS)
-        self.handover = found.handover if found is not None else ""
-        self._void = set[str]()
-        self._offering = found is None
-        """Not before what was begun is undone, and once only: whatever comes of it is this process's end."""
+        self._offers = Offers()
+        # Not before what was begun is undone, and once only: whatever comes of it is this process's end.
+        self._offers.are_open = found is None
         if found is not None and self.state is Source.OURS:
-            self._void.add(self.handover)
-            self.handover = ""
+            self._offers.set_void(found.handover)
+        elif found is not None:
+            self._offers.handover = found.handover
         self._acting = False
-        self._stands: str | None = None
+        self.stands: str | None = None
         self._recording = trio.Lock()
-        self._answering = trio.Lock()
-        self._told = False
-        self._ram: LiveRam | None = None
-        self._offers = 0
         self._device_state = StateSending()
         self._reason = ""
         self._report: dict[str, Any] = {}
         self._put, self._events = trio.open_memory_channel[tuple[Event, Channel | None, object]](_QUEUE)
         self.receivers = Receivers(self, self._put_event)
+        self.reclaiming = Reclaiming(self, journal.folder)
 
     @property
     def state(self) -> Source:
         return self._side.state
+
+    @property
+    def handover(self) -> str:
+        """As `receivers.Door`."""
+        return self._offers.handover
 
     @property
     def state_bytes(self) -> int:
@@ -115,18 +104,18 @@ class Sender:
         """
         async with trio.open_nursery() as self._nursery:
             over = await self._resume() if self._restarted else False
-            self._nursery.start_soon(self._watch_requests)
+            self._nursery.start_soon(self.reclaiming.watch)
             while not over:
                 over = await self._take(*await self._events.receive())
             await self._linger()
-            async with self._answering:  # whoever asked for this very end is told of it
-                self._nursery.cancel_scope.cancel()
-        return Outcome(self.state, self._reason, self._report, self._stands)
+            await self.reclaiming.answered()  # it may be this very end that was asked for
+            self._nursery.cancel_scope.cancel()
+        return Outcome(self.state, self._reason, self._report, self.stands)
 
     async def _linger(self) -> None:
         """Let the last word be heard: by a receiver that goes then, or comes back for it."""
         with trio.move_on_after(_LINGER_SECONDS):
-            await until(lambda: self.receivers.peer is None and (self._told or not self._void))
+            await until(lambda: self.receivers.peer is None and (self._offers.was_told or not self._offers.has_void))
 
     def close(self) -> None:
         self.receivers.close()
@@ -148,27 +137,18 @@ class Sender:
         if self.state is Source.OURS:
             assert self._maybe_look is not None
             self._leaving = await trio.to_thread.run_sync(self._maybe_look)
-            self._offering = True
+            self._offers.are_open = True
         return self.state is Source.RELEASED
 
     # ---- the door
 
     def admit(self, hello: messages.Hello, *, occupied: bool) -> messages.Message | None:
         """As `receivers.Door`."""
-        if hello.version != messages.VERSION:
-            return messages.No(f"this sender speaks version {messages.VERSION}, the receiver {hello.version}")
-        if hello.handover in self._void:
-            self._told = True
-            return messages.Void("the guest goes on at the source")
-        if hello.handover:
-            known = hello.handover == self.handover
-            return None if known else messages.No("this sender knows nothing of that hand-over", unknown=True)
-        if occupied or self.state is not Source.OURS or not self._offering:
-            return messages.No("another receiver is taking this guest")
-        if self._offers >= _MAX_OFFERS:
-            return messages.No("too many receivers came and left: start lazymem send again")
-        self._offers += 1
-        self.handover = secrets.token_hex(messages.ID_BYTES)
+        is_free = not occupied and self.state is Source.OURS
+        refusal = self._offers.maybe_refusal(hello, is_free=is_free)
+        if refusal is not None or hello.handover:
+            return refusal
+        self._offers.begin()
         try:
             self._open_ram()
         except LazymemError as error:
@@ -196,8 +176,7 @@ class Sender:
         )
 
     def _open_ram(self) -> None:
-        self._ram = LiveRam(Path(self._leaving.ram_path), blake3(bytes.fromhex(self.handover)).digest(32))
-        self._pages.publish(self.handover, self._ram)
+        self._ram.publish(Path(self._leaving.ram_path), self.handover)
 
     # ---- events
 
@@ -255,31 +234,11 @@ class Sender:
 
     # ---- taken back by hand
 
-    async def _watch_requests(self) -> None:
-        while True:
-            await trio.sleep(requests.LOOK_SECONDS)
-            async with self._answering:
-                if requests.maybe_asked(self._journal.folder) == "reclaim":
-                    done, text = await self.reclaim(0.0)
-                    requests.answer(self._journal.folder, done=done, text=text)
-
-    async def reclaim(self, seconds: float) -> tuple[bool, str]:
-        """Take the guest back, unless the destination answers, or comes back within so long; whether, and a word."""
-        with trio.move_on_after(seconds):
-            await until(lambda: self.receivers.peer is not None or self.state is not Source.GIVEN)
-        answers = False
-        with trio.move_on_after(_ANSWERS_SECONDS):
-            answers = self.state is Source.GIVEN and await self.receivers.answers()
-        if self.state is not Source.GIVEN:
-            return False, _NO_RECLAIM[self.state]
-        if answers:
-            return False, "the destination answers, and decides by itself: nothing is taken back from it"
+    async def take_back(self) -> None:
+        """As `reclaiming.Reclaimable`."""
         self._reason = "taken back by hand"
         await self._put_event(Event.RECLAIM, None, None)
         await until(lambda: self.state is not Source.GIVEN and not self._acting)
-        if Source(self.state) is not Source.OURS:
-            return False, _NO_RECLAIM[self.state]
-        return self._stands is None, self._stands or "the guest goes on here"
 
     # ---- effects
 
@@ -321,17 +280,17 @@ class Sender:
 
     async def _act(self, effect: Effect) -> None:
         if effect is Effect.MIGRATE:
-            self._offering = False
+            self._offers.are_open = False
             self._device_state.begin()
             self._nursery.start_soon(self._migrate)
         elif effect is Effect.SERVE:
-            self._serve_again()
+            self._ram.serve_again(self._leaving.ram_path, self._leaving.signature)
         elif effect is Effect.RUN:
             await self._let_go_on()
         elif effect is Effect.QUIT:
             await self._end_emulator()
         else:
-            self._serve(Served.ALL if effect is Effect.SERVE_ALL else Served.NOTHING)
+            self._ram.serve(Served.ALL if effect is Effect.SERVE_ALL else Served.NOTHING)
 
     async def _speak(self, effect: Effect) -> None:
         message: messages.Message = messages.Done()
@@ -339,25 +298,13 @@ class Sender:
             message = messages.Given(self._leaving.stopped if self._leaving.was_running else 0.0)
         elif effect is Effect.SAY_VOID:
             message = messages.Void(messages.short(self._reason))
-            self._told |= self.receivers.peer is not None
+            self._offers.was_told |= self.receivers.peer is not None
         await self.receivers.say(message)
 
     async def _record(self, state: Source) -> None:
         async with self._recording:  # an offer's, too
             details = to_builtins(self._leaving)
             await trio.to_thread.run_sync(self._journal.write, self.handover, state.value, details)
-
-    def _serve(self, how_much: Served) -> None:
-        if self._ram is not None:
-            self._ram.serve(how_much)
-            self._pages.look_again()
-
-    def _serve_again(self) -> None:
-        assert self._ram is not None
-        if not self._ram.is_as(self._leaving.signature):
-            raise IdentityError(f"{self._leaving.ram_path} was changed since its guest was given away: not served")
-        self._ram.freeze()
-        self._serve(Served.ALL)
 
     async def _migrate(self) -> None:
         event: tuple[Event, object]
@@ -377,11 +324,9 @@ class Sender:
 
         def stopped(seconds: float) -> None:
             # In the emulator's thread: a device's load may want pages before this loop has heard of the stop.
-            assert self._ram is not None
             self._leaving.stopped = seconds
             self._leaving.signature = self._ram.freeze()
-            self._ram.serve(Served.DEMANDS)
-            token.run_sync_soon(self._pages.look_again)
+            token.run_sync_soon(self._ram.look_again)
 
         self._say("the guest's device state is on its way; the guest runs on until the end of that")
         return await self._device_state.send(self._guest, stream, stopped)
@@ -389,16 +334,15 @@ class Sender:
     async def _let_go_on(self) -> None:
         guest = self._guest
         self._device_state.cut()
-        if self.handover:
-            self._void.add(self.handover)
+        self._offers.set_void(self.handover)
         await self._device_state.wait_over()
         if guest is None:
-            self._stands = "the guest's emulator is gone: nothing goes on here"
+            self.stands = "the guest's emulator is gone: nothing goes on here"
             return
         try:
             await trio.to_thread.run_sync(lambda: guest.go_on(run=self._leaving.was_running))
         except MonitorError as error:
-            self._stands = f"the guest cannot go on here: {error}"
+            self.stands = f"the guest cannot go on here: {error}"
 
     async def _end_emulator(self) -> None:
         if self._guest is not None:

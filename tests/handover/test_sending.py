@@ -76,7 +76,7 @@ async def test_after_a_hand_over_that_came_to_nothing_the_next_is_offered(tmp_pa
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run)
-            await until(lambda: found._offering)
+            await until(lambda: found._offers.are_open)
             assert guest.went_on == 1
             assert isinstance(found.admit(hello(OLD), occupied=False), messages.Void)
             assert found.admit(hello(), occupied=False) is None
@@ -104,7 +104,7 @@ async def test_a_guest_that_does_not_go_on_is_not_said_to(tmp_path: Path, leavin
         found = sender(journal, Guest(MonitorError("gone")), leaving, lambda: leaving)
         await found._take(Event.RECLAIM, None, None)
         assert found.state is Source.OURS
-        assert found._stands == "the guest cannot go on here: gone"
+        assert found.stands == "the guest cannot go on here: gone"
         record = read(tmp_path / "j")
         assert record is not None
         assert (record.handover, record.state) == (OLD, "ours")
@@ -167,7 +167,7 @@ async def test_a_guest_that_cannot_be_given_on_the_disk_goes_on_here(
         journal.refuse("given", 1, kept=kept)
         guest = Guest()
         found = sender(journal, guest, leaving)
-        found.handover = OLD
+        found._offers.handover = OLD
         found._side.state = Source.MOVING
         found._device_state.sent_bytes = 7
         assert await found._take(Event.RECEIVED, None, messages.Received(7))
@@ -202,7 +202,7 @@ async def test_whoever_asks_for_the_guest_is_told_before_the_end(tmp_path: Path,
     with Journal(tmp_path / "j", "source") as journal:
         found = sender(journal, Guest(), leaving)
         found._side.state = Source.GIVEN
-        found.handover = OLD
+        found._offers.handover = OLD
         answers: list[requests.Answer] = []
 
         async def ask() -> None:
