@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from msgspec import Struct, field
+from msgspec import Struct, convert, field
 
+from lazymem.handover.journal import Record
 from lazymem.handover.states import Source
 from lazymem.snapshot.liveram import LiveRam
 
@@ -22,7 +23,7 @@ class PageServer(Protocol):
 
 class Leaving(Struct):
     """What stands in a source's journal. `stopped`: when the guest stood, by its emulator's clock. `over`: nothing is
-    left to do."""
+    left to do. `void`: as `offers.Offers.void`."""
 
     address: str
     monitor: str
@@ -36,6 +37,14 @@ class Leaving(Struct):
     stopped: float = 0.0
     state_bytes: int = 0
     over: bool = False
+    void: list[str] = field(default_factory=list)
+
+
+def void_of(found: Record) -> list[str]:
+    """The hand-overs of which a source's journal tells that they came to nothing, that of the record among them."""
+    known = convert(found.details.get("void", []), list[str])
+    is_void = found.state == Source.OURS.value and found.handover != ""
+    return [*known, found.handover] if is_void else known
 
 
 class Outcome(Struct, frozen=True):

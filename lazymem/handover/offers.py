@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 
 from lazymem.handover import messages
 
@@ -10,33 +11,45 @@ _MAX_OFFERS = 200
 """Receivers that came and left before anything was begun; each costs two descriptors until this process ends."""
 
 
+_MAX_VOID = 64
+"""Ids that are remembered, 36 bytes each in a journal's slot. A hand-over that came to nothing adds one, so whoever
+held the oldest has been away for 64 of them; he is told that nothing is known of his, and takes nothing for that."""
+
+
 class Offers:
     """One process's. `handover`: the id of the latest; empty before there is one. `are_open`: another may be begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, void: Iterable[str] = ()) -> None:
+        """`void`: as of `void`, in earlier processes."""
         self.handover = ""
         self.are_open = False
-        self.was_told = False
-        """Somebody came back for one that is void, or heard so."""
-        self._void = set[str]()
+        self.is_untold = False
+        """A hand-over is void, and its receiver has not heard so from this process."""
+        self._void = dict.fromkeys(void)
+        self._replaced = set[str]()
+        """Of receivers that left before anything was begun: nothing of a guest can be there. Not in the journal."""
         self._count = 0
 
     @property
-    def has_void(self) -> bool:
-        return bool(self._void)
+    def void(self) -> list[str]:
+        """For the journal, the latest last. Whoever has the state of one of these must not run it, whatever becomes of
+        the processes here: the guest went on at its source."""
+        return list(self._void)[-_MAX_VOID:]
 
     def set_void(self, handover: str) -> None:
         """It will never be taken up again; whoever comes back for it is told so."""
         if handover:
-            self._void.add(handover)
+            self._void.pop(handover, None)
+            self._void[handover] = None
+            self.is_untold = True
 
     def maybe_refusal(self, hello: messages.Hello, *, is_free: bool) -> messages.Message | None:
         """None: it may come in, for the hand-over that it names, or for a new one. `is_free`: the guest is here, and
         nobody else is in."""
         if hello.version != messages.VERSION:
             return messages.No(f"this sender speaks version {messages.VERSION}, the receiver {hello.version}")
-        if hello.handover in self._void:
-            self.was_told = True
+        if hello.handover in self._void or hello.handover in self._replaced:
+            self.is_untold = False
             return messages.Void("the guest goes on at the source")
         if hello.handover:
             known = hello.handover == self.handover
@@ -50,4 +63,6 @@ class Offers:
     def begin(self) -> None:
         """A new one."""
         self._count += 1
+        if self.handover:
+            self._replaced.add(self.handover)
         self.handover = secrets.token_hex(messages.ID_BYTES)

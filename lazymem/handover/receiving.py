@@ -251,13 +251,23 @@ class Receiver:
 
     async def take(self) -> tuple[bool, str]:
         """Let the guest run here by hand; whether, and a word."""
+        # What was heard of the source may be older than what the user knows.
+        tried = self._link.tries_begun + 1
+        with trio.move_on_after(_ANSWER_SECONDS):
+            await until(lambda: self._link.connected or self._link.tries_ended >= tried)
         if self._link.connected:
             return False, "the source answers, and decides by itself"
+        if self._link.objection and self.state is Destination.LOADED:
+            return False, (
+                f"at {self._link.endpoint} somebody answers ({self._link.objection}), so the guest may run there: it "
+                "is taken only while nobody does"
+            )
         if self.state is not Destination.LOADED:
             return False, f"the guest cannot be taken: it is {self.state.value!r} here"
         await self._put.send((Event.TAKE, None))
         await until(lambda: self.state is not Destination.LOADED)
-        return self.state in _RUNNING, f"the guest is {self.state.value!r} here"
+        warning = "; its source knew nothing of this hand-over: see that it does not run there, too"
+        return self.state in _RUNNING, f"the guest is {self.state.value!r} here{warning if self._link.let_go else ''}"
 
     # ---- events and effects
 

@@ -18,7 +18,7 @@ from msgspec import to_builtins
 from lazymem.errors import LazymemError, MonitorError, StoreError
 from lazymem.handover import messages
 from lazymem.handover.channel import Channel
-from lazymem.handover.departure import Leaving, Outcome, PageServer
+from lazymem.handover.departure import Leaving, Outcome, PageServer, void_of
 from lazymem.handover.devicestate import StateSending
 from lazymem.handover.journal import Journal, read
 from lazymem.handover.leaving import LeavingGuest
@@ -63,7 +63,7 @@ class Sender:
         self._maybe_look = maybe_look
         self._restarted = found is not None
         self._side = source(Source(found.state) if found is not None else Source.OURS)
-        self._offers = Offers()
+        self._offers = Offers(() if journal.found is None else void_of(journal.found))
         # Not before what was begun is undone, and once only: whatever comes of it is this process's end.
         self._offers.are_open = found is None
         if found is not None and self.state is Source.OURS:
@@ -115,7 +115,7 @@ class Sender:
     async def _linger(self) -> None:
         """Let the last word be heard: by a receiver that goes then, or comes back for it."""
         with trio.move_on_after(_LINGER_SECONDS):
-            await until(lambda: self.receivers.peer is None and (self._offers.was_told or not self._offers.has_void))
+            await until(lambda: self.receivers.peer is None and (not self._offers.is_untold))
 
     def close(self) -> None:
         self.receivers.close()
@@ -298,11 +298,12 @@ class Sender:
             message = messages.Given(self._leaving.stopped if self._leaving.was_running else 0.0)
         elif effect is Effect.SAY_VOID:
             message = messages.Void(messages.short(self._reason))
-            self._offers.was_told |= self.receivers.peer is not None
+            self._offers.is_untold &= self.receivers.peer is None
         await self.receivers.say(message)
 
     async def _record(self, state: Source) -> None:
         async with self._recording:  # an offer's, too
+            self._leaving.void = self._offers.void
             details = to_builtins(self._leaving)
             await trio.to_thread.run_sync(self._journal.write, self.handover, state.value, details)
 

@@ -41,6 +41,11 @@ class SourceLink:
         self.clock_ahead_seconds = 0.0
         self.let_go = False
         """The source has said its last word: it has let go, or keeps the guest, or knows nothing of this."""
+        self.objection = ""
+        """What whoever answers at that address said last instead of taking us for its receiver; empty: nobody answers,
+        or all is well."""
+        self.tries_begun = self.tries_ended = 0
+        """To connect again."""
         self._say = say
         self._tls = tls
         self._is_done = False
@@ -130,10 +135,23 @@ class SourceLink:
                 await on_event(Event.LOST, None)
             await trio.sleep(pause)
             pause = min(2 * pause, longest)
-            with suppress(ServerUnreachableError, RemoteProtocolError, TlsError, UsageError):
-                await self._again(on_event)
+            await self._try_again(on_event)
 
-    async def _again(self, on_event: OnEvent) -> None:
+    async def _try_again(self, on_event: OnEvent) -> None:
+        self.tries_begun += 1
+        try:
+            objection = await self._again(on_event)
+        except ServerUnreachableError:
+            objection = ""
+        except (RemoteProtocolError, TlsError, UsageError) as error:
+            objection = str(error)
+        self.tries_ended += 1
+        if objection and objection != self.objection:  # once, however often it is tried
+            self._say(objection if str(self.endpoint) in objection else f"{self.endpoint}: {objection}")
+        self.objection = objection
+
+    async def _again(self, on_event: OnEvent) -> str:
+        """What speaks against us, or empty."""
         channel = await self._connect()
         answer = None
         try:
@@ -147,10 +165,12 @@ class SourceLink:
         elif isinstance(answer, messages.Void):
             self.let_go = True
             await on_event(Event.VOID, answer)
-        elif isinstance(answer, messages.No) and answer.unknown and not self.let_go:
-            self.let_go = True
-            self._say(f"{self.endpoint}: {answer.text}")
-            await on_event(Event.LOST, None)
+        elif isinstance(answer, messages.No):
+            if answer.unknown and not self.let_go:
+                self.let_go = True
+                await on_event(Event.LOST, None)
+            return answer.text
+        return ""
 
     async def _listen(self, channel: Channel, on_event: OnEvent) -> None:
         async with trio.open_nursery() as nursery:

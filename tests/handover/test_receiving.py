@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import trio
 
 from lazymem.errors import MonitorError
 from lazymem.handover import messages, receiving
@@ -25,9 +26,18 @@ class Link:
     """A source that hears everything, or (`away`) is never there again."""
 
     handover = ID
+    endpoint = "h:1"
     clock_ahead_seconds = 0.0
     let_go = False
     connected = True
+    objection = ""
+    tries_begun = 0
+
+    @property
+    def tries_ended(self) -> int:
+        """Each look is a try."""
+        self.tries_begun += 1
+        return self.tries_begun
 
     def __init__(self) -> None:
         self.said: list[messages.Message] = []
@@ -123,6 +133,37 @@ async def test_a_guest_that_stood_is_left_standing(tmp_path: Path) -> None:
         assert found.state is Destination.MINE
         assert link.said == [messages.Mine(None)]
         assert not found._arriving.ran
+
+
+@pytest.mark.parametrize(
+    ("connected", "objection", "let_go", "taken", "text"),
+    [
+        (True, "", False, False, "decides by itself"),
+        (False, "this sender knows nothing of that hand-over", True, False, "h:1 somebody answers (this sender knows"),
+        (False, "its certificate has expired", False, False, "may run there"),
+        (False, "", False, True, "'mine' here"),
+        (False, "", True, True, "see that it does not run there, too"),
+    ],
+)
+async def test_a_guest_is_taken_by_hand_only_while_nobody_answers(
+    tmp_path: Path, *, connected: bool, objection: str, let_go: bool, taken: bool, text: str
+) -> None:
+    """A sender that lives and does not know, or not believe, us may have let its guest go on."""
+    guest = Guest()
+    with receiver(tmp_path, guest) as (found, link, _):
+        await found._step(Event.LOADED)
+        link.connected, link.objection, link.let_go = connected, objection, let_go
+
+        async def decide() -> None:
+            event, _ = await found._events.receive()
+            await found._step(event)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(decide)
+            done, told = await found.take()
+            assert (done, guest.ran) == (taken, taken)
+            assert text in told
+            nursery.cancel_scope.cancel()
 
 
 async def test_no_downtime_is_told_by_a_process_that_does_not_know_it(tmp_path: Path) -> None:

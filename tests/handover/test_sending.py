@@ -15,6 +15,7 @@ from lazymem.errors import BusyError, MonitorError, StoreError
 from lazymem.handover import messages, requests
 from lazymem.handover.departure import Leaving, Outcome
 from lazymem.handover.journal import Journal, Record, read
+from lazymem.handover.offers import Offers
 from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
 from lazymem.handover.sending import Sender
@@ -85,6 +86,45 @@ async def test_after_a_hand_over_that_came_to_nothing_the_next_is_offered(tmp_pa
             assert offer.handover != OLD
             assert found.interrupt()
     assert [(outcome.state, outcome.stands) for outcome in outcomes] == [(Source.OURS, None)]
+
+
+async def test_what_came_to_nothing_is_void_for_every_later_process(tmp_path: Path, leaving: Leaving) -> None:
+    """Whoever has its state may come back after several others: that the source goes on is not forgotten."""
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "ours", to_builtins(leaving))
+    made = [OLD]
+    for _ in range(3):
+        with Journal(tmp_path / "j", "source") as journal:
+            found = sender(journal, Guest(), leaving, lambda: leaving)
+            await found._step(Event.RESTARTED)
+            found._offers.are_open = True
+            for handover in made:
+                assert isinstance(found.admit(hello(handover), occupied=False), messages.Void), handover
+            assert found.admit(hello(), occupied=False) is None
+            made.append((await found.offer()).handover)
+    with Journal(tmp_path / "j", "source") as journal:  # of another guest, at the same monitor
+        found = sender(journal, Guest(), leaving)
+        for handover in made:
+            assert isinstance(found.admit(hello(handover), occupied=False), messages.Void), handover
+        unknown = found.admit(hello("11" * 16), occupied=False)
+        assert isinstance(unknown, messages.No)
+        assert unknown.unknown
+
+
+def test_what_is_void_is_bounded_and_the_oldest_goes_first() -> None:
+    offers = Offers(f"{number:032x}" for number in range(100))
+    offers.set_void(f"{50:032x}")
+    assert len(offers.void) == 64
+    assert offers.void[-2:] == [f"{99:032x}", f"{50:032x}"]
+
+
+async def test_a_receiver_that_was_replaced_before_anything_began_hears_so(tmp_path: Path, leaving: Leaving) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        assert found.admit(hello(), occupied=False) is None
+        first = found.handover
+        assert found.admit(hello(), occupied=False) is None
+        assert isinstance(found.admit(hello(first), occupied=False), messages.Void)
 
 
 async def test_a_ram_file_that_is_gone_is_told_to_both(tmp_path: Path, leaving: Leaving) -> None:

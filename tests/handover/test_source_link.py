@@ -1,8 +1,9 @@
-"""A source whose offer makes no sense is none, whatever it is made of."""
+"""A source whose offer makes no sense is none, and one that comes back with something else says what is wrong."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from lazymem.handover import messages
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.channel import Channel
 from lazymem.handover.source_link import SourceLink
+from lazymem.handover.states import Event
 from lazymem.settings import TcpEndpoint
+from tests.support.certificates import Pki
 
 GOOD = messages.Offer(messages.VERSION, "0a" * 16, 4096, {"name": "qemu"}, boot_id(), "/ram", running=True)
 
@@ -43,3 +46,63 @@ async def test_an_offer(more: dict[str, Any]) -> None:
             assert (await link.first()).handover == link.handover
             await link.drop()
         nursery.cancel_scope.cancel()
+
+
+NO = messages.No("this sender knows nothing of that hand-over", unknown=True)
+
+
+async def test_what_a_source_says_against_us_is_said_once_and_kept() -> None:
+    """Until it is something else, or nobody answers any more."""
+    answers: list[messages.Message | bytes] = [NO, NO, b"\xff\xff\xff\xff", GOOD]
+    said: list[str] = []
+    seen: list[tuple[str, bool]] = []
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.receive_some(messages.MAGIC_BYTES)
+        channel = Channel(stream)
+        await channel.receive()
+        answer = answers.pop(0)
+        await (stream.send_all(answer) if isinstance(answer, bytes) else channel.send(answer))
+        await trio.sleep_forever()
+
+    async def on_event(event: Event, _: object) -> None:
+        assert event in (Event.LOST, Event.BACK)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        address = TcpEndpoint("127.0.0.1", listeners[0].socket.getsockname()[1])
+        link = SourceLink(address, said.append, GOOD.handover)
+        for _ in range(4):
+            await link._try_again(on_event)
+            seen.append((link.objection, link.let_go))
+        assert link.connected
+        await link.drop()
+        nursery.cancel_scope.cancel()
+    nonsense = "the other side sends a message of 4294967295 bytes"
+    assert seen == [(NO.text, True), (NO.text, True), (nonsense, True), ("", True)]
+    assert said == [f"{address}: {NO.text}", f"{address}: {nonsense}"]
+    await link._try_again(on_event)
+    assert (link.tries_begun, link.tries_ended, link.objection) == (5, 5, "")
+
+
+async def test_a_source_without_the_tls_that_was_asked_for_is_told_of(tmp_path: Path) -> None:
+    """Somebody answers there: that the guest is away for good is not known."""
+    said: list[str] = []
+
+    async def nonsense(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await stream.receive_some()
+
+    async def on_event(event: Event, _: object) -> None:
+        raise AssertionError(event)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, nonsense, 0, host="127.0.0.1"))
+        address = TcpEndpoint("127.0.0.1", listeners[0].socket.getsockname()[1])
+        link = SourceLink(address, said.append, GOOD.handover, Pki(tmp_path / "pki").client())
+        for _ in range(2):
+            await link._try_again(on_event)
+        nursery.cancel_scope.cancel()
+    assert said == [link.objection]
+    assert str(address) in said[0]
+    assert "TLS" in said[0]

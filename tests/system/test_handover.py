@@ -6,16 +6,18 @@ import json
 import os
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lazymem.errors import BusyError, MountError, ServerRefusedError
+from lazymem.handover import messages
 from lazymem.vm.guests import build_guest
 from tests.support.handover import Pair, pair
 from tests.support.networkhosts import two_hosts
-from tests.support.vmprocess import Process, Start, counts_on, starting, wait_until
+from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, starting, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
@@ -157,7 +159,7 @@ def test_tried_again_after_it_came_to_nothing(guest: Process, tmp_path: Path) ->
         assert two.wait_settled() == (True, False)
         assert two.send.wait() != 0
         two.send.start()
-        wait_until(lambda: two.send.out.read_text().count("listening") == 2, "the sender to listen again")
+        _wait_listening(two, 2)
         two.receive.start()
         assert two.wait_settled() == (False, True)
         handed_over(two, guest)
@@ -194,6 +196,42 @@ def test_taken_by_hand_while_the_source_is_dead(guest: Process, tmp_path: Path) 
         assert two.states() == ("given", "mine")
         two.send.start()
         handed_over(two, guest)
+
+
+def test_what_came_to_nothing_is_not_taken_by_hand(guest: Process, tmp_path: Path) -> None:
+    """Not even after others were offered the guest, which runs on at its source, by later processes."""
+    with pair(tmp_path, guest.monitor) as two:
+        two.begin(source_dies="RECORD given")
+        assert two.send.wait() == -signal.SIGKILL
+        two.receive.wait_at("EVENT LOADED")
+        two.receive.kill()
+        two.send.start()
+        _wait_listening(two, 2)
+        _be_offered(two.address())
+        two.send.kill()
+        two.send.start()
+        _wait_listening(two, 3)
+        two.receive.start("--take")
+        assert two.receive.wait() in (BusyError.exit_code, ServerRefusedError.exit_code), two.tell()
+        assert "the source kept its guest" in two.receive.said(), two.tell()
+        assert two.states()[1] == "refused"
+        assert two.runs() == (True, False), two.tell()
+
+
+def _wait_listening(two: Pair, times: int) -> None:
+    wait_until(lambda: two.send.out.read_text().count("listening") == times, "the source to listen")
+
+
+def _be_offered(address: str) -> None:
+    """As a receiver that leaves then."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), WAIT_SECONDS) as connection:
+        connection.sendall(messages.CONTROL + messages.encode(messages.Hello(messages.VERSION, "another host")))
+        found: list[messages.Message] = []
+        reader = messages.Receiver()
+        while not found:
+            found = reader.feed(connection.recv(4096))
+    assert isinstance(found[0], messages.Offer)
 
 
 def test_a_second_receiver_is_refused(guest: Process, tmp_path: Path) -> None:
