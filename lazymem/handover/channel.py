@@ -28,7 +28,11 @@ _NETWORK = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
 
 class Channel:
-    """Owns the stream. One task receives; any may send."""
+    """Owns the stream. One task receives; any may send.
+
+    A message that was sent in part only (the time ran out, or its sender was cancelled) is the connection's end:
+    whatever came behind it would be read as its rest.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -45,9 +49,16 @@ class Channel:
         try:
             with trio.fail_after(SILENCE_SECONDS):
                 async with self._sending:
-                    await self._stream.send_all(encode(message))
+                    await self._send_whole(encode(message))
         except (*_NETWORK, trio.TooSlowError) as error:
             raise ServerUnreachableError("the other side of the hand-over is gone") from error
+
+    async def _send_whole(self, data: bytes) -> None:
+        try:
+            await self._stream.send_all(data)
+        except BaseException:
+            await trio.aclose_forcefully(self._stream)  # whoever receives notices
+            raise
 
     async def receive(self, silence_seconds: float = SILENCE_SECONDS) -> Message:
         """The next message that is no ping; pings are answered.
