@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
+from lazymem.errors import MonitorError
 from lazymem.handover import messages
 from lazymem.handover.channel import Stream
 from lazymem.handover.leaving import LeavingGuest
@@ -20,14 +21,18 @@ class StateSending:
 
     def __init__(self) -> None:
         self._outgoing: Outgoing | None = None
+        self._connecting = trio.CancelScope()
+        self._is_cut = False
         self._over = trio.Event()
         self._over.set()
         self.sent_bytes: int | None = None
         self.received_bytes: int | None = None
 
     def begin(self) -> None:
-        """It is not over until `end`, whatever becomes of it."""
+        """It is not over until `end`, whatever becomes of it. From now on it can be cut."""
         self._over = trio.Event()
+        self._connecting = trio.CancelScope()
+        self._is_cut = False
 
     def end(self) -> None:
         self._over.set()
@@ -36,18 +41,28 @@ class StateSending:
         """Until nobody is at the guest's monitor for it."""
         await self._over.wait()
 
-    async def send(self, guest: LeavingGuest, stream: Stream, on_stopped: Callable[[float], None]) -> int:
-        """How many bytes it was. `on_stopped`: as of `LeavingGuest.send`, and in a thread.
+    async def send(
+        self, guest: LeavingGuest, connect: Callable[[], Awaitable[Stream]], on_stopped: Callable[[float], None]
+    ) -> int:
+        """How many bytes it was. `connect`: brings the connection for it. `on_stopped`: as of `LeavingGuest.send`, and
+        in a thread.
 
         Raises:
             MonitorError: it was not sent; the guest may stand.
+            LazymemError: as `connect`.
         """
+        with self._connecting:
+            stream = await connect()
+        if self._is_cut:  # the guest goes on, and must not be stopped by a migration that begins behind that
+            raise MonitorError("the device state was not sent: it was broken off before")
         self._outgoing = outgoing = Outgoing(as_plain_socket(stream), guest.monitor, guest.peer_uid)
         await trio.to_thread.run_sync(guest.send, f"unix:{outgoing.path}", on_stopped)
         return await trio.to_thread.run_sync(outgoing.wait, _STATE_SECONDS)
 
     def cut(self) -> None:
-        """End it: whoever writes or waits gets an error."""
+        """End it: whoever writes or waits gets an error; what was not begun yet never is."""
+        self._is_cut = True
+        self._connecting.cancel()
         if self._outgoing is not None:
             self._outgoing.cut()
 

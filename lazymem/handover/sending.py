@@ -17,7 +17,7 @@ from msgspec import to_builtins
 
 from lazymem.errors import LazymemError, MonitorError, StoreError
 from lazymem.handover import messages
-from lazymem.handover.channel import Channel
+from lazymem.handover.channel import Channel, Stream
 from lazymem.handover.departure import Leaving, Outcome, PageServer, void_of
 from lazymem.handover.devicestate import StateSending
 from lazymem.handover.journal import Journal, read
@@ -320,7 +320,6 @@ class Sender:
     async def _send_state(self) -> int:
         """How many bytes it was."""
         assert self._guest is not None
-        stream = await self.receivers.state_connection(self.handover)
         token = trio.lowlevel.current_trio_token()
 
         def stopped(seconds: float) -> None:
@@ -329,8 +328,12 @@ class Sender:
             self._leaving.signature = self._ram.freeze()
             token.run_sync_soon(self._ram.look_again)
 
-        self._say("the guest's device state is on its way; the guest runs on until the end of that")
-        return await self._device_state.send(self._guest, stream, stopped)
+        async def connect() -> Stream:
+            stream = await self.receivers.state_connection(self.handover)
+            self._say("the guest's device state is on its way; the guest runs on until the end of that")
+            return stream
+
+        return await self._device_state.send(self._guest, connect, stopped)
 
     async def _let_go_on(self) -> None:
         guest = self._guest
