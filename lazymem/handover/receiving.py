@@ -25,6 +25,7 @@ from lazymem.handover import messages, requests
 from lazymem.handover.arrival import Arriving, Host, Outcome
 from lazymem.handover.arriving import ArrivingGuest, has_state, maybe_arrived
 from lazymem.handover.channel import Stream
+from lazymem.handover.eventqueue import EventQueue
 from lazymem.handover.journal import Journal
 from lazymem.handover.polling import until
 from lazymem.handover.relay import bring_in
@@ -85,7 +86,7 @@ class Receiver:
         self._reason = ""
         self._exit_code: int | None = None
         self._report: dict[str, Any] = {}
-        self._put, self._events = trio.open_memory_channel[tuple[Event, object]](_QUEUE)
+        self._events = EventQueue[tuple[Event, object]](_QUEUE)
 
     @property
     def state(self) -> Destination:
@@ -113,7 +114,7 @@ class Receiver:
             nursery.start_soon(self._watch_emulator)
             nursery.start_soon(self._watch_requests)
             while not self._is_over():
-                await self._take(*await self._events.receive())
+                await self._take(*await self._events.take())
             await self._finish()
             async with self._answering:  # as at the source
                 nursery.cancel_scope.cancel()
@@ -123,7 +124,7 @@ class Receiver:
         """The user wants it to end. False: the guest runs here, so it is its emulator that is to end."""
         if self.state not in _UNDECIDED:
             return False
-        self._put_nowait(Event.FAILED, "interrupted")
+        self._events.put_now((Event.FAILED, "interrupted"))
         return True
 
     async def _resume(self) -> None:
@@ -152,18 +153,14 @@ class Receiver:
         if self.state is Destination.WHOLE:
             with trio.move_on_after(_DONE_SECONDS):
                 while self.state is Destination.WHOLE:
-                    await self._take(*await self._events.receive())
+                    await self._take(*await self._events.take())
         self._arriving.over = self.state is not Destination.YIELDED and not self._gave_up
         await self._record(self.state)
 
     # ---- what happens
 
     async def _from_source(self, event: Event, message: object) -> None:
-        await self._put.send((event, message))
-
-    def _put_nowait(self, event: Event, payload: object) -> None:
-        with suppress(trio.WouldBlock):
-            self._put.send_nowait((event, payload))
+        await self._events.put((event, message))
 
     async def _bring_in(self, stream: Stream, emulator: Path) -> None:
         def received(count: int) -> None:
@@ -175,7 +172,7 @@ class Receiver:
                 await bring_in(stream, emulator, received)
         except* (SaveStreamError, MonitorError) as group:
             failure = str(group.exceptions[0])
-            await self._put.send((Event.FAILED, failure))
+            await self._events.put((Event.FAILED, failure))
 
     async def _wait_loaded(self) -> None:
         guest = self._guest
@@ -184,9 +181,9 @@ class Receiver:
             await trio.to_thread.run_sync(guest.wait_loaded, abandon_on_cancel=True)
         except LazymemError as error:
             said = await trio.to_thread.run_sync(self._host.complaint)
-            await self._put.send((Event.FAILED, f"{error}{': ' if said else ''}{said}"))
+            await self._events.put((Event.FAILED, f"{error}{': ' if said else ''}{said}"))
         else:
-            await self._put.send((Event.LOADED, None))
+            await self._events.put((Event.LOADED, None))
 
     async def _look_loaded(self) -> None:
         """Whether the emulator got all of its state under the process before. It may be loading still, and wait for a
@@ -195,7 +192,7 @@ class Receiver:
         if guest is not None:
             with suppress(MonitorError):
                 loaded = await trio.to_thread.run_sync(has_state, guest, abandon_on_cancel=True)
-        await self._put.send(
+        await self._events.put(
             (Event.LOADED, None) if loaded else (Event.FAILED, "an earlier lazymem receive ended in the middle")
         )
 
@@ -224,16 +221,16 @@ class Receiver:
             await trio.sleep(_LOOK_SECONDS)
         if self.state in _UNDECIDED:
             said = await trio.to_thread.run_sync(self._host.complaint)
-            await self._put.send((Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}"))
-            await self._put.send((Event.LOST, code))  # it may have been decided meanwhile
+            await self._events.put((Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}"))
+            await self._events.put((Event.LOST, code))  # it may have been decided meanwhile
         else:
             # After a crash before all of its RAM is here the source keeps what it has, until somebody says otherwise.
-            await self._put.send((Event.OVER if code == 0 else Event.LOST, code))
+            await self._events.put((Event.OVER if code == 0 else Event.LOST, code))
 
     async def _watch_pages(self) -> None:
         while not await trio.to_thread.run_sync(self._host.is_whole):  # noqa: ASYNC110 (a mount tells nobody)
             await trio.sleep(_LOOK_SECONDS)
-        await self._put.send((Event.ALL_HERE, None))
+        await self._events.put((Event.ALL_HERE, None))
 
     async def _watch_requests(self) -> None:
         while True:
@@ -264,7 +261,7 @@ class Receiver:
             )
         if self.state is not Destination.LOADED:
             return False, f"the guest cannot be taken: it is {self.state.value!r} here"
-        await self._put.send((Event.TAKE, None))
+        await self._events.put((Event.TAKE, None))
         await until(lambda: self.state is not Destination.LOADED)
         warning = "; its source knew nothing of this hand-over: see that it does not run there, too"
         return self.state in _RUNNING, f"the guest is {self.state.value!r} here{warning if self._link.let_go else ''}"
@@ -300,7 +297,7 @@ class Receiver:
             "the source could not be told that its guest is refused here; if it stands there: lazymem send --reclaim"
         )
         self._gave_up = True
-        await self._put.send((Event.LOST, None))
+        await self._events.put((Event.LOST, None))
 
     async def _tell(self) -> None:
         if self.state is Destination.MINE:

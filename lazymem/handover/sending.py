@@ -8,7 +8,6 @@ queue.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lazymem.handover import messages
 from lazymem.handover.channel import Channel, Stream
 from lazymem.handover.departure import Leaving, Outcome, PageServer, void_of
 from lazymem.handover.devicestate import StateSending
+from lazymem.handover.eventqueue import EventQueue
 from lazymem.handover.journal import Journal, read
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.leavingram import LeavingRam
@@ -76,7 +76,7 @@ class Sender:
         self._device_state = StateSending()
         self._reason = ""
         self._report: dict[str, Any] = {}
-        self._put, self._events = trio.open_memory_channel[tuple[Event, Channel | None, object]](_QUEUE)
+        self._events = EventQueue[tuple[Event, Channel | None, object]](_QUEUE)
         self.receivers = Receivers(self, self._put_event)
         self.reclaiming = Reclaiming(self, journal.folder)
 
@@ -106,7 +106,7 @@ class Sender:
             over = await self._resume() if self._restarted else False
             self._nursery.start_soon(self.reclaiming.watch)
             while not over:
-                over = await self._take(*await self._events.receive())
+                over = await self._take(*await self._events.take())
             await self._linger()
             await self.reclaiming.answered()  # it may be this very end that was asked for
             self._nursery.cancel_scope.cancel()
@@ -181,11 +181,10 @@ class Sender:
     # ---- events
 
     async def _put_event(self, event: Event, peer: Channel | None, payload: object) -> None:
-        await self._put.send((event, peer, payload))
+        await self._events.put((event, peer, payload))
 
     def _fail(self, reason: str) -> None:
-        with suppress(trio.WouldBlock):
-            self._put.send_nowait((Event.FAILED, None, reason))
+        self._events.put_now((Event.FAILED, None, reason))
 
     async def _take(self, event: Event, peer: Channel | None, payload: object) -> bool:
         """Whether nothing is left to do."""

@@ -155,7 +155,7 @@ async def test_a_guest_is_taken_by_hand_only_while_nobody_answers(
         link.connected, link.objection, link.let_go = connected, objection, let_go
 
         async def decide() -> None:
-            event, _ = await found._events.receive()
+            event, _ = await found._events.take()
             await found._step(event)
 
         async with trio.open_nursery() as nursery:
@@ -199,7 +199,7 @@ async def test_a_silent_emulator_is_not_taken_for_a_gone_one(tmp_path: Path, mon
                 await found._step(Event.RESTARTED)
             else:
                 await found._look_loaded()
-                assert found._events.receive_nowait() == (Event.LOADED, None)
+                assert await found._events.take() == (Event.LOADED, None)
                 for event in events:
                     await found._step(event)
                 assert link.said == [messages.Mine(None)]
@@ -210,7 +210,8 @@ async def test_an_emulator_that_was_never_begun_is_not_waited_for(tmp_path: Path
     with receiver(tmp_path, Guest()) as (found, _, _host):
         found._arriving.monitor = ""
         await found._look_loaded()
-        assert found._events.receive_nowait()[0] is Event.FAILED
+        event, _ = await found._events.take()
+        assert event is Event.FAILED
 
 
 async def test_what_an_earlier_process_counted_is_counted_on(tmp_path: Path) -> None:

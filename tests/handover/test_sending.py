@@ -237,6 +237,19 @@ async def test_a_guest_goes_on_here_though_the_disk_takes_nothing(tmp_path: Path
         assert guest.went_on == 1
 
 
+async def test_an_interrupt_is_heard_however_much_a_receiver_says(tmp_path: Path, leaving: Leaving) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        async with trio.open_nursery() as nursery:
+            with trio.move_on_after(0.05):
+                while True:
+                    await found._put_event(Event.BACK, cast(Any, object()), None)
+            assert found.interrupt()
+            with trio.fail_after(30):
+                assert (await found.run()).text == "interrupted"
+            nursery.cancel_scope.cancel()
+
+
 async def test_whoever_asks_for_the_guest_is_told_before_the_end(tmp_path: Path, leaving: Leaving) -> None:
     """The answer is the last that a process does whose guest was taken back."""
     with Journal(tmp_path / "j", "source") as journal:
