@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import trio
 from lazymem_server.allowed import ANY, parse_allowed
 from lazymem_server.catalog import Catalog
+from lazymem_server.fewlines import FewLines
 from lazymem_server.gate import Gate, plaintext_refusal
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import Listeners
@@ -30,11 +30,18 @@ _FIRST_SECONDS = 10.0
 _MAX_CONNECTIONS = 32
 """Of receivers: one is taken, and a few may ask at a time and be told no."""
 
+_MAX_REFUSED = 32
+"""Of those that may not take the guest, while they are told so. They have no part in the receivers' places; more are
+dropped without a word."""
+
+_REFUSED_SECONDS = 3.0
+"""For one of those to take its word and go: a round trip of any link, and a lost packet."""
+
 _MAX_SILENT = 256
 """Connections that have not said yet what they are: more than clients and receivers that come at once, and fewer than
 a process may have descriptors."""
 
-log = logging.getLogger("lazymem.server")
+_BROKEN = (trio.BrokenResourceError, trio.ClosedResourceError)
 
 _MARK = messages.CONTROL[:2]
 """What no page client's first frame begins with: its length is under 512, so its second byte is 0 or 1."""
@@ -71,7 +78,9 @@ class HandoverServer:
         gate = None if tls is None else Gate(tls, self._allowed, ServerLimits(), PROTOCOL, _plaintext_refusal)
         self.receivers: Receivers | None = None
         self._serving = Serving(self._catalog, listeners, ServerLimits(), maybe_divert=self._divert, maybe_gate=gate)
+        self._few = FewLines()
         self._connections = 0
+        self._refused = 0
         self._silent = 0
 
     @property
@@ -107,24 +116,38 @@ class HandoverServer:
         return await self._take(stream)
 
     async def _take(self, stream: Stream) -> bool:
+        if isinstance(stream, TlsStream) and not self._allowed.permits(ANY, stream.identities):
+            await self._refuse(stream)
+            return True
         if self._connections >= _MAX_CONNECTIONS:
             return True
         self._connections += 1
         try:
             await self._serve(stream)
-        except (LazymemError, trio.BrokenResourceError, trio.ClosedResourceError):
+        except (LazymemError, *_BROKEN):
             pass  # it ended, or talked nonsense: its own affair
         finally:
             self._connections -= 1
         return True
 
+    async def _refuse(self, stream: TlsStream) -> None:
+        """Reads on until the other side has heard it: closing with unread data is a reset, which would overtake it."""
+        who = ", ".join(stream.identities) or "a client without a name"
+        self._few.warning("%s: refused: it may not take the guest (--allow)", who)
+        if self._refused >= _MAX_REFUSED:
+            return
+        self._refused += 1
+        try:
+            with trio.move_on_after(_REFUSED_SECONDS), suppress(LazymemError, *_BROKEN):
+                await Channel(stream).send(messages.No(f"{who} may not take this guest"))
+                while await stream.receive_some():
+                    pass
+        finally:
+            self._refused -= 1
+
     async def _serve(self, stream: Stream) -> None:
         assert self.receivers is not None
-        if isinstance(stream, TlsStream):
-            if not self._allowed.permits(ANY, stream.identities):
-                await _refuse(stream)
-                return
-        elif stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+        if not isinstance(stream, TlsStream) and stream.socket.family in (socket.AF_INET, socket.AF_INET6):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         kind = await first_bytes(stream, messages.MAGIC_BYTES)
         if kind == messages.CONTROL:
@@ -140,16 +163,6 @@ def _plaintext_refusal(heard: bytes) -> bytes:
     if heard.startswith(_MARK):
         return messages.encode(messages.No("it speaks TLS: give lazymem receive --tls-cert, --tls-key and --tls-ca"))
     return plaintext_refusal(heard)
-
-
-async def _refuse(stream: TlsStream) -> None:
-    """Reads on until the other side has heard it: closing with unread data is a reset, which would overtake it."""
-    who = ", ".join(stream.identities) or "a client without a name"
-    log.warning("%s: refused: it may not take the guest (--allow)", who)
-    with trio.move_on_after(_FIRST_SECONDS):
-        await Channel(stream).send(messages.No(f"{who} may not take this guest"))
-        while await stream.receive_some():
-            pass
 
 
 async def _is_receiver(stream: trio.SocketStream) -> bool:
