@@ -23,13 +23,13 @@ from lazymem.cli.receivehost import ReceiveHost, Wanted
 from lazymem.errors import BusyError, GuestCrashError, IdentityError, ServerRefusedError
 from lazymem.fs import checks, mountinfo
 from lazymem.handover import requests
-from lazymem.handover.arrival import Arriving, Outcome
-from lazymem.handover.arriving import ArrivingGuest
+from lazymem.handover.arrival import Arriving, Outcome, after_restart
+from lazymem.handover.arriving import ArrivingGuest, boot_id
 from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal, default_folder
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.source_link import SourceLink
-from lazymem.handover.states import Destination
+from lazymem.handover.states import DECIDED, Destination
 from lazymem.settings import parse_endpoint
 from lazymem.tls.options import add_tls_options, maybe_tls
 
@@ -45,6 +45,12 @@ _EPILOG = """examples:
   lazymem receive --take /mnt/ram     the source is dead, and its decision was never heard
 """
 
+
+_STARTED_ANEW = "this host was started anew since a guest came here, and its emulator and its mount are gone"
+_DIED_HERE = (
+    "; the guest ran here. Its source has it as it was at the hand-over, if it has not let go: there, lazymem send "
+    "--reclaim, or the monitor's cont, goes on from that"
+)
 
 say = partial(handoverend.say, PROGRAM)
 
@@ -126,7 +132,11 @@ def _maybe_before(journal: Journal) -> Arriving | None:
     if journal.found is None:
         return None
     before = msgspec.convert(journal.found.details, Arriving)
-    return None if before.over else before
+    if before.over or before.boot_id in ("", boot_id()):
+        return None if before.over else before
+    state = Destination(journal.found.state)
+    say(_STARTED_ANEW + (_DIED_HERE if state in DECIDED else ""))
+    return after_restart(before, state)
 
 
 async def _receive(
@@ -183,6 +193,7 @@ class _Coming:
                 ram_bytes=offer.ram_bytes,
                 runs=offer.running,
                 began=began,
+                boot_id=boot_id(),
             )
             # Before there is a mount or an emulator: the next process clears away what is left of a killed one.
             await trio.to_thread.run_sync(self._note, link.handover, arriving)

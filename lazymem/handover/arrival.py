@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from lazymem.handover.states import Destination
 
@@ -38,7 +38,8 @@ class Host(Protocol):
 class Arriving(Struct):
     """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
     the guest was let run, and whoever stops it since has reasons. `began`: when the hand-over did (monotonic, which all
-    processes of a boot share, and no guest outlives one)."""
+    processes of a boot share, and no guest outlives one). `boot_id`: of which boot that is; empty in a record of an
+    earlier lazymem."""
 
     source: str
     mountpoint: str
@@ -53,6 +54,18 @@ class Arriving(Struct):
     ran: bool = False
     downtime_seconds: float | None = None
     over: bool = False
+    boot_id: str = ""
+
+
+def after_restart(found: Arriving, state: Destination) -> Arriving | None:
+    """What is left to be done of a record that was written before this host was started anew; None: nothing.
+
+    Emulator and mount have gone with that, whatever process has the number now: a guest that was not decided never ran
+    here, and its source is to hear so; one that was is dead, and nobody but its user knows what its source is to do.
+    """
+    if state is Destination.YIELDED:
+        return None
+    return structs.replace(found, monitor="", emulator_pid=0, emulator_began="")
 
 
 class Outcome(Struct, frozen=True):

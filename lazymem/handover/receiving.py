@@ -30,7 +30,7 @@ from lazymem.handover.journal import Journal
 from lazymem.handover.polling import until
 from lazymem.handover.relay import bring_in
 from lazymem.handover.source_link import SourceLink
-from lazymem.handover.states import SAID, Destination, Effect, Event, destination
+from lazymem.handover.states import DECIDED, SAID, Destination, Effect, Event, destination
 from lazymem.vm.qmpclient import CommandError
 
 _LOOK_SECONDS = 0.2
@@ -48,7 +48,6 @@ _ANSWER_SECONDS = 5.0
 _QUEUE = 256
 
 _UNDECIDED = (Destination.ASKED, Destination.LOADED, Destination.PROMISED)
-_RUNNING = (Destination.MINE, Destination.WHOLE, Destination.DONE)
 
 Say = Callable[[str], None]
 
@@ -146,7 +145,7 @@ class Receiver:
             return self._link.let_go or self._gave_up
         if self.state is Destination.YIELDED:
             return True
-        return self.state in _RUNNING and self._exit_code is not None
+        return self.state in DECIDED and self._exit_code is not None
 
     async def _finish(self) -> None:
         """The guest has ended here in good order: the source hears of it before we go."""
@@ -264,7 +263,7 @@ class Receiver:
         await self._events.put((Event.TAKE, None))
         await until(lambda: self.state is not Destination.LOADED)
         warning = "; its source knew nothing of this hand-over: see that it does not run there, too"
-        return self.state in _RUNNING, f"the guest is {self.state.value!r} here{warning if self._link.let_go else ''}"
+        return self.state in DECIDED, f"the guest is {self.state.value!r} here{warning if self._link.let_go else ''}"
 
     # ---- events and effects
 

@@ -60,6 +60,9 @@ MAY_RUN: frozenset[Source | Destination] = frozenset(
 )
 """The states in which a side may run the guest. The two sides are never both in one of them, except by hand."""
 
+DECIDED: frozenset[Destination] = frozenset({Destination.MINE, Destination.WHOLE, Destination.DONE})
+"""The states of a destination whose guest was let run."""
+
 RECORDED: frozenset[Source | Destination] = frozenset(
     {*Source, *Destination} - {Source.MOVING, Destination.LOADED, Destination.PROMISED}
 )
