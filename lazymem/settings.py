@@ -201,8 +201,8 @@ class LinkSettings(Struct, frozen=True):
     connect_timeout_seconds: float = 10.0
     """A SYN is sent again after 1, 3 and 7 s; who has not answered by then is not there."""
     next_server_seconds: float = 3.0
-    """With several addresses: for one to connect and to say its welcome each, before the next is tried. Covers one lost
-    SYN, or a round trip of any link."""
+    """With several addresses: for one to be ready, before the next is tried beside it. Covers one lost SYN, or some
+    round trips of any link."""
     handshake_timeout_seconds: float = 10.0
     ping_interval_seconds: float = 2.0
     """A connection silent for so long while something is expected from it is asked whether it lives."""

@@ -2,13 +2,15 @@
 
 Several addresses are one server that may have moved, or several that publish the same RAM. They are tried in their
 order, from the one behind the one that was lost; who publishes other RAM is no server of this snapshot, and passed by.
+As with one host's several addresses (RFC 8305, "happy eyeballs"), one that is slow is not given up for the next one,
+which is tried beside it: whoever is ready first is it, and each has all of its time, as the only one would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from msgspec import structs
+import trio
 
 from lazymem.errors import IdentityError, LazymemError, ServerRefusedError, ServerUnreachableError
 from lazymem.fetch.session import Session, open_session
@@ -18,6 +20,9 @@ from lazymem.settings import LinkSettings, ServerAddress
 from lazymem.wire.messages import Welcome
 
 DialAddress = Callable[[ServerAddress, LinkSettings], Awaitable[Transport]]
+
+
+OpenOne = Callable[[ServerAddress], Awaitable[Session]]
 
 
 async def dial_endpoint(address: ServerAddress, link: LinkSettings) -> Transport:
@@ -38,7 +43,7 @@ class Servers:
         self._addresses = tuple(addresses)
         self._counters = counters
         self._dial = dial_address
-        self._link = link if len(self._addresses) == 1 else _hastier(link)
+        self._link = link
 
     @property
     def are_several(self) -> bool:
@@ -51,13 +56,7 @@ class Servers:
             ServerUnreachableError, ServerRefusedError, RemoteProtocolError: of each of them; where one may be better in
                 a moment, so says the error's `temporary`.
         """
-        errors: list[LazymemError] = []
-        for address in self._addresses:
-            try:
-                return await self._open(address, address.name), address
-            except LazymemError as error:
-                errors.append(_located(error, address))
-        raise _of_all(errors)
+        return await self._first_of(self._addresses, lambda address: self._open(address, address.name))
 
     async def open_again(self, welcome: Welcome, maybe_lost: ServerAddress | None) -> tuple[Session, ServerAddress]:
         """One try at each for a session with the RAM that `welcome` told of. `maybe_lost`: whom the last one was with.
@@ -65,13 +64,25 @@ class Servers:
         Raises:
             LazymemError: none of them, now.
         """
-        errors: list[LazymemError] = []
-        for address in self._in_turn(maybe_lost):
-            try:
-                return await self._open_same(address, welcome), address
-            except LazymemError as error:
-                errors.append(_located(error, address))
-        raise _of_all(errors)
+        return await self._first_of(self._in_turn(maybe_lost), lambda address: self._open_same(address, welcome))
+
+    async def _first_of(self, addresses: Sequence[ServerAddress], open_one: OpenOne) -> tuple[Session, ServerAddress]:
+        """The first that is ready. One begins when those before it have failed, or the last of them is slow."""
+        race = _Race(open_one)
+        try:
+            async with trio.open_nursery() as nursery:
+                for address in addresses:
+                    failed = trio.Event()
+                    nursery.start_soon(race.run, address, failed, nursery.cancel_scope)
+                    with trio.move_on_after(self._link.next_server_seconds):
+                        await failed.wait()
+        except BaseException:
+            if race.maybe_won is not None:
+                race.maybe_won[0].close()
+            raise
+        if race.maybe_won is not None:
+            return race.maybe_won
+        raise _of_all([race.errors[address] for address in addresses])
 
     def _in_turn(self, maybe_lost: ServerAddress | None) -> Sequence[ServerAddress]:
         """From the one behind `maybe_lost`, which so comes last."""
@@ -96,13 +107,26 @@ class Servers:
         return await open_session(await self._dial(address, self._link), name, self._link, self._counters)
 
 
-def _hastier(link: LinkSettings) -> LinkSettings:
-    """With others to try, one that is silent gets less time."""
-    return structs.replace(
-        link,
-        connect_timeout_seconds=min(link.connect_timeout_seconds, link.next_server_seconds),
-        handshake_timeout_seconds=min(link.handshake_timeout_seconds, link.next_server_seconds),
-    )
+class _Race:
+    """Tries that run beside each other."""
+
+    def __init__(self, open_one: OpenOne) -> None:
+        self._open_one = open_one
+        self.maybe_won: tuple[Session, ServerAddress] | None = None
+        self.errors: dict[ServerAddress, LazymemError] = {}
+
+    async def run(self, address: ServerAddress, failed: trio.Event, all_tries: trio.CancelScope) -> None:
+        try:
+            session = await self._open_one(address)
+        except LazymemError as error:
+            self.errors[address] = _located(error, address)
+            failed.set()
+            return
+        if self.maybe_won is None:
+            self.maybe_won = session, address
+            all_tries.cancel()
+        else:
+            session.close()
 
 
 def _of_all(errors: Sequence[LazymemError]) -> LazymemError:
