@@ -95,6 +95,18 @@ def test_the_ram_is_not_read_before_the_disks_are_drained(tmp_path: Path) -> Non
         assert asked
 
 
+def test_a_stop_of_somebody_else_freezes_nothing(tmp_path: Path) -> None:
+    """The guest goes on behind it, and writes; what the destination gets is its RAM at the save's own stop."""
+    with leaving(tmp_path, stopped_before=True) as (guest, emulator), socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen(1)
+        frozen: list[tuple[int, float]] = []
+        stopped = guest.send(f"unix:{tmp_path / 's'}", lambda moment: frozen.append((emulator.counter(), moment)))
+        assert frozen
+        assert {count for count, _ in frozen} == {emulator.counter()}
+        assert {moment for _, moment in frozen} == {stopped}
+
+
 def test_a_guest_without_a_generation_id(tmp_path: Path) -> None:
     with leaving(tmp_path, errors={"query-vm-generation-id": "VM Generation ID device not found"}) as (guest, _):
         assert guest.look(disks_handled=False).was_running

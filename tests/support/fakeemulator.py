@@ -33,6 +33,8 @@ class Behaviour:
     `stall`: migrate never ends.
     `resumed_by_another`: as soon as the save is over, somebody else lets the guest go on (and, with "briefly", stops it
     again).
+    `stopped_before`: somebody else stops the guest when migrate begins; by the second look at that it runs again, and
+    is saved.
     """
 
     qmp: str
@@ -42,6 +44,7 @@ class Behaviour:
     stall: bool = False
     status: str = "running"
     resumed_by_another: str = ""
+    stopped_before: bool = False
     answers: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     properties: dict[str, Any] = field(default_factory=dict)
@@ -179,6 +182,8 @@ class _Monitor:
         return {"value": {"qemu": {"major": 9, "minor": 1, "micro": 2}, "package": ""}}
 
     def on_query_migrate(self, _: dict[str, Any]) -> dict[str, Any]:
+        if self.behaviour.stopped_before and self.migration.get("status") == "active":
+            self.go_on_and_save()
         if self.behaviour.resumed_by_another and self.migration.get("status") == "completed":
             self.on_cont({})
             if self.behaviour.resumed_by_another == "briefly":
@@ -186,6 +191,19 @@ class _Monitor:
                     self.status = "paused"
                 self.event("STOP")
         return {"value": self.migration}
+
+    def go_on_and_save(self) -> None:
+        if self.status == "paused":
+            self.on_cont({})
+            return
+        before = self.counter()
+        while self.counter() == before:
+            time.sleep(0.001)
+        self.save(self.uri)
+
+    def counter(self) -> int:
+        with self.lock:
+            return int.from_bytes(self.memory[:8], "little")
 
     def on_query_migrate_capabilities(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"value": [{"capability": "x-ignore-shared", "state": self.capability}]}
@@ -195,11 +213,19 @@ class _Monitor:
         return {"value": {}}
 
     def on_migrate(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        if self.behaviour.stall:
+        if self.behaviour.stall or self.behaviour.stopped_before:
             self.migration = {"status": "active"}
+            self.uri = arguments["uri"]
+            if self.behaviour.stopped_before:
+                with self.lock:
+                    self.status = "paused"
+                self.event("STOP")
             return {"value": {}}
+        return self.save(arguments["uri"])
+
+    def save(self, uri: str) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as target:
-            target.connect(arguments["uri"].removeprefix("unix:"))
+            target.connect(uri.removeprefix("unix:"))
             with self.lock:
                 self.status = "postmigrate"
             self.event("STOP")
