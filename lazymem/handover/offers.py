@@ -54,8 +54,10 @@ class Offers:
         if hello.handover:
             known = hello.handover == self.handover
             return None if known else messages.No("this sender knows nothing of that hand-over", unknown=True)
-        if not (is_free and self.are_open):
+        if not is_free:
             return messages.No("another receiver is taking this guest")
+        if not self.are_open:
+            return messages.No("what was begun before is being undone: try again in a moment")
         if self._count >= _MAX_OFFERS:
             return messages.No("too many receivers came and left: start lazymem send again")
         return None

@@ -207,7 +207,7 @@ def test_what_came_to_nothing_is_not_taken_by_hand(guest: Process, tmp_path: Pat
         two.receive.kill()
         two.send.start()
         _wait_listening(two, 2)
-        _be_offered(two.address())
+        wait_until(lambda: _is_offered(two.address()), "the guest to go on, and to be offered")
         two.send.kill()
         two.send.start()
         _wait_listening(two, 3)
@@ -222,8 +222,8 @@ def _wait_listening(two: Pair, times: int) -> None:
     wait_until(lambda: two.send.out.read_text().count("listening") == times, "the source to listen")
 
 
-def _be_offered(address: str) -> None:
-    """As a receiver that leaves then."""
+def _is_offered(address: str) -> bool:
+    """To a receiver, which leaves then."""
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port)), WAIT_SECONDS) as connection:
         connection.sendall(messages.CONTROL + messages.encode(messages.Hello(messages.VERSION, "another host")))
@@ -231,7 +231,7 @@ def _be_offered(address: str) -> None:
         reader = messages.Receiver()
         while not found:
             found = reader.feed(connection.recv(4096))
-    assert isinstance(found[0], messages.Offer)
+    return isinstance(found[0], messages.Offer)
 
 
 def test_a_second_receiver_is_refused(guest: Process, tmp_path: Path) -> None:
