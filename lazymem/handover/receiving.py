@@ -81,6 +81,7 @@ class Receiver:
         self._restarted = False
         self._may_have_run = state is not Destination.ASKED
         self._gave_up = False
+        self._acting = False
         self._answering = trio.Lock()
         self._reason = ""
         self._exit_code: int | None = None
@@ -261,7 +262,7 @@ class Receiver:
         if self.state is not Destination.LOADED:
             return False, f"the guest cannot be taken: it is {self.state.value!r} here"
         await self._events.put((Event.TAKE, None))
-        await until(lambda: self.state is not Destination.LOADED)
+        await until(lambda: self.state is not Destination.LOADED and not self._acting)
         warning = "; its source knew nothing of this hand-over: see that it does not run there, too"
         return self.state in DECIDED, f"the guest is {self.state.value!r} here{warning if self._link.let_go else ''}"
 
@@ -280,7 +281,10 @@ class Receiver:
             self._reason = str(payload)
         elif event in (Event.ALL_HERE, Event.OVER) and before is Destination.MINE:
             await self._make_report()
-        if not await self._step(event) and isinstance(payload, messages.Message):
+        self._acting = True
+        known = await self._step(event)
+        self._acting = False
+        if not known and isinstance(payload, messages.Message):
             self._say(f"the source said {event.value!r}, which makes no sense where the guest is {before.value!r}")
             await self._link.drop()
         if isinstance(payload, int):

@@ -156,12 +156,14 @@ async def test_a_guest_is_taken_by_hand_only_while_nobody_answers(
 
         async def decide() -> None:
             event, _ = await found._events.take()
+            found._acting = True
             await found._step(event)
+            found._acting = False
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(decide)
             done, told = await found.take()
-            assert (done, guest.ran) == (taken, taken)
+            assert (done, guest.ran) == (taken, taken)  # not before it runs
             assert text in told
             nursery.cancel_scope.cancel()
 
