@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import trio
-from lazymem_server.app import Serving, serve
 from lazymem_server.limits import ServerLimits
+from lazymem_server.serving import Serving, serve
 
 from lazymem.errors import LazymemError
 from lazymem.pages import PAGE_SIZE
