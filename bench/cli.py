@@ -14,14 +14,20 @@ from bench.plots import draw
 from bench.record import Results
 from bench.runner import Plan, run
 from bench.table import markdown
+from bench.way import VARIANTS
 from bench.ways import WAYS
 
 _EPILOG = """examples:
   python -m bench                                        everything, three rounds: about an hour
   python -m bench --measure touch --link loopback        one row
   python -m bench --measure linux --link 20ms --way local --way lazymem --way nbdfuse --rounds 1
+  python -m bench --measure fill --way lazymem --way nbdfuse --protection
+                                                         what TLS and the supervisor cost, in one table
+  python -m bench --way lazymem-none+tls --way nbdfuse   every row of one way, with TLS and the supervisor on
   python -m bench --report .cache/bench/results          table and plots again, from results.json
 """
+
+_SUFFIXES = "of lazymem's also as WAY+tls, WAY+unsupervised, WAY+tls+unsupervised (by itself: no TLS, a supervisor)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--measure", action="append", choices=MEASURES, default=[], help="repeatable; default: all")
     parser.add_argument("--link", action="append", choices=LINKS, default=[], help="repeatable; default: all")
-    parser.add_argument("--way", action="append", choices=WAYS, default=[], help="repeatable; default: all")
+    parser.add_argument(
+        "--way",
+        action="append",
+        choices=WAYS,
+        default=[],
+        metavar="WAY",
+        help=f"repeatable; default: all of --list; {_SUFFIXES}",
+    )
+    parser.add_argument(
+        "--protection", action="store_true", help="lazymem's ways in all four variants, and a table of what each costs"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--image-mib", type=int, default=512, metavar="MIB", help="default: %(default)s")
     parser.add_argument("--touches", type=int, default=20_000, metavar="N", help="default: %(default)s")
@@ -82,6 +98,7 @@ def _measured(found: argparse.Namespace, folder: Path) -> Results:
         found.rounds,
         found.image_mib,
         found.touches,
+        VARIANTS if found.protection else (),
     )
     options = {"rounds": plan.rounds, "image_mib": plan.image_mib, "touches": plan.touches}
     results = Results(machine.describe(), options)

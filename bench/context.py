@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.images import Image
 from bench.links import Link, Through, through
 from bench.record import Case, Sample
-from bench.ways import Mount, Server, Way
+from bench.way import VARIANTS, Mount, Server, Variant, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,12 @@ class Measure:
     cases: tuple[tuple[str, str], ...]
     run: Callable[[Context], Sample]
     targets: tuple[Target, ...] = ()
+    variants: tuple[Variant, ...] = VARIANTS
+    """Of lazymem's ways: with which protection it can be run."""
+
+    def offers(self, link: str, way: Way) -> bool:
+        """Whether there is such a case, if only as a variant of one of `cases`."""
+        return (link, way.name) in self.cases or ((link, way.base) in self.cases and way.variant in self.variants)
 
 
 def pairs(links: tuple[str, ...], ways: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from bench.images import Image
+from bench.lazymemways import client_tls, make_certificates, server_tls
 from bench.links import Link, through
 from bench.linuximage import SCREEN
-from bench.ways import WayError, copy_sparse
+from bench.way import WayError, copy_sparse
 from lazymem.demo.processes import child, open_monitor
 from lazymem.demo.qemu import QemuOptions
 from lazymem.demo.qemurun import take_over
 from lazymem.demo.serialline import SerialLine
+from lazymem.tls.options import tls_words
 from lazymem.vm.qmpclient import QmpClient
 
 RELEASE_SECONDS = 300.0
 
 
-def handed_over(link: Link, image: Image, folder: Path, *, screen: bool = False) -> dict[str, Any]:
+def handed_over(link: Link, image: Image, folder: Path, *, screen: bool = False, tls: bool = False) -> dict[str, Any]:
     """The report of a hand-over that ended: the guest is at the destination, with all of its RAM. `screen`: the guest
-    has one, and writes it all the time.
+    has one, and writes it all the time. `tls`: both sides have certificates.
 
     Raises:
         WayError: it is not.
@@ -41,12 +43,17 @@ def handed_over(link: Link, image: Image, folder: Path, *, screen: bool = False)
         if screen:
             serial.ask("draw", "draw")
         send = _command("send", "--qmp", source.qmp, "--listen", "127.0.0.1:0", "--journal", folder / "given", "--json")
+        if tls:
+            make_certificates(folder)
+            send += server_tls(folder)
         sending = stack.enter_context(_piped(send))
         assert sending.stdout is not None
         seen = stack.enter_context(through(link, json.loads(sending.stdout.readline())["listening"]))
         stack.enter_context(SerialLine(folder / "d.serial"))
         (folder / "mnt").mkdir()
         receive = _command("receive", seen.address, folder / "mnt", "--cache", folder / "cache", "--json")
+        if tls:
+            receive += tls_words(client_tls(folder))
         receive += ["--journal", str(folder / "taken"), "-qmp", f"unix:{folder}/d.qmp"]
         receiving = stack.enter_context(_piped([*receive, "--", "-serial", f"unix:{folder}/d.serial"]))
         stack.callback(_end_guest, folder / "d.qmp", receiving)

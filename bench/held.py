@@ -9,7 +9,7 @@ import os
 import time
 from dataclasses import dataclass, field
 
-from bench.ways import Mount, WayError
+from bench.way import Mount, WayError
 
 MIN_POLL_SECONDS = 0.005
 MAX_POLL_SECONDS = 0.2

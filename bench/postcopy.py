@@ -14,7 +14,7 @@ from typing import Any
 from bench.images import Image
 from bench.links import Link, Through, through
 from bench.linuximage import SCREEN
-from bench.ways import WayError, copy_sparse, wait_until
+from bench.way import WayError, copy_sparse, wait_until
 from lazymem.demo.processes import child, open_monitor
 from lazymem.demo.qemu import QemuOptions
 from lazymem.demo.qemurun import take_over

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import images
-from bench.context import Context
+from bench.context import Context, Measure
 from bench.links import LINKS
 from bench.measures import MEASURES
 from bench.record import Case, Sample
+from bench.way import Variant, Way
 from bench.ways import WAYS
 from lazymem.errors import LazymemError
 
@@ -22,7 +23,7 @@ ORDER_SEED = 3
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run; empty choices mean all."""
+    """What to run; empty choices mean all. `variants`: of each of lazymem's ways among them, too."""
 
     measures: tuple[str, ...] = ()
     links: tuple[str, ...] = ()
@@ -30,16 +31,26 @@ class Plan:
     rounds: int = 3
     image_mib: int = 512
     touches: int = 20_000
+    variants: tuple[Variant, ...] = ()
 
     def cases(self) -> list[Case]:
         """In the order of the measures."""
         return [
-            Case(measure.name, link, way)
+            Case(measure.name, link, way.name)
             for measure in MEASURES.values()
             if not self.measures or measure.name in self.measures
-            for link, way in measure.cases
-            if (not self.links or link in self.links) and (not self.ways or way in self.ways)
+            for link in dict.fromkeys(link for link, _ in measure.cases)
+            if not self.links or link in self.links
+            for way in WAYS.values()
+            if measure.offers(link, way) and self._wants(measure, link, way)
         ]
+
+    def _wants(self, measure: Measure, link: str, way: Way) -> bool:
+        if way.name in self.ways:
+            return True
+        if way.is_lazymem and way.variant in self.variants and (not self.ways or way.base in self.ways):
+            return True
+        return not self.ways and (link, way.name) in measure.cases
 
 
 def mixed(cases: list[Case], round_number: int) -> list[Case]:

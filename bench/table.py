@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from bench import costs
 from bench.context import Measure, Target
 from bench.record import Case, Results
 from bench.summary import Summary, ratio, summarize
-
-_PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+from bench.units import shown
+from bench.way import VARIANTS, Variant
 
 
 def markdown(results: Results, measures: Sequence[Measure], links: dict[str, str], ways: dict[str, str]) -> str:
@@ -18,6 +20,9 @@ def markdown(results: Results, measures: Sequence[Measure], links: dict[str, str
         rows = list(_figures(results, measure, links, ways))
         if rows:
             parts += ["", f"## `{measure.name}`: {measure.title}", "", *_table(_FIGURE_HEAD, rows)]
+    rows = list(costs.rows(results, measures, links))
+    if rows:
+        parts += ["", "## What TLS and the supervisor cost", "", *_table(costs.HEAD, rows)]
     problems = [f"- {s.case.measure} {s.case.link} {s.case.way}: {s.problem}" for s in results.samples if s.problem]
     if problems:
         parts += ["", "## What failed", "", *dict.fromkeys(problems)]
@@ -46,10 +51,19 @@ def _goals(results: Results, measures: Sequence[Measure], links: dict[str, str])
     rows = []
     for measure in measures:
         for target in measure.targets:
-            row = _goal(results, measure, target)
-            if row:
-                rows.append((links[target.link], target.title, *row))
+            for variant in VARIANTS:
+                row = _goal(results, measure, _of_variant(target, variant))
+                if row:
+                    rows.append((links[target.link], target.title + variant.title, *row))
     return _table(_GOAL_HEAD, rows) if rows else ["No goal's figures were measured."]
+
+
+def _of_variant(target: Target, variant: Variant) -> Target:
+    """The goal for lazymem's ways with this protection; beside one of our own, that has the same."""
+    beside = target.beside
+    if beside is not None and beside.startswith("lazymem"):
+        beside += variant.suffix
+    return replace(target, way=target.way + variant.suffix, beside=beside)
 
 
 def _goal(results: Results, measure: Measure, target: Target) -> tuple[str, ...] | None:
@@ -107,33 +121,22 @@ _FIGURE_HEAD = ("link", "way", "figure", "median", "spread", "rounds")
 def _figures(
     results: Results, measure: Measure, links: dict[str, str], ways: dict[str, str]
 ) -> Iterable[tuple[str, ...]]:
-    for link, way in measure.cases:
-        case = Case(measure.name, link, way)
+    measured = {sample.case for sample in results.samples}
+    for case in (Case(measure.name, link, way) for link in links for way in ways):
+        if case not in measured:
+            continue
         names = dict.fromkeys(name for sample in results.samples if sample.case == case for name in sample.figures)
         for name in names:
             found = summarize(results.values(case, name))
             spread = f"{shown(found.low, name)} to {shown(found.high, name)}"
-            yield links[link], ways[way], name.replace("_", " "), shown(found.median, name), spread, str(found.rounds)
-
-
-def shown(value: float, figure: str) -> str:
-    """With the unit that the figure's name ends in."""
-    if figure.endswith("per_second"):
-        return _scaled(value, "B/s")
-    if "bytes" in figure:
-        return _scaled(value, "B")
-    if "seconds" in figure and "over" not in figure:
-        for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-            if abs(value) * factor >= 1 or unit == "us":
-                return f"{value * factor:.3g} {unit}"
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def _scaled(value: float, unit: str) -> str:
-    for factor, prefix in _PREFIXES:
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+            yield (
+                links[case.link],
+                ways[case.way],
+                name.replace("_", " "),
+                shown(found.median, name),
+                spread,
+                str(found.rounds),
+            )
 
 
 def _with_spread(found: Summary, figure: str) -> str:

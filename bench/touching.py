@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.images import TOUCH_SEED, Image
 from bench.summary import quantile
-from bench.ways import WayError
+from bench.way import WayError
 from lazymem.pages import PAGE_SIZE
 
 

@@ -1,182 +1,22 @@
 """The ways to have another host's RAM here, each with a server's end and a mount: started as their own documents say,
-ended by their own ids. What is on the server's side is started before any clock runs.
+ended by their own ids.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import shutil
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from bench.images import Image
+from bench.lazymemways import LAZYMEM_WAYS
 from bench.links import Through
-from lazymem.demo.processes import child, tail
-
-START_SECONDS = 60.0
-COMMAND_SECONDS = 300.0
-STATUS_XATTR = "user.lazymem.status"
-
-
-class WayError(RuntimeError):
-    """A way did not start, or gave other bytes than the image has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A running server's end."""
-
-    address: str
-    pid: int
-
-
-@dataclass(slots=True)
-class Mount:
-    """A way's file here. `started`: perf_counter when its command was started; `daemon_pid` serves it, if anybody."""
-
-    ram: Path
-    started: float
-    ready_seconds: float
-    daemon_pid: int | None = None
-    is_lazymem: bool = False
-    extra: dict[str, float] = field(default_factory=dict)
-
-    def status(self) -> dict[str, Any]:
-        """lazymem's own figures."""
-        found: dict[str, Any] = json.loads(os.getxattr(self.ram.parent, STATUS_XATTR))
-        return found
-
-
-Serve = Callable[[Image, Path], AbstractContextManager[Server]]
-MountIt = Callable[[Through, Image, Path], AbstractContextManager[Mount]]
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """`serve(image, folder)` on the other host, `mount(through, image, folder)` on this one."""
-
-    name: str
-    title: str
-    serve: Serve
-    mount: MountIt
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-    """Poll each half millisecond. Raises WayError when the time is up."""
-    give_up = time.perf_counter() + seconds
-    while not condition():
-        if time.perf_counter() > give_up:
-            raise WayError(f"waited {seconds:g} s for {what}")
-        time.sleep(0.0005)
-
-
-# --- lazymem
-
-
-RECORDED_FOLDER = "recorded"
-"""Of a run's folder: what a server has learned before."""
-
-
-PKI_FOLDER = "pki"
-SERVER_NAME, CLIENT_NAME = "server", "client"
-
-
-def serve_lazymem(image: Image, folder: Path) -> AbstractContextManager[Server]:
-    return _serve_lazymem(image, folder)
-
-
-def serve_recorded(image: Image, folder: Path) -> AbstractContextManager[Server]:
-    """With a working set in `folder`, which the measure put there."""
-    return _serve_lazymem(image, folder, "--learn", str(folder / RECORDED_FOLDER))
-
-
-def serve_tls(image: Image, folder: Path) -> AbstractContextManager[Server]:
-    """With certificates of its own, made before any clock runs; the client's are `mount_tls`'s."""
-    pki = folder / PKI_FOLDER
-    for words in (("init", pki), ("issue", pki, SERVER_NAME, "--server"), ("issue", pki, CLIENT_NAME, "--client")):
-        command = [sys.executable, "-m", "lazymem.cli.pki", *map(str, words)]
-        subprocess.run(command, check=True, capture_output=True)
-    return _serve_lazymem(image, folder, *_tls_options(folder, SERVER_NAME), "--allow", CLIENT_NAME)
-
-
-def _tls_options(folder: Path, name: str) -> tuple[str, ...]:
-    pki = folder / PKI_FOLDER
-    words = ("--tls-cert", pki / f"{name}.crt", "--tls-key", pki / f"{name}.key", "--tls-ca", pki / "ca.crt")
-    return tuple(map(str, words))
-
-
-@contextmanager
-def _serve_lazymem(image: Image, folder: Path, *options: str) -> Iterator[Server]:
-    log = folder / "lazymem-serve.log"
-    command = [sys.executable, "-m", "lazymem_server.app", "--json", "--listen", "127.0.0.1:0", *options]
-    command.append(str(image.folder))
-    with child(command, log) as process:
-        wait_until(lambda: process.poll() is not None or '{"' in log.read_text(), "lazymem-serve")
-        lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
-        if not lines:
-            raise WayError(f"lazymem-serve ended: {tail(log)}")
-        yield Server(json.loads(lines[0])["listening"][0], process.pid)
-
-
-def mount_lazymem(*options: str, module: str = "lazymem.cli.mount") -> MountIt:
-    """A mount with these options, with a cache folder of its own that is empty. `module`: the command that makes it."""
-
-    @contextmanager
-    def mount(through: Through, image: Image, folder: Path) -> Iterator[Mount]:
-        point, cache = folder / "mnt", folder / "cache"
-        point.mkdir()
-        command = [sys.executable, "-m", module, through.address, str(point)]
-        command += ["--cache", str(cache), "--log", str(folder / "lazymem-mount.log"), *options]
-        started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-        ready = time.perf_counter() - started
-        if done.returncode:
-            raise WayError(f"lazymem-mount: {done.stderr.strip()}")
-        found = Mount(point / "pc.ram", started, ready, is_lazymem=True)
-        found.daemon_pid = int(found.status()["pid"])
-        daemon = os.pidfd_open(found.daemon_pid)  # it is nobody's child any more
-        try:
-            yield found
-        finally:
-            _unmount(point)
-            ended, _, _ = select.select([daemon], [], [], START_SECONDS)
-            os.close(daemon)
-            shutil.rmtree(cache, ignore_errors=True)
-            if not ended:
-                raise WayError("lazymem's daemon did not end after its unmount")
-
-    return mount
-
-
-def mount_tls(*options: str) -> MountIt:
-    """As `mount_lazymem`, of a server by `serve_tls`."""
-
-    def mount(through: Through, image: Image, folder: Path) -> AbstractContextManager[Mount]:
-        tls = (*_tls_options(folder, CLIENT_NAME), "--tls-name", SERVER_NAME)
-        return mount_lazymem(*options, *tls)(through, image, folder)
-
-    return mount
-
-
-def _unmount(point: Path) -> None:
-    give_up = time.perf_counter() + START_SECONDS
-    command = ["umount", str(point)] if os.geteuid() == 0 else ["fusermount3", "-u", str(point)]
-    while os.path.ismount(point):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode and time.perf_counter() > give_up:
-            raise WayError(f"cannot unmount {point}: {done.stderr.strip()}")
-        if done.returncode:
-            time.sleep(0.02)
-
+from bench.way import Mount, Server, Way, WayError, copy_sparse, run_to_end, unmount, wait_until
+from lazymem.demo.processes import child, end, tail
 
 # --- NBD: nbdkit's file plugin, and two clients that make a file of it
 
@@ -198,8 +38,6 @@ def serve_nbdkit(image: Image, folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def _child_with(command: list[str], log: Path, descriptors: list[int]) -> Iterator[subprocess.Popen[bytes]]:
-    from lazymem.demo.processes import end
-
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -232,7 +70,7 @@ def mount_nbdfuse(through: Through, image: Image, folder: Path) -> Iterator[Moun
         try:
             yield found
         finally:
-            _unmount(point)
+            unmount(point)
 
 
 @contextmanager
@@ -291,34 +129,6 @@ def mount_copied(through: Through, image: Image, folder: Path) -> Iterator[Mount
     yield Mount(ram, started, time.perf_counter() - started)
 
 
-def run_to_end(command: list[str]) -> None:
-    """Raises WayError with the command's words when it fails, or takes longer than any link needs."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, timeout=COMMAND_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise WayError(f"{command[0]} did not end in {COMMAND_SECONDS:g} s") from None
-    if done.returncode:
-        raise WayError(f"{command[0]}: {done.stderr.strip()}")
-
-
-def copy_sparse(source: Path, target: Path) -> None:
-    """By cp(1), which clones where the file system can and keeps holes where not."""
-    subprocess.run(["cp", "--reflink=auto", "--sparse=always", str(source), str(target)], check=True)
-
-
-LAZYMEM = Way("lazymem", "lazymem", serve_lazymem, mount_lazymem("--prefetch", "all"))
-LAZYMEM_NONE = Way("lazymem-none", "lazymem, guessing off", serve_lazymem, mount_lazymem("--prefetch", "none"))
-LAZYMEM_TLS = Way("lazymem-tls", "lazymem, TLS", serve_tls, mount_tls("--prefetch", "all"))
-LAZYMEM_NONE_TLS = Way("lazymem-none-tls", "lazymem, guessing off, TLS", serve_tls, mount_tls("--prefetch", "none"))
-LAZYMEM_RECORDED = Way("lazymem-recorded", "lazymem, recorded", serve_recorded, mount_lazymem("--prefetch", "all"))
-LAZYMEM_TEMPLATE = Way(
-    "lazymem-template",
-    "lazymem, a template",
-    serve_lazymem,
-    mount_lazymem("--prefetch", "all", module="lazymem.cli.template"),
-)
 NBDFUSE = Way("nbdfuse", "nbdfuse", serve_nbdkit, mount_nbdfuse)
 QSD = Way("qsd", "qemu-storage-daemon", serve_nbdkit, mount_qsd)
 COPY = Way("copy", "copy, then start", serve_nbdkit, mount_copied)
@@ -326,18 +136,4 @@ LOCAL = Way("local", "local", serve_nothing, mount_local)
 
 POSTCOPY = Way("postcopy", "QEMU post-copy", serve_nothing, mount_nothing)
 
-_ALL = (
-    LAZYMEM,
-    LAZYMEM_NONE,
-    LAZYMEM_TLS,
-    LAZYMEM_NONE_TLS,
-    LAZYMEM_RECORDED,
-    LAZYMEM_TEMPLATE,
-    NBDFUSE,
-    QSD,
-    POSTCOPY,
-    COPY,
-    LOCAL,
-)
-
-WAYS = {way.name: way for way in _ALL}
+WAYS = {way.name: way for way in (*LAZYMEM_WAYS, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)}

@@ -3,6 +3,8 @@
     python -m bench.wireclients HOST:PORT CLIENTS SECONDS     reads the image again and again, guessed pages
     python -m bench.wireclients HOST:PORT 0 SECONDS           demands one page after the other, at random
 
+With CERT KEY CA NAME behind these: over TLS.
+
 Prints one JSON object: pages of RAM that each client got and in how long; or the waiting times of the demands.
 """
 
@@ -12,11 +14,15 @@ import json
 import random
 import selectors
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.settings import TlsSettings
+from lazymem.tls.contexts import client_context
 from lazymem.wire import frame
 from lazymem.wire.codec import encode
 from lazymem.wire.connection import NEED_DATA, ClientConnection
@@ -32,11 +38,13 @@ _RECEIVE_BYTES = 1 << 20
 _HEAD = frame.HEADER_BYTES + frame.PAGES.size
 
 
-def connect(address: str) -> tuple[socket.socket, ClientConnection, Welcome]:
+def connect(address: str, maybe_tls: TlsSettings | None = None) -> tuple[socket.socket, ClientConnection, Welcome]:
     """A connection that has been welcomed."""
     host, _, port = address.rpartition(":")
     sock = socket.create_connection((host, int(port)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if maybe_tls is not None:
+        sock = client_context(maybe_tls).wrap_socket(sock, server_hostname=maybe_tls.name)
     connection = ClientConnection()
     sock.sendall(connection.send(Hello("")))
     while (event := connection.next_event()) is NEED_DATA:
@@ -78,8 +86,8 @@ class FrameHeads:
 class Reader:
     """Reads the image from start to end, and from the start again."""
 
-    def __init__(self, address: str) -> None:
-        self.socket, _, welcome = connect(address)
+    def __init__(self, address: str, maybe_tls: TlsSettings | None = None) -> None:
+        self.socket, _, welcome = connect(address, maybe_tls)
         self.socket.setblocking(False)
         self._total = welcome.ram_bytes // PAGE_SIZE
         self._next = self._ids = 0
@@ -97,8 +105,19 @@ class Reader:
         self.socket.sendall(encode(Fetch(self._ids, (pages,), flags)))
 
     def receive(self) -> None:
-        """What the socket has."""
-        data = self.socket.recv(_RECEIVE_BYTES)
+        """What the socket has; of what came through TLS, all that is decrypted."""
+        while (data := self._maybe_data()) is not None:
+            self._take(data)
+            if not isinstance(self.socket, ssl.SSLSocket):
+                return
+
+    def _maybe_data(self) -> bytes | None:
+        try:
+            return self.socket.recv(_RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            return None
+
+    def _take(self, data: bytes) -> None:
         if not data:
             raise RuntimeError("the server closed the connection")
         for number, final, pages in self._heads.feed(data):
@@ -109,9 +128,9 @@ class Reader:
                 self._ask()
 
 
-def read(address: str, clients: int, seconds: float) -> dict[str, list[float]]:
+def read(address: str, clients: int, seconds: float, maybe_tls: TlsSettings | None = None) -> dict[str, list[float]]:
     """Pages that each client got."""
-    readers = [Reader(address) for _ in range(clients)]
+    readers = [Reader(address, maybe_tls) for _ in range(clients)]
     with selectors.DefaultSelector() as selector:
         for reader in readers:
             selector.register(reader.socket, selectors.EVENT_READ, reader)
@@ -124,9 +143,9 @@ def read(address: str, clients: int, seconds: float) -> dict[str, list[float]]:
     return {"pages": [reader.pages for reader in readers], "seconds": [now - started]}
 
 
-def demand(address: str, seconds: float) -> dict[str, list[float]]:
+def demand(address: str, seconds: float, maybe_tls: TlsSettings | None = None) -> dict[str, list[float]]:
     """How long each of many single pages took, with a pause between them."""
-    sock, connection, welcome = connect(address)
+    sock, connection, welcome = connect(address, maybe_tls)
     choose = random.Random(9)
     waits: list[float] = []
     end = time.perf_counter() + seconds
@@ -147,7 +166,12 @@ def demand(address: str, seconds: float) -> dict[str, list[float]]:
 def main() -> int:
     """Runs the clients; returns the exit code."""
     address, clients, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    print(json.dumps(read(address, clients, seconds) if clients else demand(address, seconds)))
+    maybe_tls = None
+    if len(sys.argv) > 4:
+        cert, key, ca, name = sys.argv[4:]
+        maybe_tls = TlsSettings(Path(cert), Path(key), Path(ca), name)
+    found = read(address, clients, seconds, maybe_tls) if clients else demand(address, seconds, maybe_tls)
+    print(json.dumps(found))
     return 0
 
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 from bench.context import Context, Measure, Target
+from bench.lazymemways import client_tls
 from bench.record import Sample
 from bench.summary import quantile
-from bench.ways import WayError
+from bench.way import NO_MOUNT, WayError
 from lazymem.pages import PAGE_SIZE
 
 CLIENTS = 8
@@ -18,8 +19,10 @@ SECONDS = 10.0
 
 def _run(context: Context) -> Sample:
     with context.folder() as folder, context.served(context.image, folder) as (_, seen):
-        readers = _started(seen.address, CLIENTS)
-        ninth = _started(seen.address, 0)
+        tls = client_tls(folder) if context.way.variant.tls else None
+        words = [str(tls.cert), str(tls.key), str(tls.ca), tls.name] if tls is not None else []
+        readers = _started(seen.address, CLIENTS, words)
+        ninth = _started(seen.address, 0, words)
         read, demanded = _result(readers), _result(ninth)
     pages, seconds = read["pages"], read["seconds"][0]
     waits = sorted(demanded["waits"])
@@ -32,8 +35,8 @@ def _run(context: Context) -> Sample:
     return context.sample(figures, {"waits_seconds": waits})
 
 
-def _started(address: str, clients: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bench.wireclients", address, str(clients), str(SECONDS)]
+def _started(address: str, clients: int, tls: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bench.wireclients", address, str(clients), str(SECONDS), *tls]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -62,4 +65,5 @@ MEASURE = Measure(
         Target("8 clients: the least one's share", "loopback", "lazymem", "least_share", must=0.5, at_least=True),
         Target("a ninth client's demand p99", "loopback", "lazymem", "ninth_wait_p99_seconds", must=0.005),
     ),
+    NO_MOUNT,
 )

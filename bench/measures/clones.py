@@ -16,7 +16,7 @@ from bench.images import FORMAT, Image, adopt
 from bench.linuximage import RAM_BYTES, SMALL_MIB, linux_image
 from bench.measures.memory import page_cache_bytes
 from bench.record import Sample
-from bench.ways import Mount
+from bench.way import Mount
 from lazymem.cli.progress import Reporter
 from lazymem.demo.vmrun import VmGuest, started
 from lazymem.vm.guests import build_guest

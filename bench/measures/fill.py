@@ -10,7 +10,7 @@ from bench.context import Context, Measure, Target, pairs
 from bench.held import cpu_seconds, wait_held
 from bench.images import Image
 from bench.record import Sample
-from bench.ways import Mount
+from bench.way import Mount
 
 _READ_BYTES = 1 << 20
 
@@ -75,7 +75,7 @@ def _run_sequential(context: Context) -> Sample:
 FILL = Measure(
     "fill",
     "everything held",
-    (*pairs(("loopback", "1ms", "20ms"), ("lazymem", "nbdfuse", "qsd", "copy")), ("loopback", "lazymem-tls")),
+    (*pairs(("loopback", "1ms", "20ms"), ("lazymem", "nbdfuse", "qsd", "copy")), ("loopback", "lazymem+tls")),
     _run_fill,
     (
         Target(

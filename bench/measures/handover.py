@@ -9,6 +9,7 @@ from bench.handover import handed_over
 from bench.linuximage import linux_image
 from bench.postcopy import migrated
 from bench.record import Sample
+from bench.way import NO_MOUNT
 
 _NAMES = ("downtime_seconds", "total_seconds", "state_bytes", "wire_received_bytes", "demand_faults")
 
@@ -21,7 +22,7 @@ def _run(context: Context, *, screen: bool = False) -> Sample:
                 figures = {"downtime_seconds": guest.downtime_seconds}
                 figures["total_seconds"] = guest.wait_done() - guest.started
             return context.sample(figures)
-        report = handed_over(context.link, image, folder, screen=screen)
+        report = handed_over(context.link, image, folder, screen=screen, tls=context.way.variant.tls)
     return context.sample({name: float(report[name]) for name in _NAMES if report.get(name) is not None})
 
 
@@ -34,6 +35,7 @@ MEASURE = Measure(
         Target("downtime, beside QEMU post-copy", "1ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
         Target("downtime, beside QEMU post-copy", "20ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
     ),
+    NO_MOUNT,
 )
 
 SCREEN_MEASURE = Measure(
@@ -45,4 +47,5 @@ SCREEN_MEASURE = Measure(
         Target("the same with a written screen", "1ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
         Target("the same with a written screen", "20ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
     ),
+    NO_MOUNT,
 )

@@ -18,7 +18,8 @@ from bench.linuximage import ALL_MIB, SMALL_MIB, linux_image
 from bench.measures.linuxrecording import give_recording
 from bench.postcopy import migrated
 from bench.record import Sample
-from bench.ways import Mount, copy_sparse, run_to_end, serve_nbdkit
+from bench.way import Mount, copy_sparse, run_to_end
+from bench.ways import serve_nbdkit
 from lazymem.demo.qemu import QemuOptions
 from lazymem.demo.qemurun import started, take_over
 from lazymem.demo.serialline import SerialLine
@@ -35,7 +36,7 @@ def _run(context: Context) -> Sample:
     with context.folder() as folder:
         if context.way.name in ("nbdfuse", "qsd"):
             copy_sparse(image.ram, folder / "served.ram")  # what the guest writes must not reach the image
-        if context.way.name == "lazymem-recorded":
+        if context.way.base == "lazymem-recorded":
             give_recording(image, _JOBS, folder)
         with context.served(image, folder) as (_, seen), _state_server(context, image, folder) as state_address:
             begun = time.perf_counter()

@@ -7,8 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.images import Image
+from bench.lazymemways import RECORDED_FOLDER, mount_lazymem, serve_lazymem
 from bench.links import LINKS, through
-from bench.ways import RECORDED_FOLDER, WayError, mount_lazymem, serve_lazymem
+from bench.way import WayError
 from lazymem.demo.qemu import QemuOptions
 from lazymem.demo.qemurun import started, take_over
 from lazymem.snapshot.manifest import MANIFEST_NAME, parse

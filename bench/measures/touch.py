@@ -44,7 +44,7 @@ def _run(context: Context, numbers: array[int], until_seconds: float | None = No
 SINGLE = Measure(
     "touch",
     "random 4 KiB first touch, guessing off",
-    (*pairs(("loopback", "1ms", "20ms"), ("lazymem-none", "nbdfuse", "qsd")), ("loopback", "lazymem-none-tls")),
+    (*pairs(("loopback", "1ms", "20ms"), ("lazymem-none", "nbdfuse", "qsd")), ("loopback", "lazymem-none+tls")),
     _run_single,
     (
         Target(

@@ -12,7 +12,7 @@ from pathlib import Path
 from bench.context import Context, Measure, Target, pairs
 from bench.held import wait_held
 from bench.record import Sample
-from bench.ways import copy_sparse
+from bench.way import copy_sparse
 from lazymem.pages import PAGE_SIZE
 
 PASSES = 5

@@ -14,8 +14,10 @@ from bench.links import LINKS
 from bench.measures import MEASURES
 from bench.record import Case
 from bench.runner import Plan, mixed
+from bench.way import VARIANTS
 from bench.ways import WAYS
 from lazymem.pages import PAGE_SIZE
+from tests.support.skips import needs_resend
 
 
 def test_every_case_names_what_there_is() -> None:
@@ -33,6 +35,19 @@ def test_a_plan_takes_only_what_was_chosen() -> None:
     cases = Plan(measures=("touch",), links=("loopback",), ways=("nbdfuse", "copy")).cases()
     assert cases == [Case("touch", "loopback", "nbdfuse")]
     assert len(Plan().cases()) == sum(len(measure.cases) for measure in MEASURES.values())
+
+
+def test_ways_of_ours_have_variants_where_the_measure_has_the_way() -> None:
+    chosen = Plan(measures=("memory",), ways=("lazymem+tls", "lazymem-none+unsupervised", "nbdfuse")).cases()
+    assert chosen == [Case("memory", "loopback", "lazymem+tls")]
+    four = ["lazymem", "lazymem+tls", "lazymem+unsupervised", "lazymem+tls+unsupervised"]
+    plan = Plan(measures=("fill",), links=("20ms",), ways=("lazymem", "nbdfuse"), variants=VARIANTS)
+    assert [case.way for case in plan.cases()] == [*four, "nbdfuse"]
+
+
+def test_what_cannot_do_without_a_supervisor_is_not_asked_to() -> None:
+    plan = Plan(measures=("clients", "handover"), links=("loopback", "1ms"), variants=VARIANTS)
+    assert sorted(case.way for case in plan.cases()) == ["lazymem"] * 2 + ["lazymem+tls"] * 2 + ["postcopy"]
 
 
 def test_rounds_mix_the_order_and_keep_what_is_compared_together() -> None:
@@ -71,3 +86,16 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(sample["figures"]["touches"] == 200 for sample in found["samples"])
     assert "| loopback TCP | lazymem, guessing off | wait p50 seconds |" in output
     assert (tmp_path / "out" / "results.md").read_text() in output
+
+
+@needs_resend
+@pytest.mark.system
+def test_what_protection_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All four variants, each held to be what its name says by the way itself."""
+    options = ["--measure", "ready", "--way", "lazymem", "--protection", "--link", "loopback", "--rounds", "1"]
+    options += ["--image-mib", "8", "--no-plots", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert cli.main(options) == 0, capsys.readouterr().out
+    output = capsys.readouterr().out
+    (row,) = [line for line in output.splitlines() if line.startswith("| loopback TCP | ready | lazymem | ready s")]
+    assert row.count("; x ") == 3
+    assert "| loopback TCP | command to mount ready, TLS, no supervisor |" in output

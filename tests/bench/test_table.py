@@ -8,7 +8,8 @@ import pytest
 
 from bench.context import Context, Measure, Target
 from bench.record import Case, Results, Sample
-from bench.table import markdown, shown
+from bench.table import markdown
+from bench.units import shown
 
 MACHINE: dict[str, Any] = {
     "commit": "abc+",
@@ -87,6 +88,32 @@ def test_a_figure_that_was_not_measured_has_no_row() -> None:
     text = markdown(_results(nbdfuse=[0.01]), [_measure(BESIDE)], LINKS, WAYS)
     assert "No goal's figures were measured." in text
     assert "| loopback TCP | nbdfuse | wait seconds | 10 ms | 10 ms to 10 ms | 1 |" in text
+
+
+def test_what_protection_costs_stands_in_one_row() -> None:
+    ways = {name: name for name in ("lazymem", "lazymem+tls", "lazymem+unsupervised", "lazymem+tls+unsupervised")}
+    results = Results(MACHINE, {"rounds": 2})
+    for way, values in {
+        "lazymem+unsupervised": (0.01, 0.02),
+        "lazymem": (0.011, 0.022),
+        "lazymem+tls": (0.02, 0.04),
+    }.items():
+        results.samples += [
+            Sample(Case("touch", "loopback", way), number, {"wait_seconds": value})
+            for number, value in enumerate(values)
+        ]
+    measure = Measure("touch", "touches", (("loopback", "lazymem"), ("loopback", "lazymem+tls")), _never, (BESIDE,))
+    text = markdown(results, [measure], LINKS, ways)
+    assert "| loopback TCP | touch | lazymem+tls |" not in text
+    assert "| loopback TCP | touch | lazymem | wait seconds | 15 ms | 16.5 ms; x 1.10 | - | 30 ms; x 2.00 |" in text
+
+
+def test_a_variants_goal_has_a_row_of_its_own() -> None:
+    results = _results(lazymem=[0.012], nbdfuse=[0.010])
+    results.samples.append(Sample(Case("touch", "loopback", "lazymem+tls"), 0, {"wait_seconds": 0.02}))
+    text = markdown(results, [_measure(BESIDE)], LINKS, {**WAYS, "lazymem+tls": "lazymem, TLS"})
+    assert "| loopback TCP | waiting | 12 ms | nbdfuse 10 ms | 1.2 |" in text
+    assert "| loopback TCP | waiting, TLS | 20 ms | nbdfuse 10 ms | 2 |" in text
 
 
 def test_a_failure_is_written_down_once() -> None:

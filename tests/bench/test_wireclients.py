@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.images import synthetic
-from bench.ways import serve_lazymem
+from bench.lazymemways import client_tls, serve_lazymem
+from bench.way import VARIANTS
 from bench.wireclients import FrameHeads, demand, read
 from lazymem.digests import DIGEST_BYTES
 from lazymem.pages import PAGE_SIZE, PageRange
@@ -50,5 +51,16 @@ def test_a_real_server_answers_them(tmp_path: Path) -> None:
         found = read(server.address, 2, 0.3)
         waits = demand(server.address, 0.1)["waits"]
     assert len(found["pages"]) == 2
+    assert all(pages > 0 for pages in found["pages"])
+    assert waits
+
+
+@pytest.mark.system
+def test_they_speak_tls_too(tmp_path: Path) -> None:
+    image = synthetic(tmp_path / "work", 8)
+    (variant,) = [variant for variant in VARIANTS if variant.suffix == "+tls"]
+    with serve_lazymem(image, tmp_path, variant) as server:
+        found = read(server.address, 2, 0.3, client_tls(tmp_path))
+        waits = demand(server.address, 0.1, client_tls(tmp_path))["waits"]
     assert all(pages > 0 for pages in found["pages"])
     assert waits
