@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from lazymem.errors import RemoteProtocolError
 
-VERSION = 1
+VERSION = 2
 
 CONTROL = b"lazyhand"
 STATE = b"lazystat"

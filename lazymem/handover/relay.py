@@ -1,8 +1,8 @@
 """Device state on its way from emulator to emulator: through both processes of a hand-over, never on a disk.
 
-The source's emulator writes into a unix socket; a thread hands that on to the connection. At the destination a task
-reads ahead of the emulator there, which may wait for a page of RAM in the middle of its load while the source still
-waits to have sent everything.
+The source's emulator writes into a unix socket; a thread hands that on to the connection, in compressed pieces
+(`statepieces`). At the destination a task reads ahead of the emulator there, which may wait for a page of RAM in the
+middle of its load while the source still waits to have sent everything.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ import trio
 
 from lazymem.errors import MonitorError, SaveStreamError
 from lazymem.handover.channel import Stream
+from lazymem.handover.statepieces import MAX_PIECE_BYTES, Packer, Unpacker
 from lazymem.tls.stream import TlsSocket, TlsStream
 
-_CHUNK_BYTES = 256 * 1024
+_READ_BYTES = 64 * 1024
+"""Of a connection at a time."""
+
 _MAX_SOCKET_PATH = 107
 
 _AHEAD_CHUNKS = 256
@@ -36,6 +39,7 @@ class Outgoing:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._target = target
         self._connection: socket.socket | None = None
+        self._packer = Packer()
         self.sent_bytes = 0
         self.failure: OSError | None = None
         self.path = self._choose_path(beside)
@@ -64,9 +68,10 @@ class Outgoing:
     def _relay(self) -> None:
         try:
             self._connection, _ = self._listener.accept()
-            while data := self._connection.recv(_CHUNK_BYTES):
-                self._target.sendall(data)
+            while data := self._connection.recv(MAX_PIECE_BYTES):
+                self._target.sendall(self._packer.pack(data))
                 self.sent_bytes += len(data)
+            self._target.sendall(self._packer.end())
             self._target.shutdown(socket.SHUT_WR)
         except OSError as error:
             self.failure = error
@@ -137,22 +142,27 @@ async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], 
         raise MonitorError(f"the emulator does not take its state: {error.strerror}") from error
     send, receive = trio.open_memory_channel[bytes](_AHEAD_CHUNKS)
     broke: BaseException | None = None
+    pieces = Unpacker()
     count = 0
     async with target, trio.open_nursery() as nursery:
         nursery.start_soon(_feed, receive, target)
         async with send:
             try:
-                while data := await source.receive_some(_CHUNK_BYTES):
-                    count += len(data)
-                    await send.send(data)
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                while not pieces.ended:
+                    data = await source.receive_some(_READ_BYTES)
+                    if not data:
+                        raise SaveStreamError("its connection ended")
+                    for piece in pieces.feed(data):
+                        count += len(piece)
+                        await send.send(piece)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, SaveStreamError) as error:
                 broke = error
         if broke is None:
             on_received(count)
         else:
             nursery.cancel_scope.cancel()  # the emulator sees its state end in the middle
     if broke is not None:
-        raise SaveStreamError(f"the device state broke off after {count} bytes") from broke
+        raise SaveStreamError(f"the device state broke off after {count} bytes: {broke}") from broke
 
 
 async def _feed(receive: trio.MemoryReceiveChannel[bytes], target: trio.SocketStream) -> None:
