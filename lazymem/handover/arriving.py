@@ -11,12 +11,25 @@ from lazymem.errors import MonitorError
 from lazymem.vm.qmpclient import QmpClient
 
 _POLL_SECONDS = 0.001
-"""Between two looks at a load: some 0.1 ms of the emulator's time each."""
+"""Between two looks at a load of which nobody tells: some 0.1 ms of the emulator's time each."""
+
+_LOOK_SECONDS = 0.1
+"""The same where the emulator tells of a load's end by itself."""
+
+_RESUME_SECONDS = 1.0
+"""From the answer to `cont` to the event that tells when the guest began, which comes with it."""
+
+_EVENTS = "events"
+"""QEMU's capability to tell of a migration's end by itself."""
 
 _PATIENT_SECONDS = 1e9
 """The emulator's monitor is silent while a device's load waits for a page of RAM, as long as the source is away."""
 
 WAITS = "inmigrate"
+
+
+class NeverToldError(MonitorError):
+    """The emulator went away before it was told to let its guest run: it has not run."""
 
 
 class ArrivingGuest:
@@ -28,6 +41,7 @@ class ArrivingGuest:
             MonitorError: nobody is there (yet).
         """
         self._qmp = QmpClient(monitor, timeout_seconds=30)
+        self._tells = False
 
     def close(self) -> None:
         self._qmp.close()
@@ -41,6 +55,10 @@ class ArrivingGuest:
         Raises:
             MonitorError: refused.
         """
+        known = {entry["capability"] for entry in self._qmp.maybe_command("query-migrate-capabilities") or []}
+        if _EVENTS in known:
+            self._qmp.command("migrate-set-capabilities", capabilities=[{"capability": _EVENTS, "state": True}])
+            self._tells = True
         self._qmp.command("migrate-incoming", uri=f"unix:{path}")
         deadline = time.monotonic() + seconds
         while not path.exists():
@@ -58,9 +76,20 @@ class ArrivingGuest:
         self._qmp.patience(_PATIENT_SECONDS)
         while (status := self.status()) == WAITS:
             self._refuse_failed()
-            time.sleep(_POLL_SECONDS)
+            self._wait_told()
         if status == "running":
             raise MonitorError("the emulator runs the guest without being told to: was it started with -S?")
+
+    def _wait_told(self) -> None:
+        """A while, or until the emulator tells how its load ended."""
+        if not self._tells:
+            time.sleep(_POLL_SECONDS)
+            return
+        deadline = time.monotonic() + _LOOK_SECONDS
+        while (seconds := deadline - time.monotonic()) > 0:
+            event = self._qmp.next_event(seconds)
+            if event is not None and event.data.get("status") in ("completed", "failed"):
+                return
 
     def has_state(self) -> bool:
         """Whether it got it. Waits for a load that is under way.
@@ -88,14 +117,23 @@ class ArrivingGuest:
         """Let the guest run, if it does not; when it began, by the emulator's clock (Unix time).
 
         Raises:
-            MonitorError: the emulator is gone, or says no.
+            NeverToldError: the emulator is gone.
+            MonitorError: it went away meanwhile, or says no.
         """
         self._qmp.take_events()
-        if self.status() != "running":
-            self._qmp.command("cont")
-        self.status()
-        began = [event.seconds for event in self._qmp.take_events() if event.name == "RESUME"]
-        return began[-1] if began else time.time()
+        try:
+            is_running = self.status() == "running"
+        except MonitorError as error:
+            raise NeverToldError(str(error)) from error
+        if is_running:
+            return time.time()
+        self._qmp.command("cont")
+        deadline = time.monotonic() + _RESUME_SECONDS
+        while (seconds := deadline - time.monotonic()) > 0:
+            event = self._qmp.next_event(seconds)
+            if event is not None and event.name == "RESUME":
+                return event.seconds
+        return time.time()
 
     def stop(self) -> None:
         self._qmp.command("stop")

@@ -150,12 +150,10 @@ class LeavingGuest:
                 if status in _ENDED:
                     raise MonitorError(f"the emulator could not send its state: {self._reason()}")
                 self._allow_longer(now - begun)
-        self._qmp.command("query-status")
-        for event in self._qmp.take_events():
-            if event.name == "STOP" and stopped is None:
-                stopped = event.seconds
         if stopped is None:
-            stopped = time.time()
+            self._qmp.command("query-status")
+            stops = [event.seconds for event in self._qmp.take_events() if event.name == "STOP"]
+            stopped = stops[0] if stops else time.time()
         on_stopped(stopped)
         return stopped
 

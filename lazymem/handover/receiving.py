@@ -7,6 +7,7 @@ one finds them again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,7 @@ from lazymem.errors import (
 )
 from lazymem.handover import messages, requests
 from lazymem.handover.arrival import Arriving, Host, Outcome
-from lazymem.handover.arriving import ArrivingGuest, has_state, maybe_arrived
+from lazymem.handover.arriving import ArrivingGuest, NeverToldError, has_state, maybe_arrived
 from lazymem.handover.channel import Stream
 from lazymem.handover.eventqueue import EventQueue
 from lazymem.handover.journal import Journal
@@ -44,6 +45,9 @@ _TELL_SECONDS = 20.0
 
 _ANSWER_SECONDS = 5.0
 """For a source that lives to answer a new lazymem receive."""
+
+_MOUNTED_SECONDS = 1.0
+"""So long it is taken for granted that a mount that answered is there."""
 
 _QUEUE = 256
 
@@ -82,6 +86,8 @@ class Receiver:
         self._may_have_run = state is not Destination.ASKED
         self._gave_up = False
         self._acting = False
+        self._asking_mount = trio.Lock()
+        self._mounted_until = -math.inf
         self._answering = trio.Lock()
         self._reason = ""
         self._exit_code: int | None = None
@@ -166,6 +172,8 @@ class Receiver:
         def received(count: int) -> None:
             self._arriving.state_bytes = count
             self._nursery.start_soon(self._link.say, messages.Received(count))
+            # Before the decision, so that nobody waits for its busy daemon then.
+            self._nursery.start_soon(self._is_mounted)
 
         try:
             async with stream:
@@ -271,7 +279,7 @@ class Receiver:
     async def _take(self, event: Event, payload: object) -> None:
         before = self.state
         decides = event in (Event.GIVEN, Event.LOADED, Event.TAKE) and before in _UNDECIDED
-        if decides and not await trio.to_thread.run_sync(self._host.is_mounted):
+        if decides and not await self._is_mounted():
             event, payload = Event.FAILED, "the mount of the guest's RAM is gone"
         if isinstance(payload, messages.Given):
             self._stopped = payload.stopped
@@ -291,6 +299,15 @@ class Receiver:
             self._exit_code = payload
         if before is not self.state:
             await self._tell()
+
+    async def _is_mounted(self) -> bool:
+        async with self._asking_mount:  # who asks already, asks for all
+            if time.monotonic() < self._mounted_until:
+                return True
+            mounted = await trio.to_thread.run_sync(self._host.is_mounted)
+            if mounted:
+                self._mounted_until = time.monotonic() + _MOUNTED_SECONDS
+            return mounted
 
     async def _give_up_later(self) -> None:
         """A source that cannot be told in all this time is told by the next lazymem receive, or takes its guest back by
@@ -366,18 +383,24 @@ class Receiver:
         """
         if self._arriving.ran:
             return True
-        guest = await self._maybe_reach()
+        # One that has just told that it has its state is not asked whether it is there.
+        guest = await self._maybe_reach() if self._restarted or self._guest is None else self._guest
         if guest is None:
-            self._reason = "the guest cannot run here: its emulator is gone"
-            self._say(self._reason)
-            return self._may_have_run  # under the process before
+            return self._is_gone()
         if not self._arriving.runs:
             return True
         return await self._let_run(guest)
 
+    def _is_gone(self) -> bool:
+        self._reason = "the guest cannot run here: its emulator is gone"
+        self._say(self._reason)
+        return self._may_have_run  # under the process before
+
     async def _let_run(self, guest: ArrivingGuest) -> bool:
         try:
             began = await trio.to_thread.run_sync(guest.run)
+        except NeverToldError:
+            return self._is_gone()
         except CommandError as error:
             self._reason = f"the guest cannot run here: {error}"
             self._say(self._reason)

@@ -14,6 +14,7 @@ import trio
 from lazymem.errors import MonitorError
 from lazymem.handover import messages, receiving
 from lazymem.handover.arrival import Arriving
+from lazymem.handover.arriving import NeverToldError
 from lazymem.handover.journal import Journal, read
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.states import Destination, Event
@@ -72,6 +73,8 @@ class Guest:
         pass
 
     def run(self) -> float:
+        if self.gone:
+            raise NeverToldError("gone")
         if self._error is not None:
             raise self._error
         self.ran += 1
