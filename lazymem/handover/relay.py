@@ -28,6 +28,10 @@ _READ_BYTES = 64 * 1024
 
 _MAX_SOCKET_PATH = 107
 
+_SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python names it from 3.13 on
+_AHEAD_BYTES = 4 << 20
+"""In the kernel, before an emulator that loads: a screen."""
+
 _AHEAD_CHUNKS = 256
 """64 MiB at most between the two sockets of the receiver: devices are some MiB, and a framebuffer is taken at once."""
 
@@ -140,6 +144,7 @@ async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], 
         target = await trio.open_unix_socket(str(emulator))
     except OSError as error:
         raise MonitorError(f"the emulator does not take its state: {error.strerror}") from error
+    _widen(target.socket)
     send, receive = trio.open_memory_channel[bytes](_AHEAD_CHUNKS)
     broke: BaseException | None = None
     pieces = Unpacker()
@@ -163,6 +168,14 @@ async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], 
             nursery.cancel_scope.cancel()  # the emulator sees its state end in the middle
     if broke is not None:
         raise SaveStreamError(f"the device state broke off after {count} bytes: {broke}") from broke
+
+
+def _widen(target: trio.socket.SocketType) -> None:
+    """Let it hold more than the kernel's 208 KiB, after which two processes would take turns. As much as we may."""
+    for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
+        with suppress(OSError):
+            target.setsockopt(socket.SOL_SOCKET, option, _AHEAD_BYTES)
+            return
 
 
 async def _feed(receive: trio.MemoryReceiveChannel[bytes], target: trio.SocketStream) -> None:

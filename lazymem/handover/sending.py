@@ -33,6 +33,10 @@ from lazymem.snapshot.liveram import Served
 _LINGER_SECONDS = 3.0
 """For the last word to be taken; a receiver that misses it asks again, and finds nobody: it needs nothing more."""
 
+_LOAD_SECONDS = 0.05
+"""For a destination that was given its guest to load it, before what nobody waits for takes its processors and its
+link. Not for longer: a device's load may wait for a page that is already asked for as such."""
+
 _QUEUE = 256
 """Events that wait: a receiver that says more at once is not read from."""
 
@@ -71,6 +75,8 @@ class Sender:
         elif found is not None:
             self._offers.handover = found.handover
         self._acting = False
+        self._is_taken = trio.Event()
+        """The destination runs the guest."""
         self.stands: str | None = None
         self._recording = trio.Lock()
         self._device_state = StateSending()
@@ -224,6 +230,8 @@ class Sender:
         return both
 
     def _note(self, event: Event, payload: object) -> None:
+        if event in (Event.MINE, Event.WHOLE):
+            self._is_taken.set()
         if isinstance(payload, messages.Refused):
             self._reason = f"the destination refused the guest: {payload.text or 'it does not say why'}"
         elif isinstance(payload, messages.Whole):
@@ -288,8 +296,16 @@ class Sender:
             await self._let_go_on()
         elif effect is Effect.QUIT:
             await self._end_emulator()
+        elif effect is Effect.SERVE_ALL:
+            self._nursery.start_soon(self._serve_all)
         else:
-            self._ram.serve(Served.ALL if effect is Effect.SERVE_ALL else Served.NOTHING)
+            self._ram.serve(Served.NOTHING)
+
+    async def _serve_all(self) -> None:
+        with trio.move_on_after(_LOAD_SECONDS):
+            await self._is_taken.wait()
+        if self.state in (Source.GIVEN, Source.GONE):
+            self._ram.serve(Served.ALL)
 
     async def _speak(self, effect: Effect) -> None:
         message: messages.Message = messages.Done()
