@@ -120,13 +120,13 @@ class ArrivingGuest:
             NeverToldError: the emulator is gone.
             MonitorError: it went away meanwhile, or says no.
         """
-        self._qmp.take_events()
         try:
             is_running = self.status() == "running"
         except MonitorError as error:
             raise NeverToldError(str(error)) from error
         if is_running:
             return time.time()
+        self._qmp.take_events()
         self._qmp.command("cont")
         deadline = time.monotonic() + _RESUME_SECONDS
         while (seconds := deadline - time.monotonic()) > 0:

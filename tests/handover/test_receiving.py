@@ -83,7 +83,7 @@ class Guest:
 
 class Host:
     def __init__(self, *, gone: bool = False) -> None:
-        self.ended = 0
+        self.ended = self.asked = 0
         self._gone = gone
 
     def end_emulator(self) -> None:
@@ -92,8 +92,12 @@ class Host:
     def maybe_exit_code(self) -> int | None:
         return 0 if self.ended or self._gone else None
 
+    def is_whole(self) -> bool:
+        return False
+
     def is_mounted(self) -> bool:
-        return True
+        self.asked += 1
+        return not self._gone
 
 
 @contextmanager
@@ -217,6 +221,26 @@ async def test_an_emulator_that_was_never_begun_is_not_waited_for(tmp_path: Path
         await found._look_loaded()
         event, _ = await found._events.take()
         assert event is Event.FAILED
+
+
+async def test_a_mount_that_has_just_answered_is_not_asked_when_it_is_decided(tmp_path: Path) -> None:
+    """Its daemon is busy then, and the guest stands."""
+    with receiver(tmp_path, Guest()) as (found, _, host):
+        async with trio.open_nursery() as found._nursery:
+            found._nursery.start_soon(found._is_mounted)
+            await found._take(Event.LOADED, None)
+            await found._take(Event.GIVEN, messages.Given())
+            assert (found.state, host.asked) == (Destination.MINE, 1)
+            found._nursery.cancel_scope.cancel()
+
+
+async def test_a_mount_that_is_gone_is_asked_again(tmp_path: Path) -> None:
+    with receiver(tmp_path, Guest()) as (found, _, host):
+        host._gone = True
+        assert not await found._is_mounted()
+        host._gone = False
+        assert await found._is_mounted()
+        assert host.asked == 2
 
 
 async def test_what_an_earlier_process_counted_is_counted_on(tmp_path: Path) -> None:

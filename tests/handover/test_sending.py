@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ import trio
 from msgspec import to_builtins
 
 from lazymem.errors import BusyError, MonitorError, StoreError
-from lazymem.handover import messages, requests
+from lazymem.handover import messages, requests, sending
 from lazymem.handover.departure import Leaving, Outcome
 from lazymem.handover.journal import Journal, Record, read
 from lazymem.handover.offers import Offers
@@ -20,6 +21,7 @@ from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
 from lazymem.handover.sending import Sender
 from lazymem.handover.states import Event, Source
+from lazymem.snapshot.liveram import Served
 
 OLD = "00" * 16
 
@@ -216,6 +218,39 @@ async def test_a_guest_that_cannot_be_given_on_the_disk_goes_on_here(
         record = read(tmp_path / "j")
         assert record is not None
         assert record.state == "ours"
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+async def test_what_nobody_waits_for_is_not_served_while_the_guest_is_loaded(
+    tmp_path: Path, leaving: Leaving, monkeypatch: pytest.MonkeyPatch, *, is_taken: bool
+) -> None:
+    """But not withheld for good: a load may wait for a page that was asked for as a guess."""
+    monkeypatch.setattr(sending, "_LOAD_SECONDS", 1000.0 if is_taken else 0.001)
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found._offers.handover, found._side.state = OLD, Source.MOVING
+        found._device_state.sent_bytes = 7
+        served: list[Served] = []
+        found._ram = cast(Any, SimpleNamespace(serve=served.append))
+        async with trio.open_nursery() as found._nursery:
+            await found._take(Event.RECEIVED, None, messages.Received(7))
+            if is_taken:
+                assert not served
+                await found._take(Event.MINE, None, messages.Mine())
+        assert served == [Served.ALL]
+
+
+async def test_guesses_are_not_served_of_a_guest_that_was_taken_back(tmp_path: Path, leaving: Leaving) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found._offers.handover, found._side.state = OLD, Source.MOVING
+        found._device_state.sent_bytes = 7
+        served: list[Served] = []
+        found._ram = cast(Any, SimpleNamespace(serve=served.append))
+        async with trio.open_nursery() as found._nursery:
+            await found._take(Event.RECEIVED, None, messages.Received(7))
+            await found._take(Event.REFUSED, None, messages.Refused())
+        assert served == [Served.NOTHING]
 
 
 async def test_a_guest_goes_on_here_though_the_disk_takes_nothing(tmp_path: Path, leaving: Leaving) -> None:
