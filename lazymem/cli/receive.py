@@ -31,6 +31,7 @@ from lazymem.handover.receiving import Receiver
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import DECIDED, Destination
 from lazymem.settings import parse_endpoint
+from lazymem.timeslice import ask_for_short_slices
 from lazymem.tls.options import add_tls_options, maybe_tls
 
 PROGRAM = "lazymem receive"
@@ -235,6 +236,7 @@ class _Coming:
 
     async def _to_the_end(self, receiver: Receiver, incoming: tuple[Stream, Path] | None) -> Outcome:
         self.receiver = receiver
+        ask_for_short_slices()  # as in lazymem send; not before the emulator is started, which would inherit it
         async with trio.open_nursery() as nursery:
             if self._found.take:
                 nursery.start_soon(_take, receiver)

@@ -29,6 +29,7 @@ from lazymem.handover.journal import Journal, default_folder
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.sending import Sender
 from lazymem.handover.states import Source
+from lazymem.timeslice import ask_for_short_slices
 from lazymem.tls.options import add_tls_options, maybe_tls
 
 PROGRAM = "lazymem send"
@@ -132,6 +133,7 @@ def _with_journal(found: argparse.Namespace, journal: Journal) -> int:
             raise UsageError("nobody may take the guest: say --allow with the name of the destination's certificate")
         listeners = undo.enter_context(Listeners(private=tls is None and not found.insecure))
         listeners.open([parse_listen(before.address if before is not None else found.listen)])
+        ask_for_short_slices()  # a guest stands while this process waits for a processor
         try:
             outcome, state_bytes = trio.run(_send, found, journal, before, guest, listeners)
         except BaseExceptionGroup as group:
