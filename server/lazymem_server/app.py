@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import signal
@@ -11,17 +12,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import sdnotify  # here: whom root has become (`--user`) may not read our installation
+import sdnotify
 import trio
 
 from lazymem.errors import LazymemError, UsageError
 from lazymem.timeslice import ask_for_short_slices
 from lazymem.tls.options import add_tls_options, maybe_tls
 from lazymem_server.catalog import Catalog
+from lazymem_server.learning import Learning
 from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen
 from lazymem_server.logs import OneLineNowAndThen
-from lazymem_server.privileges import give_up_root
+from lazymem_server.privileges import give_up_root, maybe_account, with_own_key
 from lazymem_server.serving import Serving, open_gate, serve
+from lazymem_server.socketsweep import removed_after_us
 
 EXIT_INTERRUPTED = 130
 
@@ -36,20 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=level, format="lazymem-serve: %(message)s")
     logging.getLogger("trio.serve_listeners").addFilter(OneLineNowAndThen())
     try:
-        tls = maybe_tls(options)
-        if tls is None and options.allow:
-            raise UsageError("--allow needs --tls-cert, --tls-key and --tls-ca: without TLS nobody has a name")
-        private = tls is None and not options.insecure
-        with Catalog(options.snapshot, options.parent) as catalog, Listeners(private=private) as listeners:
-            maybe_gate = open_gate(tls, options.allow, [name for name, _ in catalog]) if tls is not None else None
-            adopted = listeners.adopt()
-            if options.listen or not adopted:
-                listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
-            give_up_root(options.user, options.learn)
-            sys.setswitchinterval(SWITCH_SECONDS)
-            ask_for_short_slices()  # a session's thread that is put aside while it has the interpreter stops them all
-            start = partial(serve, catalog, listeners, learn=options.learn, maybe_gate=maybe_gate)
-            return trio.run(_serve_until_signal, start, options.json)
+        return _open_and_serve(options)
     except LazymemError as error:
         print(f"lazymem-serve: {error}", file=sys.stderr)
         return error.exit_code
@@ -57,13 +47,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-async def _serve_until_signal(start: Callable[..., Awaitable[None]], as_json: bool) -> int:
+def _open_and_serve(options: argparse.Namespace) -> int:
+    """All that may need root is open before it is given up, and nothing is served before that."""
+    tls = maybe_tls(options)
+    if tls is None and options.allow:
+        raise UsageError("--allow needs --tls-cert, --tls-key and --tls-ca: without TLS nobody has a name")
+    account = maybe_account(options.user, options.learn)
+    with contextlib.ExitStack() as stack:
+        catalog = stack.enter_context(Catalog(options.snapshot, options.parent))
+        gate = None
+        if tls is not None:
+            gate = open_gate(with_own_key(tls, account), options.allow, [name for name, _ in catalog])
+        listeners = stack.enter_context(Listeners(private=tls is None and not options.insecure))
+        adopted = listeners.adopt()
+        if options.listen or not adopted:
+            listeners.open(parse_listen(text) for text in options.listen or [DEFAULT_LISTEN])
+        learning = stack.enter_context(Learning(options.learn, account)) if options.learn is not None else None
+        notifier = sdnotify.SystemdNotifier()  # connected now; outside of systemd it does nothing
+        if account is not None:
+            stack.enter_context(removed_after_us(listeners.unix))
+        give_up_root(account)
+        if learning is not None:
+            learning.check_place(account)
+        sys.setswitchinterval(SWITCH_SECONDS)
+        ask_for_short_slices()  # a session's thread that is put aside while it has the interpreter stops them all
+        start = partial(serve, catalog, listeners, learn=learning, maybe_gate=gate)
+        return trio.run(_serve_until_signal, start, options.json, notifier)
+
+
+async def _serve_until_signal(
+    start: Callable[..., Awaitable[None]], as_json: bool, notifier: sdnotify.SystemdNotifier
+) -> int:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             serving: Serving = await nursery.start(start)
             _announce(serving, as_json)
+            notifier.notify("READY=1")
             number = await anext(signals)
-            _notify("STOPPING=1")
+            notifier.notify("STOPPING=1")
             serving.stop()
     return EXIT_INTERRUPTED if number == signal.SIGINT else 0
 
@@ -73,11 +94,6 @@ def _announce(serving: Serving, as_json: bool) -> None:
         print(json.dumps({"listening": serving.addresses, "snapshots": serving.names}), flush=True)
     else:
         print(f"serving {', '.join(serving.names)} on {', '.join(serving.addresses)}", flush=True)
-    _notify("READY=1")
-
-
-def _notify(state: str) -> None:
-    sdnotify.SystemdNotifier().notify(state)  # outside of systemd it does nothing
 
 
 _EPILOG = """examples:
@@ -113,7 +129,10 @@ def _parser() -> argparse.ArgumentParser:
         "or the sockets that systemd hands over",
     )
     parser.add_argument(
-        "--user", metavar="NAME", help="started by root: become this user once snapshots and sockets are open"
+        "--user",
+        metavar="NAME",
+        help="started by root: become this user once snapshots and sockets are open; default: who owns the folder of "
+        "--learn, if that is not root, else the user lazymem-serve if there is one, else nobody",
     )
     parser.add_argument(
         "--learn",

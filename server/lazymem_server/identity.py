@@ -13,6 +13,9 @@ from lazymem_server.allowed import ANY
 _PEER = struct.Struct("<3i")
 """struct ucred: pid, uid, gid."""
 
+_STARTED_AS = os.geteuid()
+"""Not who we are by now: what root opened before it became somebody is not for all who are that."""
+
 USER_PREFIX = "uid:"
 """Before the number of a user of this host; no certificate gives such an identity."""
 
@@ -35,6 +38,7 @@ def _is_sensible(identity: str) -> bool:
 
 
 def user_identities(connected: socket.socket) -> tuple[str, ...] | None:
-    """Of the process at the other end of a Unix socket; None: root, or our own user, who can read the files anyway."""
+    """Of the process at the other end of a Unix socket; None: root, or the user who started us, who can read the files
+    anyway."""
     _, user, _ = _PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    return None if user in (0, os.geteuid()) else (f"{USER_PREFIX}{user}",)
+    return None if user in (0, _STARTED_AS) else (f"{USER_PREFIX}{user}",)

@@ -10,14 +10,17 @@ ends with the server, so what was learned of it stays in memory. See record 0007
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from pathlib import Path
+from types import TracebackType
 
 from lazymem.errors import SnapshotError, UsageError
 from lazymem.snapshot import workingset
 from lazymem.snapshot.reader import SnapshotReader
 from lazymem.snapshot.wholefile import write_whole
 from lazymem.wire.messages import Error, ErrorCode, FileStored, StoreFile
+from lazymem_server.privileges import Account, make_folder
 
 log = logging.getLogger("lazymem.server")
 
@@ -25,15 +28,46 @@ log = logging.getLogger("lazymem.server")
 class Learning:
     """What was learned, by identity. Any thread may call any method."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UsageError: `folder` is none, and none can be made."""
+    def __init__(self, folder: Path, maybe_account: Account | None = None) -> None:
+        """`maybe_account`: whom we shall become; a folder that is made here is his.
+
+        Raises:
+            UsageError: `folder` is none, and none can be made.
+        """
         try:
-            folder.mkdir(exist_ok=True)
+            make_folder(folder, maybe_account)
+            self._descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise UsageError(f"--learn {folder}: {error.strerror}") from error
         self._folder = folder
+        self._place = Path(f"/proc/self/fd/{self._descriptor}")  # who we become may not pass the folders above it
         self._lock = threading.Lock()
         self._learned: dict[bytes, bytes] = {}
+
+    def check_place(self, maybe_account: Account | None) -> None:
+        """Whether who we have become can write there.
+
+        Raises:
+            UsageError: he cannot, and is who was asked for.
+        """
+        if os.access(self._place, os.W_OK | os.X_OK):
+            return
+        who = maybe_account.name if maybe_account is not None else "this user"
+        problem = f"--learn {self._folder}: {who} cannot write there"
+        if maybe_account is not None and maybe_account.asked:
+            raise UsageError(f"{problem}: make it his")
+        log.warning("%s: what is learned is not kept; make it his, or name another with --user", problem)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Learning:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def learned(self, reader: SnapshotReader) -> bytes:
         """The working set's bytes, empty when there is none yet. A file that is of no use is as good as none."""
@@ -62,11 +96,11 @@ class Learning:
             try:
                 write_whole(self._path(reader), data)
             except OSError as error:
-                log.warning("what was learned is not kept beyond this server's end: %s", error)
+                log.warning("what was learned is not kept beyond this server's end: %s", error.strerror)
         return True
 
     def _path(self, reader: SnapshotReader) -> Path:
-        return self._folder / f"{reader.identity.hex()}.{workingset.WORKING_SET_NAME}"
+        return self._place / f"{reader.identity.hex()}.{workingset.WORKING_SET_NAME}"
 
     def _load(self, reader: SnapshotReader) -> bytes:
         path = self._path(reader)
@@ -77,7 +111,8 @@ class Learning:
         except FileNotFoundError:
             return b""
         except (OSError, SnapshotError) as error:
-            log.warning("%s is not used, and learned anew: %s", path, error)
+            what = error.strerror if isinstance(error, OSError) else error
+            log.warning("%s is not used, and learned anew: %s", self._folder / path.name, what)
             return b""
         return data
 

@@ -18,6 +18,7 @@ from typing import Any
 import trio
 
 from lazymem.errors import BusyError, EnvironmentRefusedError, UsageError
+from lazymem_server.socketsweep import Bound, remove_own
 
 DEFAULT_PORT = 7411
 DEFAULT_LISTEN = f"127.0.0.1:{DEFAULT_PORT}"
@@ -58,7 +59,8 @@ def parse_listen(text: str) -> TcpAddress | UnixAddress:
 
 
 class Listeners:
-    """Listening `sockets`. They are closed, and Unix ones removed from the disk, at the end of the `with` block.
+    """Listening `sockets`, of which we bound `unix`. They are closed, and these removed from the disk, at the end
+    of the `with` block.
 
     `private`: only this host's own processes may be able to reach them; anything else is refused with a UsageError.
     """
@@ -66,6 +68,7 @@ class Listeners:
     def __init__(self, *, private: bool = False) -> None:
         self._private = private
         self.sockets: list[socket.socket] = []
+        self.unix: list[Bound] = []
         self._cleanup = ExitStack()
 
     def open(self, addresses: Iterable[TcpAddress | UnixAddress]) -> None:
@@ -135,7 +138,9 @@ class Listeners:
                 listener.bind(str(path))
             finally:
                 os.umask(before)
-            self._cleanup.callback(_remove_own, path, path.stat().st_ino)
+            bound = path, path.stat().st_ino
+            self.unix.append(bound)
+            self._cleanup.callback(remove_own, *bound)
             listener.listen(BACKLOG)
         except OSError as error:
             raise UsageError(f"cannot listen on unix:{path}: {error.strerror or error}") from error
@@ -181,13 +186,6 @@ def _remove_stale(path: Path) -> None:
             if error.errno != errno.EAGAIN:  # EAGAIN: alive, and its backlog is full
                 raise
     raise BusyError(f"somebody else listens on unix:{path}")
-
-
-def _remove_own(path: Path, inode: int) -> None:
-    """Remove our socket, unless another one took its name."""
-    with contextlib.suppress(OSError):
-        if path.lstat().st_ino == inode:
-            path.unlink()
 
 
 def _is_loopback(host: str) -> bool:

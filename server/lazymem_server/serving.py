@@ -244,7 +244,7 @@ async def serve(
     listeners: Iterable[str] | Listeners = (DEFAULT_LISTEN,),
     *,
     limits: ServerLimits | None = None,
-    learn: Path | None = None,
+    learn: Path | Learning | None = None,
     maybe_gate: Gate | None = None,
     insecure: bool = False,
     task_status: trio.TaskStatus[Serving] = trio.TASK_STATUS_IGNORED,
@@ -256,8 +256,8 @@ async def serve(
     Raises:
         LazymemError: a snapshot or a listener cannot be opened; nothing was published.
     """
-    maybe_learning = Learning(learn) if learn is not None else None
     with contextlib.ExitStack() as stack:
+        maybe_learning = stack.enter_context(Learning(learn)) if isinstance(learn, Path) else learn
         if not isinstance(snapshots, Catalog):
             snapshots = stack.enter_context(Catalog(snapshots))
         if not isinstance(listeners, Listeners):

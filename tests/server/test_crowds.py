@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import socket
 from functools import partial
 
@@ -34,10 +33,9 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> BuiltSnapshot:
 def test_more_connections_than_descriptors(snapshot: BuiltSnapshot, descriptors: int) -> None:
     """The real server, with few descriptors, and 30 greeted connections, each of which costs it two: whoever does not
     fit waits or is dropped, the server says so in a line, and when they leave it serves the next."""
-    server = Server(snapshot.folder)
+    server = Server(snapshot.folder, descriptors=descriptors)
     with contextlib.ExitStack() as crowd:
         crowd.callback(server.stop)
-        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (descriptors, descriptors))
         connections = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(30)]
         for one in connections:
             crowd.callback(one.close)

@@ -42,6 +42,10 @@ class Pki:
         wanted = Wanted("ram.example", server=True, client=False, hosts=("127.0.0.1", "localhost"))
         return self.write("server", self.issued(wanted, lifetime), ca)
 
+    def renewed(self, settings: TlsSettings, wanted: Wanted) -> bytes:
+        """Another certificate of the same key."""
+        return issue(self._authority, wanted, YEAR, settings.key.read_bytes()).certificate
+
     def client(
         self, name: str = "host-b", *, ca: Path | None = None, lifetime: datetime.timedelta = YEAR
     ) -> TlsSettings:

@@ -38,11 +38,19 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 class Server:
     """A `lazymem-serve` process. `address` is HOST:PORT."""
 
-    def __init__(self, *folders: Path, port: int = 0, arguments: tuple[str, ...] = (), log: Path | None = None) -> None:
-        """`log`: where it logs, if not on our stderr."""
+    def __init__(
+        self,
+        *folders: Path,
+        port: int = 0,
+        arguments: tuple[str, ...] = (),
+        log: Path | None = None,
+        descriptors: int = 0,
+    ) -> None:
+        """`log`: where it logs, if not on our stderr. `descriptors`: how many it may have, if not as many as we."""
+        few = ("prlimit", f"--nofile={descriptors}") if descriptors else ()
         with contextlib.ExitStack() as opened:
             self._process = subprocess.Popen(
-                command("lazymem_server.app", *folders, "--listen", f"127.0.0.1:{port}", "--json", *arguments),
+                [*few, *command("lazymem_server.app", *folders, "--listen", f"127.0.0.1:{port}", "--json", *arguments)],
                 stdout=subprocess.PIPE,
                 stderr=opened.enter_context(log.open("ab")) if log is not None else None,
                 text=True,

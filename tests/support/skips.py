@@ -17,6 +17,8 @@ from tests.support import disks, privileges
 
 ROOT = "no root and no sudo without a password"
 OWN_ROOT = "no root, no sudo without a password, no user namespaces"
+OTHERS = "root here is a user namespace's, which knows nobody else"
+NAMESPACES = "no user namespaces"
 MOUNTS = "root may not mount or make control groups"
 DISK = "no file system lets go of what it caches"
 RESEND = "the kernel ends a mount with its daemon"
@@ -24,6 +26,8 @@ RESEND = "the kernel ends a mount with its daemon"
 MISSING: dict[str, Callable[[], bool]] = {
     OWN_ROOT: lambda: privileges.maybe_as_own_root() is None,
     ROOT: lambda: privileges.maybe_as_root() is None,
+    OTHERS: lambda: not privileges.root_may_become_nobody(),
+    NAMESPACES: lambda: not privileges.user_namespaces(),
     MOUNTS: lambda: not privileges.root_may_mount(),
     DISK: lambda: disks.maybe_place() is None,
     RESEND: lambda: checks.maybe_no_resend() is not None,
