@@ -6,11 +6,12 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= 2
 BENCH_ARGS ?=
 CHAOS_ARGS ?=
+SWEEP_ARGS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos fuzz bench lint format clean
+.PHONY: help setup demo test chaos sweep fuzz bench lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +26,10 @@ test: setup lint ## set up, then lint, type check and run all tests (PYTEST_ARGS
 chaos: setup ## set up, then ill-treat mounts for minutes (CHAOS_ARGS='--seconds 600 --seed 7'; --help lists more)
 	@$(VENV)/python -m tests.prepare
 	@$(VENV)/python -m tests.chaos $(CHAOS_ARGS)
+
+sweep: setup ## set up, then fail each call to disk and network of mounts and hand-overs, half an hour (SWEEP_ARGS='-k disk')
+	@$(VENV)/python -m tests.prepare
+	@LAZYMEM_SWEEP=wide $(VENV)/python -m pytest tests/faults $(SWEEP_ARGS)
 
 bench: setup ## set up with the peers' packages, then measure lazymem beside them (BENCH_ARGS='--help' lists what)
 	@$(VENV)/python -m bench.prepare

@@ -1,6 +1,6 @@
 """`make chaos`: ill-treats mounts for minutes, and says what became of their guests.
 
-    python -m tests.chaos [--seconds S] [--seed N] [--no-guest] [--json]
+    python -m tests.chaos [--seconds S] [--seed N] [--tls some|always|never] [--no-guest] [--json]
 
 A seed repeats the choice of faults, and not their timing. Non-zero exit where a byte was wrong, a write was lost, a
 guest ended or stood; its folder, with all logs, is then kept and named.
@@ -14,9 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos.run import new_seed, run, say_on_stderr
+from tests.chaos.run import TLS_SHARE, new_seed, run, say_on_stderr
 
 DEFAULT_SECONDS = 180.0
+
+TLS = {"some": TLS_SHARE, "always": 1.0, "never": 0.0}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of faults (default: %(default)g)")
     parser.add_argument("--seed", type=int, help="which faults (default: a new one, printed)")
+    parser.add_argument("--tls", choices=TLS, default="some", help="in how many of the rounds (default: %(default)s)")
     parser.add_argument("--no-guest", action="store_true", help="only the verifying writer, no QEMU")
     parser.add_argument("--json", action="store_true", help="the report as one JSON object")
     found = parser.parse_args(arguments)
@@ -31,7 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     say_on_stderr(f"seed {seed}")
     folder = Path(tempfile.mkdtemp(prefix="lazymem-chaos-"))
     try:
-        report = run(folder, seed, found.seconds, with_guest=not found.no_guest, say=say_on_stderr)
+        report = run(
+            folder,
+            seed,
+            found.seconds,
+            with_guest=not found.no_guest,
+            say=say_on_stderr,
+            tls_share=TLS[found.tls],
+        )
     except KeyboardInterrupt:
         say_on_stderr("interrupted; everything was taken down")
         return 130

@@ -58,6 +58,15 @@ def server_stopped(world: World, rng: random.Random) -> bool:
     return True
 
 
+def certificates_renewed(world: World, rng: random.Random) -> bool:
+    """Both sides', with other keys: those that are open stay, the next connections and daemons have the new ones."""
+    if world.maybe_pki is None:
+        return False
+    world.maybe_pki.client("host-b")
+    world.maybe_pki.server()
+    return True
+
+
 # ---- links
 
 
@@ -229,6 +238,7 @@ OUTSIDE: Faults = {
     "server killed and started again": (3, server_killed),
     "both servers killed and started again": (2, both_servers_killed),
     "server stopped for a while": (2, server_stopped),
+    "certificates renewed": (2, certificates_renewed),
     "links cut": (3, links_cut),
     "links reset": (3, links_reset),
     "links half-open": (1, links_half_open),

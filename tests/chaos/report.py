@@ -14,6 +14,7 @@ class Report:
     seed: int
     seconds: float = 0.0
     rounds: int = 0
+    rounds_over_tls: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     flipped_on_the_wire: int = 0
     reconnects: int = 0
@@ -44,7 +45,7 @@ class Report:
         """For people."""
         width = max((len(name) for name in self.faults), default=0)
         return [
-            f"{self.seconds:.0f} s in {self.rounds} rounds, seed {self.seed}",
+            f"{self.seconds:.0f} s in {self.rounds} rounds ({self.rounds_over_tls} over TLS), seed {self.seed}",
             f"faults injected: {self.faults.total()}",
             *(f"  {name:<{width}}  {count}" for name, count in sorted(self.faults.items())),
             f"pieces with a flipped bit on the wire: {self.flipped_on_the_wire}",

@@ -26,6 +26,9 @@ from tests.support.writers import Writer
 ROUND_SECONDS = 20.0
 """Of faults: after that most pages are here, and a new round has none again."""
 
+TLS_SHARE = 0.4
+"""Of the rounds: there a flipped bit ends a connection, and a next daemon needs certificates, too."""
+
 WEB_PAGES = 8192
 """32 MiB for the writer."""
 
@@ -38,7 +41,7 @@ SETTLE_SECONDS = 120.0
 Say = Callable[[str], None]
 
 
-def run(folder: Path, seed: int, seconds: float, *, with_guest: bool, say: Say) -> Report:
+def run(folder: Path, seed: int, seconds: float, *, with_guest: bool, say: Say, tls_share: float = TLS_SHARE) -> Report:
     """All of it; `folder` is empty, and may be removed afterwards unless there are problems."""
     report = Report(seed)
     web = make_snapshot(folder / "web", WEB_PAGES, seed=seed)
@@ -50,13 +53,15 @@ def run(folder: Path, seed: int, seconds: float, *, with_guest: bool, say: Say) 
         report.rounds += 1
         place = folder / f"round{report.rounds}"
         place.mkdir()
-        with world(folders, place, rng.randrange(1 << 30)) as made:
+        tls = rng.random() < tls_share
+        report.rounds_over_tls += tls
+        with world(folders, place, rng.randrange(1 << 30), tls=tls) as made:
             _round(made, web, maybe_saved, rng, min(left, ROUND_SECONDS), report)
             report.flipped_on_the_wire += made.flips
         report.seconds = time.monotonic() - started_at
         say(
-            f"round {report.rounds}: {report.faults.total()} faults, {report.writes_acknowledged} writes, "
-            f"longest stall {report.longest_stall_seconds:.1f} s"
+            f"round {report.rounds}{' (TLS)' if tls else ''}: {report.faults.total()} faults, "
+            f"{report.writes_acknowledged} writes, longest stall {report.longest_stall_seconds:.1f} s"
         )
     return report
 
@@ -204,7 +209,7 @@ def _compare(mounted: Mounted, expected: bytes, where: str, report: Report) -> N
 def _remount(made: World, mounted: Mounted, expected: bytes, place: Path, report: Report) -> None:
     """What was acknowledged is in the state folder, too."""
     mounted.unmount()
-    again = made.stage.mount(made.source("web"), "--state", place / "state", name="again")
+    again = made.mount_again("web", "--state", place / "state", at="again")
     _compare(again, expected, "in the state folder", report)
     again.unmount()
 

@@ -19,11 +19,20 @@ pytestmark = [
 
 
 def test_nothing_is_lost_in_a_few_seconds_of_it(tmp_path: Path) -> None:
-    report = run(tmp_path, seed=1, seconds=6, with_guest=True, say=say_nothing)
+    report = run(tmp_path, seed=1, seconds=6, with_guest=True, say=say_nothing, tls_share=0)
     assert report.passed, "\n".join(report.lines())
     assert report.faults.total() > 0
     assert report.writes_acknowledged > 0
     assert report.guest_checks > 0
+
+
+def test_nothing_is_lost_over_tls(tmp_path: Path) -> None:
+    """Certificates on both sides, and a flipped bit ends a connection."""
+    report = run(tmp_path, seed=3, seconds=4, with_guest=False, say=say_nothing, tls_share=1)
+    assert report.passed, "\n".join(report.lines())
+    assert report.rounds_over_tls == report.rounds > 0
+    assert report.faults.total() > 0
+    assert report.writes_acknowledged > 0
 
 
 def test_a_report_fails_for_each_thing_that_must_not_be() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.support.badlink import BadLink, Mode
+from tests.support.certificates import Pki, options
 from tests.support.mounts import Mounted, Server, Stage
 
 T = TypeVar("T")
@@ -25,10 +26,11 @@ BASE_DELAY_SECONDS = 0.004
 class ServerPlace:
     """A server that comes and goes on one port, behind a link of its own."""
 
-    def __init__(self, folders: list[Path], seed: int, log: Path) -> None:
+    def __init__(self, folders: list[Path], seed: int, log: Path, options: tuple[str, ...]) -> None:
         self._folders = folders
         self._log = log
-        self._server: Server | None = Server(*folders, log=log)
+        self._options = options
+        self._server: Server | None = Server(*folders, arguments=options, log=log)
         self._port = self._server.port
         self.link = BadLink(self._server.address, seed)
         self.link.delay_seconds = BASE_DELAY_SECONDS
@@ -44,7 +46,7 @@ class ServerPlace:
 
     def start(self) -> None:
         if self._server is None:
-            self._server = Server(*self._folders, port=self._port, log=self._log)
+            self._server = Server(*self._folders, port=self._port, arguments=self._options, log=self._log)
 
     def close(self) -> None:
         self.link.close()
@@ -110,20 +112,32 @@ def within(seconds: float, ask: Callable[[], T]) -> T | None:
 
 
 class World:
-    """`sources`: what a mount of each snapshot, by name, is told."""
+    """`maybe_pki`: whose certificates all have, where they speak TLS."""
 
-    def __init__(self, folders: list[Path], stage: Stage, seed: int) -> None:
+    def __init__(self, folders: list[Path], stage: Stage, seed: int, *, tls: bool) -> None:
         self.stage = stage
-        self.places = [ServerPlace(folders, seed + number, stage.folder / f"serve{number}.log") for number in (0, 1)]
+        self.maybe_pki = Pki(stage.folder / "pki") if tls else None
+        allowed: tuple[str, ...] = ()
+        self._client: tuple[str, ...] = ()
+        if self.maybe_pki is not None:
+            self._client = options(self.maybe_pki.client("host-b"))
+            allowed = (*options(self.maybe_pki.server()), "--allow", "host-b")
+        self.places = [
+            ServerPlace(folders, seed + number, stage.folder / f"serve{number}.log", allowed) for number in (0, 1)
+        ]
         self.victims: list[Victim] = []
 
     def source(self, name: str) -> str:
         return ",".join(f"{place.link.address}/{name}" for place in self.places)
 
-    def mount(self, name: str, *options: object, at: str) -> Mounted:
-        mounted = self.stage.mount(self.source(name), *options, name=at)
+    def mount(self, name: str, *words: object, at: str) -> Mounted:
+        mounted = self.mount_again(name, *words, at=at)
         self.victims.append(Victim(mounted))
         return mounted
+
+    def mount_again(self, name: str, *words: object, at: str) -> Mounted:
+        """One that is left alone."""
+        return self.stage.mount(self.source(name), *self._client, *words, name=at)
 
     def mend(self) -> None:
         for place in self.places:
@@ -139,10 +153,10 @@ class World:
 
 
 @contextlib.contextmanager
-def world(folders: list[Path], folder: Path, seed: int) -> Iterator[World]:
+def world(folders: list[Path], folder: Path, seed: int, *, tls: bool) -> Iterator[World]:
     """All of it is gone on the way out, mounts first."""
     stage = Stage(folder)
-    made = World(folders, stage, seed)
+    made = World(folders, stage, seed, tls=tls)
     try:
         yield made
     finally:

@@ -24,9 +24,11 @@ class Pki:
         self.ca = self._written("ca.crt", self._authority.certificate)
 
     def _written(self, name: str, data: bytes) -> Path:
-        path = self.folder / name
-        path.touch(mode=0o600)
-        path.write_bytes(data)
+        """As a whole: a mount may read it at any time."""
+        path, draft = self.folder / name, self.folder / f".{name}"
+        draft.touch(mode=0o600)
+        draft.write_bytes(data)
+        draft.rename(path)
         return path
 
     def issued(self, wanted: Wanted, lifetime: datetime.timedelta = YEAR) -> Issued:
