@@ -341,6 +341,7 @@ async def _mount_and_serve(
                 watch.maybe_on_read,
                 watch.maybe_on_write,
                 Agreement(survival.record),
+                takes_back=not survival.continues,
             )
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)
             supervised = Supervised(survival, again, channel.drain)

@@ -28,7 +28,7 @@ from pathlib import Path
 from lazymem.cli import logs
 from lazymem.errors import LazymemError
 from lazymem.fs import descriptorstore, session
-from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, RECORD, SUCCESSOR_VARIABLE, Message
+from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, RECORD, STATE, SUCCESSOR_VARIABLE, Message
 from lazymem.fs.sessionrecord import SessionRecord
 
 log = logging.getLogger("lazymem.supervisor")
@@ -322,13 +322,20 @@ class Supervisor:
 
     def _tidy(self) -> None:
         """A daemon that was killed at the very end had no time to."""
-        if RECORD in self._held:
-            with contextlib.suppress(LazymemError):
-                contents = SessionRecord.read(self._held[RECORD]).contents
-                if contents.state_is_private and os.path.exists(contents.state_path):
-                    from lazymem.store.statefolder import remove_private
+        if RECORD not in self._held:
+            return
+        try:
+            contents = SessionRecord.read(self._held[RECORD]).contents
+            if not contents.state_path or not os.path.exists(contents.state_path):
+                return
+            from lazymem.store.statefolder import end_run, remove_private  # trio comes with it
 
-                    remove_private(Path(contents.state_path))
+            if contents.state_is_private:
+                remove_private(Path(contents.state_path))
+            elif STATE in self._held:
+                end_run(Path(contents.state_path), self._held[STATE])
+        except LazymemError as error:
+            log.error("what was written is not synced: %s", error)
 
 
 def _is_readable(descriptor: int) -> bool:

@@ -14,12 +14,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import trio
 from msgspec import Struct
 
+from lazymem.errors import LazymemError
 from lazymem.fs import descriptorstore, session
 from lazymem.fs.channel import RamFile
 from lazymem.fs.descriptorstore import FUSE, LOCK, PREDECESSOR, RECORD, STATE, UPPER
@@ -28,7 +29,7 @@ from lazymem.fs.sessionrecord import SessionRecord
 from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
 from lazymem.store.statefiles import StateFolder
-from lazymem.store.statefolder import adopt_state, remove_private
+from lazymem.store.statefolder import adopt_state, end_run, remove_private
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class _PatientRam:
     def __init__(self, ram: GuestRam) -> None:
         self.read_soon = ram.read_soon
         self.read = ram.read
+        self.is_unseen = ram.is_unseen
         self._write = ram.write
         self._ended = trio.Event()
 
@@ -85,9 +87,9 @@ class _PatientRam:
             await trio.lowlevel.wait_readable(pidfd)
         self._ended.set()
 
-    async def write(self, offset: int, data: bytes) -> None:
+    async def write(self, offset: int, data: bytes, storing: Callable[[], None]) -> None:
         await self._ended.wait()
-        await self._write(offset, data)
+        await self._write(offset, data, storing)
 
 
 class Survival:
@@ -235,6 +237,11 @@ class Survival:
         log.warning("the mount ended while it had no daemon")
         if contents.state_is_private:
             remove_private(Path(contents.state_path))
+        elif contents.state_path:
+            try:
+                end_run(Path(contents.state_path), self._inherited[STATE])
+            except LazymemError as error:
+                log.error("what was written is not synced: %s", error)
         self.forget_all()
 
     # ---- descriptors

@@ -78,7 +78,13 @@ class RamFile(Protocol):
 
     async def read(self, offset: int, length: int) -> bytes: ...
 
-    async def write(self, offset: int, data: bytes) -> None: ...
+    async def write(self, offset: int, data: bytes, storing: Callable[[], None]) -> None:
+        """`storing` is called once nothing of it can be taken back any more: up to there it may be cancelled."""
+        ...
+
+    def is_unseen(self, offset: int, length: int) -> bool:
+        """Whether none of these pages was ever read through us."""
+        ...
 
 
 class Link(Protocol):
@@ -128,6 +134,23 @@ def _let_send(end: socket.socket, size: int) -> None:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
 
+class _OpenWrite:
+    """A WRITE that is not answered. `thread`: who waits for it and may be let go of; 0: nobody, its bytes are in no
+    other place than this request and the kernel's memory (write-back)."""
+
+    __slots__ = ("is_storing", "offset", "scope", "size", "thread")
+
+    def __init__(self, offset: int, size: int, thread: int) -> None:
+        self.offset = offset
+        self.size = size
+        self.thread = thread
+        self.scope = trio.CancelScope()
+        self.is_storing = False
+
+    def begin_storing(self) -> None:
+        self.is_storing = True
+
+
 class Channel:
     """Serves the mount behind `descriptor`, which stays the caller's and becomes non-blocking; nobody else reads it.
 
@@ -144,7 +167,11 @@ class Channel:
         maybe_taken: Taken | None = None,
         maybe_written: Written | None = None,
         maybe_agreement: Agreement | None = None,
+        *,
+        takes_back: bool = True,
     ) -> None:
+        """`takes_back`: a write whose writer is killed may be given up. Only where we served this mount from its
+        beginning, and so know what the kernel has seen."""
         os.set_blocking(descriptor, False)  # a request may be taken back between poll and read
         self._fd = descriptor
         self._ram = ram
@@ -159,12 +186,13 @@ class Channel:
         _let_send(theirs, 2 * fuseabi.REQUEST_BYTES)
         self._theirs = theirs
         self._agreement = maybe_agreement
+        self._takes_back = takes_back
         self._closed_to_new = False
         self._buffer = _resident_buffer(fuseabi.REQUEST_BYTES)
         self._view = memoryview(self._buffer)
         self._into = [self._view]
         self._open: dict[int, int] = {}  # unique: thread id of who waits
-        self._open_writes: set[int] = set()
+        self._open_writes: dict[int, _OpenWrite] = {}
         self._interrupted: set[int] = set()
         self._linger = MIN_LINGER_SECONDS
         self._answered_at = 0.0
@@ -296,7 +324,7 @@ class Channel:
             _, offset, size, _, _, flags, _ = fuseabi.READ_IN.unpack_from(self._buffer, fuseabi.READ_IN_AT)
             self._take_read(unique, thread, offset, size, flags)
         elif inode == RAM_INODE and opcode == fuseabi.WRITE:
-            self._take_write(unique)
+            self._take_write(unique, thread)
         elif inode == RAM_INODE and opcode == fuseabi.OPEN and self._only_reads():
             # Some are our own, or a killed daemon's before us, whose close must not wait for our answers (`ownfile`).
             self._send((fuseabi.open_answer(unique, RAM_INODE),))
@@ -358,8 +386,8 @@ class Channel:
             if self._open.pop(unique, None) is not None:
                 self._answer_read(unique, data)
 
-    def _take_write(self, unique: int) -> None:
-        _, offset, size, _, _, _, _ = fuseabi.WRITE_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
+    def _take_write(self, unique: int, thread: int) -> None:
+        _, offset, size, flags, _, _, _ = fuseabi.WRITE_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
         room = self._ram_bytes - offset
         if not self._writable or room <= 0:  # RAM does not grow
             self._send((fuseabi.error_answer(unique, errno.ENOSPC if self._writable else errno.EROFS),))
@@ -369,31 +397,35 @@ class Channel:
             self._maybe_written(offset, size)
         end = fuseabi.WRITE_DATA_AT + size
         if self._nursery is not None:
-            self._nursery.start_soon(self._write, unique, offset, bytes(self._view[fuseabi.WRITE_DATA_AT : end]))
+            kept = flags & fuseabi.WRITE_CACHE or not self._takes_back
+            write = self._open_writes[unique] = _OpenWrite(offset, size, 0 if kept else thread)
+            self._nursery.start_soon(self._write, unique, write, bytes(self._view[fuseabi.WRITE_DATA_AT : end]))
 
-    async def _write(self, unique: int, offset: int, data: bytes) -> None:
-        self._open_writes.add(unique)
+    async def _write(self, unique: int, write: _OpenWrite, data: bytes) -> None:
         try:
-            await self._ram.write(offset, data)
+            with write.scope:
+                await self._ram.write(write.offset, data, write.begin_storing)
         except Exception as error:  # noqa: BLE001  # as above
             self._fail("write", unique, error)
         else:
-            self._send((fuseabi.write_answer(unique, len(data)),))
+            killed = write.scope.cancelled_caught
+            answer = fuseabi.error_answer(unique, errno.EINTR) if killed else fuseabi.write_answer(unique, len(data))
+            self._send((answer,))
         finally:
-            self._open_writes.discard(unique)
+            del self._open_writes[unique]
 
     def _fail(self, name: str, unique: int, error: Exception) -> None:
         self._open.pop(unique, None)
         self._send((fuseabi.error_answer(unique, told_errno(name, error)),))
 
-    # ---- readers that are killed
+    # ---- who waits, and is killed
 
     def _take_interrupt(self) -> bool:
-        """Whether it is about one of ours. Only a READ whose reader is being killed is ended by it: any other signal
+        """Whether it is about one of ours. Only a request whose thread is being killed is ended by it: any other signal
         finds its thread when the page has come, as with memory that is here."""
         (unique,) = fuseabi.INTERRUPT_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
-        if unique not in self._open:
-            return unique in self._open_writes
+        if unique not in self._open and unique not in self._open_writes:
+            return False
         if self._nursery is not None and not self._let_go_if_killed(unique):
             self._interrupted.add(unique)
             if len(self._interrupted) == 1:
@@ -401,10 +433,24 @@ class Channel:
         return True
 
     def _let_go_if_killed(self, unique: int) -> bool:
+        """False: it may still be killed."""
+        if unique in self._open_writes:
+            return self._take_back_if_killed(self._open_writes[unique])
         if unique in self._open and not readers.is_killed(self._open[unique]):
             return False
         if self._open.pop(unique, None) is not None:
             self._send((fuseabi.error_answer(unique, errno.EINTR),))
+        return True
+
+    def _take_back_if_killed(self, write: _OpenWrite) -> bool:
+        """It waits for a page to fill up, say, and its server is away. Not if the kernel may have one of its pages: it
+        would no longer believe its own, which somebody else may have changed through a map."""
+        if write.thread == 0 or write.is_storing:
+            return True
+        if not readers.is_killed(write.thread):
+            return False
+        if self._ram.is_unseen(write.offset, write.size):
+            write.scope.cancel()
         return True
 
     async def _look_again(self) -> None:

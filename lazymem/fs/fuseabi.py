@@ -17,6 +17,9 @@ READ_IN = struct.Struct("=QQIIQII")
 WRITE_IN = struct.Struct("=QQIIQII")
 """fh, offset, size, write_flags, lock_owner, flags, padding; the bytes follow."""
 
+WRITE_CACHE = 1
+"""Of `write_flags`: written back from the kernel's page cache, so nobody in particular waits for it."""
+
 OPEN_IN = struct.Struct("=II")
 """flags, as in open(2); open_flags."""
 

@@ -172,6 +172,15 @@ def maybe_lock(path: Path) -> int | None:
     return fd
 
 
+def still_locked(fd: int) -> bool:
+    """Whether a copy of a descriptor of `maybe_lock` has the lock, or has it again: nobody took it meanwhile."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder of ours and all in it; what cannot be removed stays."""
     shutil.rmtree(path, ignore_errors=True)

@@ -22,7 +22,7 @@ import trio
 
 from lazymem.errors import LazymemError, StoreError, TemplateWriteError, VerificationError
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, PageRange, PageRun, covering, runs
-from lazymem.store.pagemap import UNSET
+from lazymem.store.pagemap import SET_ZERO, UNSET
 from lazymem.store.pristine import PristinePages
 from lazymem.store.rangelocks import RangeLocks
 from lazymem.store.readplan import Place, plan
@@ -226,8 +226,17 @@ class GuestRam:
             elif place is not Place.ZERO:
                 self._pristine.given(run)
 
-    async def write(self, offset: int, data: bytes) -> None:
-        """Put `data` at byte `offset`; returns when it is in the state file, which outlives this process.
+    def is_unseen(self, offset: int, length: int) -> bool:
+        """Whether none of these pages was read since we began, or written. (Of zero ones nobody notes that.)"""
+        pages = covering(offset, length)
+        if self._state is not None and not self._state.written.all_unset(pages):
+            return False
+        given = self._pristine.given_at(range(pages.start, pages.end))
+        return not given.strip(b"\0") and SET_ZERO not in self._pristine.states(pages)
+
+    async def write(self, offset: int, data: bytes, storing: Callable[[], None] | None = None) -> None:
+        """Put `data` at byte `offset`; returns when it is in the state file, which outlives this process. `storing` is
+        called when it has all that it needs for that: cancelled before then, it changed nothing.
 
         Parts of missing pages wait for the fetched page, and all of it waits for a full or dying disk. A cancelled
         write is done wholly or not at all, a failed one may have changed bytes of pages that the guest wrote before.
@@ -247,6 +256,8 @@ class GuestRam:
         async with self._locks.hold(pages):
             merged_offset, merged = await self._merge(self._state, offset, data)
             assert self._maybe_room is not None, "there is a state folder"
+            if storing is not None:
+                storing()
             await self._maybe_room.store(pages, merged_offset, merged)
             # A read that ended since the map was changed, a thread's work ago, came before this write, which nobody was
             # told of yet. What waits still has to see it.

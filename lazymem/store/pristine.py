@@ -26,6 +26,7 @@ from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.equalpages import EqualPages
+from lazymem.store.mendable import is_short
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import BLOCK_PAGES
 from lazymem.store.pagemap import SET, SET_ZERO, UNSET, PageMap
@@ -231,13 +232,15 @@ class PristinePages:
         return bytes(pages.length_bytes) if not self._drop_wrong(pages, None) else None
 
     async def read(self, pages: PageRange) -> tuple[bytes, list[PageRange]]:
-        """Bytes of pages that the map calls `SET`, and the runs among them that are wrong, and dropped."""
+        """Bytes of pages that the map calls `SET`, and the runs among them that are to be fetched: wrong ones, which
+        are dropped, and those that this host has no means to read just now."""
         try:
             data = await self._cache.pages.read(pages.offset_bytes, pages.length_bytes)
-        except StoreError:
+        except StoreError as error:
             # A cache that cannot be read is as good as none: the source has every page.
-            self.drop(pages)
-            self._dropped_pages += pages.count
+            if not is_short(error):
+                self.drop(pages)
+                self._dropped_pages += pages.count
             return bytes(pages.length_bytes), [pages]
         return data, self._drop_wrong(pages, data)
 

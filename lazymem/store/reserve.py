@@ -46,6 +46,22 @@ class Reserve:
             os.close(fd)
 
 
+def modest(ram_fd: int, wanted_bytes: int) -> int:
+    """`wanted_bytes` for `take`, or less: as much as it takes it leaves free on the disk. 0: there is next to nothing.
+
+    Raises:
+        StoreError: the disk refused.
+    """
+    try:
+        found, there = os.fstatvfs(ram_fd), os.fstat(ram_fd).st_blocks * 512
+    except OSError as error:
+        raise StoreError(f"cannot look at the disk for what the guest writes: {error.strerror}") from error
+    half = found.f_bavail * found.f_frsize // 2
+    if not found.f_blocks or there + half >= wanted_bytes:  # where all is 0, there is no limit
+        return wanted_bytes
+    return there + half >> 20 << 20
+
+
 def take(folder: Path, ram_fd: int, ram_bytes: int, wanted_bytes: int) -> Reserve:
     """Have room for `wanted_bytes` of written pages, what is in their file `ram_fd` already counted in.
 

@@ -30,6 +30,9 @@ STEP_BYTES = 4 << 20
 RETRY_SECONDS = 0.5
 """Who waits tries again this often: soon for a person who mends the disk, rare for a disk."""
 
+COMPLAIN_SECONDS = 60.0
+"""Between two lines of what goes on."""
+
 
 class Room:
     """Of one run. Takes nothing over. `deadline_seconds`: of each read; None waits for ever."""
@@ -43,6 +46,7 @@ class Room:
         self._waiting = 0
         self._making_was_told = False
         self._reserve_was_told = False
+        self._complain_at: dict[str, float] = {}
         self._shedder = Shedder(cache, state.written)
         self._sheds = _device(cache.pages.fileno()) == _device(state.ram.fileno())
         self._made = 0  # so often: whoever failed before the last time tries again first
@@ -128,7 +132,7 @@ class Room:
             freed = await self._shedder.shed(STEP_BYTES)
         except StoreError as error:
             self._sheds = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EAGAIN
-            log.warning("fetched pages cannot make room for what the guest writes: %s", error)
+            self._complain("fetched pages cannot make room for what the guest writes: %s", error)
             return False
         if freed and not self._making_was_told:
             self._making_was_told = True
@@ -145,7 +149,7 @@ class Room:
         try:
             given = await in_thread(self._givers, self._state.reserve.give, STEP_BYTES)
         except OSError as error:
-            log.warning("the reserve in %s cannot be used: %s", self._state.path, error)
+            self._complain("the reserve in %s cannot be used: %s", self._state.path, error)
             return False
         if given and not self._reserve_was_told:
             self._reserve_was_told = True
@@ -154,6 +158,13 @@ class Room:
                 self._state.path,
             )
         return given > 0
+
+    def _complain(self, text: str, *what: object) -> None:
+        """Each of these is tried again as often as a write is."""
+        now = trio.current_time()
+        if now >= self._complain_at.get(text, -math.inf):
+            self._complain_at[text] = now + COMPLAIN_SECONDS
+            log.warning(text, *what)
 
     def _begin_waiting(self, error: StoreError) -> None:
         if not self._waiting:

@@ -77,6 +77,19 @@ class StateFolder(Struct):
             raise
         await trio.to_thread.run_sync(self.maybe_synced.apply, changes, limiter=limiter)
 
+    def sync_now(self) -> None:
+        """As `sync`, blocking, for a run that nobody serves any more."""
+        if self.maybe_synced is None:
+            return
+        changes = self.maybe_synced.changes(self.written)
+        try:
+            os.fsync(self.ram.fileno())
+        except OSError as error:
+            self.maybe_synced.pages_lost()
+            self._note({LOST_KEY: syncedmap.boot_id()})
+            raise StoreError(f"cannot sync {self.path / RAM_NAME}: {error.strerror}") from error
+        self.maybe_synced.apply(changes)
+
     def note_whole(self) -> None:
         """Blocking: all is synced, and nothing follows. Where that cannot be noted the next mount says more than it
         must."""
@@ -120,7 +133,7 @@ def open_files(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) ->
     ram, written = path / RAM_NAME, path / MAP_NAME
     try:
         _complete(written, origin.pages, needed=lambda: ram.exists() and ram.stat().st_blocks > 0)
-        _complete(ram, origin.size_bytes, needed=lambda: _has_bytes(written))
+        _complete(ram, origin.size_bytes, needed=lambda: has_bytes(written))
         if not private:
             _complete(path / SYNCED_NAME, origin.pages, needed=lambda: False)
     except OSError as error:
@@ -152,7 +165,7 @@ def _complete(path: Path, size_bytes: int, *, needed: Callable[[], bool]) -> Non
         os.truncate(path, size_bytes)
 
 
-def _has_bytes(path: Path) -> bool:
+def has_bytes(path: Path) -> bool:
     """Whether a page map says anything. One byte a page: what is not a hole is read, and compared with zeros."""
     nothing = bytes(_LOOK_BYTES)
     with open(path, "rb") as file:

@@ -32,7 +32,16 @@ from lazymem.store import folders, reserve, syncedmap
 from lazymem.store.mendable import is_out_of_room
 from lazymem.store.origin import RamOrigin
 from lazymem.store.reserve import RESERVE_NAME
-from lazymem.store.statefiles import MAP_NAME, META_NAME, RAM_NAME, SYNCED_NAME, StateFolder, open_files
+from lazymem.store.statefiles import (
+    LOST_KEY,
+    MAP_NAME,
+    META_NAME,
+    RAM_NAME,
+    SYNCED_NAME,
+    StateFolder,
+    has_bytes,
+    open_files,
+)
 
 FORMAT = "lazymem-state"
 VERSION = 1
@@ -67,6 +76,9 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
         record = _bind(path, origin)
         folders.make_private(path)
         notices = _after_crash(path, origin, record)
+        if LOST_KEY in record and not _is_of_this_start(record):  # it begins with what was synced
+            record = {key: value for key, value in record.items() if key != LOST_KEY}
+            _note(path, record)
         state = open_files(path, origin, lock_fd, private=False)
         state.notices = notices
     except BaseException:
@@ -74,26 +86,52 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
         raise
     try:
         # Durable before a page can be written: else a crash after that would not be seen.
-        folders.write_record(path / META_NAME, {**record, "boot": syncedmap.boot_id(), "whole": False})
-    except OSError as error:
+        _note(path, {**record, "boot": syncedmap.boot_id(), "whole": False})
+    except StoreError:
         state.close()
-        raise StoreError(f"cannot write {path / META_NAME}: {error.strerror}") from error
+        raise
     return state
 
 
+def _note(path: Path, record: dict[str, Any]) -> None:
+    try:
+        folders.write_record(path / META_NAME, record)
+    except OSError as error:
+        raise StoreError(f"cannot write {path / META_NAME}: {error.strerror}") from error
+
+
 def _after_crash(path: Path, origin: RamOrigin, record: dict[str, Any]) -> tuple[str, ...]:
-    """Begin with what was synced, if the folder was last opened in another start of the host. What to tell the user."""
-    if not record.get("boot") or record["boot"] == syncedmap.boot_id():
+    """Begin with what was synced, unless the folder was last opened in this start of the host. What to tell the user.
+
+    Raises:
+        StoreError: nobody can say what is on the disk of what was written, or the disk refused.
+    """
+    written, synced = path / MAP_NAME, path / SYNCED_NAME
+    if _is_of_this_start(record):
         return ()
-    unsynced = syncedmap.begin_with_synced(path / MAP_NAME, path / SYNCED_NAME, origin.pages)
-    if record.get("whole"):
+    if not synced.exists() and "boot" not in record:
+        if not (written.exists() and has_bytes(written)):
+            return ()
+        raise StoreError(
+            f"{path} was last used by a lazymem that did not note what was synced, so pages may be lost since the host "
+            f"last ended: if you know that it did not end since then, cp {written} {synced} believes them all"
+        )
+    unsynced = syncedmap.begin_with_synced(written, synced, origin.pages)
+    if record.get("whole") or (not record.get("boot") and not unsynced):
         return ()
+    when = "the host ended while" if record.get("boot") else "the host may have ended while"
     notice = (
-        f"the host ended while {path} was in use: {unsynced} pages that were never synced are the snapshot's again, "
+        f"{when} {path} was in use: {unsynced} pages that were never synced are the snapshot's again, "
         "the others have their bytes of the last sync or later ones; go on with no guest's device state from before"
     )
     log.warning("%s", notice)
     return (notice,)
+
+
+def _is_of_this_start(record: dict[str, Any]) -> bool:
+    """Whether the folder was last opened in this start of the host, so all of its files are as they were left. False
+    where the host does not say which it is."""
+    return bool(record.get("boot")) and record["boot"] == syncedmap.boot_id()
 
 
 def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
@@ -124,7 +162,8 @@ def open_private_state(cache: Path, origin: RamOrigin) -> StateFolder:
 
 
 def reserve_room(state: StateFolder, origin: RamOrigin, maybe_wanted_bytes: int | None) -> None:
-    """Have room for so many bytes of written pages, those that are there counted in; None: the default, if possible.
+    """Have room for so many bytes of written pages, those that are there counted in; None: the default, or what can be
+    had without taking the disk's last bytes.
 
     Raises:
         StoreError: it cannot be had.
@@ -137,7 +176,13 @@ def reserve_room(state: StateFolder, origin: RamOrigin, maybe_wanted_bytes: int 
     if lies_in_memory(os.fstat(ram_fd).st_dev):
         return
     try:
-        state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, DEFAULT_RESERVE_BYTES)
+        wanted = reserve.modest(ram_fd, min(DEFAULT_RESERVE_BYTES, origin.size_bytes))
+        if wanted < min(DEFAULT_RESERVE_BYTES, origin.size_bytes):
+            state.notices += (
+                f"little room is left on the disk of {state.path}: {wanted >> 20} MiB are reserved for what the guest "
+                f"writes, not {DEFAULT_RESERVE_BYTES >> 20}; make room there, or say --reserve",
+            )
+        state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, wanted)
     except StoreError as error:
         log.log(logging.WARNING if is_out_of_room(error) else logging.INFO, "%s; going on without", error)
 
@@ -156,6 +201,28 @@ def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -
     if (path / RESERVE_NAME).exists():
         state.reserve = reserve.go_on_with(path)
     return state
+
+
+def end_run(path: Path, lock_fd: int) -> None:
+    """What its daemon does at the end of a run, of one that ended while it had none: all is synced, and noted as whole.
+    `lock_fd`: a copy of the folder's lock, which stays the caller's.
+
+    Raises:
+        StoreError: the disk refused; what was synced before counts.
+    """
+    record = folders.maybe_record(path / META_NAME)
+    if record is None or record.get("whole") or not folders.still_locked(lock_fd):
+        return  # its daemon did it itself, and another mount may have it by now
+    try:
+        origin = RamOrigin(bytes.fromhex(record["identity"]), record["size_bytes"], None)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path / META_NAME} is damaged") from error
+    state = open_files(path, origin, os.dup(lock_fd), private=False)
+    try:
+        state.sync_now()
+        state.note_whole()
+    finally:
+        state.close()
 
 
 def remove_private(path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import trio
 import trio.testing
@@ -28,7 +29,10 @@ class Ram:
     async def read(self, offset: int, length: int) -> bytes:
         return b"at hand"
 
-    async def write(self, offset: int, data: bytes) -> None:
+    def is_unseen(self, offset: int, length: int) -> bool:
+        return True
+
+    async def write(self, offset: int, data: bytes, storing: Callable[[], None]) -> None:
         self.writes.append((offset, data))
 
 
@@ -49,7 +53,7 @@ async def test_writes_wait_for_all_before_us_and_so_do_those_of_the_next(nursery
     survival = Survival(None, dict(inherited))
     ram = Ram()
     patient = survival.writes_after_predecessor(ram, nursery)  # type: ignore[arg-type]  # a RAM, for what it does
-    nursery.start_soon(patient.write, 0, b"ours")
+    nursery.start_soon(patient.write, 0, b"ours", lambda: None)
     with trio.fail_after(20):
         await trio.testing.wait_all_tasks_blocked()
         assert await patient.read(0, 7) == b"at hand"

@@ -270,3 +270,23 @@ async def test_a_host_without_threads_loses_no_write_and_fails_no_read(
             monkeypatch.setattr(trio.to_thread, "run_sync", real)
             monkeypatch.undo()
         assert await store.ram.read(0, PAGE_SIZE) == b"w" * PAGE_SIZE
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.EIO])
+async def test_a_cached_page_goes_only_with_the_disk_that_has_it(
+    snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A host that is short of something says nothing of what is on the disk; the reader has the page either way."""
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await store.ram.read(0, len(snapshot.ram))
+        held = store.pristine.held_pages
+        with monkeypatch.context() as short:
+
+            def refuse(fd: int, length: int, offset: int) -> bytes:
+                raise OSError(number, os.strerror(number))
+
+            short.setattr(pagefile, "pread_all", refuse)
+            short.setattr(store.cache.pages, "maybe_read_nowait", lambda offset, length: None)
+            assert await store.ram.read(0, len(snapshot.ram)) == snapshot.ram
+        assert (store.pristine.dropped_pages > 0) is (number == errno.EIO)
+        assert store.pristine.held_pages == held, "or again, since all was fetched"

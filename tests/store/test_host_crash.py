@@ -6,16 +6,21 @@ in any order, except for what a sync forces. (tests/system/test_host_crash.py ta
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from lazymem.errors import StoreError
-from lazymem.pages import PAGE_SIZE
+from lazymem.errors import BusyError, StoreError
+from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store import cachefolder, pagefile, statefolder, syncedmap
 from lazymem.store.pagemap import SET
 from tests.support.snapshots import BuiltSnapshot
@@ -316,3 +321,139 @@ async def test_a_cache_that_a_crash_cut_off_shows_right_bytes(
     for _ in range(2):
         async with opened_store(snapshot, tmp_path / "cache") as store:
             assert await store.ram.read(0, len(snapshot.ram)) == snapshot.ram
+
+
+# ---- where nobody noted in which start of the host a folder was opened
+
+
+async def older_run(snapshot: BuiltSnapshot, folder: Path) -> None:
+    """A folder as before there was a second map."""
+    await write_run(snapshot, folder)
+    state = folder / "state"
+    (state / "synced").unlink()
+    record = {key: value for key, value in record_of(state).items() if key not in ("boot", "whole")}
+    (state / "state.json").write_text(json.dumps(record))
+
+
+def record_of(state: Path) -> dict[str, Any]:
+    found = json.loads((state / "state.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+async def test_an_older_folder_is_not_half_believed(hashed: BuiltSnapshot, tmp_path: Path) -> None:
+    """Its map may name pages that a crash lost, and nobody can tell. Who knows better can say so."""
+    await older_run(hashed, tmp_path)
+    state = tmp_path / "state"
+    with pytest.raises(StoreError, match="did not note what was synced") as refused:
+        statefolder.open_state(state, origin_of(hashed))
+    assert record_of(state).get("boot") is None, "nothing was changed"
+    command = re.search(r"cp (\S+) (\S+) believes", str(refused.value))
+    assert command
+    shutil.copyfile(command[1], command[2])
+    (state / "synced").chmod(0o600)
+    async with opened_store(hashed, tmp_path / "cache", state) as store:
+        assert await store.ram.read(LATER * PAGE_SIZE, PAGE_SIZE) == page_of(2)
+        assert store.ram.written_pages == 3
+        assert not store.ram.notices
+
+
+async def test_an_older_folder_without_writes_is_taken(hashed: BuiltSnapshot, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    statefolder.open_state(state, origin_of(hashed)).close()
+    (state / "synced").unlink()
+    record = {key: value for key, value in record_of(state).items() if key not in ("boot", "whole")}
+    (state / "state.json").write_text(json.dumps(record))
+    async with opened_store(hashed, tmp_path / "cache", state) as store:
+        assert await store.ram.read(0, len(hashed.ram)) == hashed.ram
+
+
+async def test_a_host_that_does_not_say_which_start_it_is(
+    hashed: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a boot id a folder that was not closed counts as far as it was synced; one that was, wholly."""
+    monkeypatch.setattr(syncedmap, "boot_id", lambda: "")
+    await write_run(hashed, tmp_path)
+    async with opened_store(hashed, tmp_path / "cache", tmp_path / "state") as store:
+        assert store.ram.written_pages == 2
+        assert await store.ram.read(LATER * PAGE_SIZE, PAGE_SIZE) == hashed.page(LATER)
+        assert "the host may have ended while" in store.ram.notices[0]
+        await store.ram.write(LATER * PAGE_SIZE, page_of(4))
+    async with opened_store(hashed, tmp_path / "cache", tmp_path / "state") as store:
+        assert store.ram.written_pages == 3
+        assert await store.ram.read(LATER * PAGE_SIZE, PAGE_SIZE) == page_of(4)
+        assert not store.ram.notices
+
+
+async def test_a_failed_sync_there_is_not_failed_for_ever(
+    hashed: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next mount began with what was synced before."""
+    monkeypatch.setattr(syncedmap, "boot_id", lambda: "")
+    source = local_source(hashed)
+    store = build_store(hashed, tmp_path / "cache", source, tmp_path / "state")
+    await store.ram.write(0, page_of(1))
+    with monkeypatch.context() as dying:
+        dying.setattr(pagefile, "_fsync_and_drop", _refuse)
+        with pytest.raises(StoreError):
+            await store.ram.sync()
+    with pytest.raises(StoreError, match="refused written pages before"):
+        await store.ram.close()
+    source.close()
+    async with opened_store(hashed, tmp_path / "cache", tmp_path / "state") as store:
+        assert store.ram.written_pages == 0
+        await store.ram.write(0, page_of(2))
+        await store.ram.sync()
+
+
+def _refuse(_fd: int) -> None:
+    raise OSError(errno.EIO, "injected")
+
+
+# ---- a run that ended while it had no daemon
+
+
+async def left_alone(snapshot: BuiltSnapshot, folder: Path) -> tuple[Path, int]:
+    """Its daemon was killed, and somebody has a copy of its lock."""
+    state = statefolder.open_state(folder / "state", origin_of(snapshot))
+    lock = os.dup(state.lock_fd)
+    await state.store(PageRange(LATER, 1), LATER * PAGE_SIZE, page_of(2))
+    state.kept = True
+    state.close()
+    assert not record_of(folder / "state")["whole"]
+    return folder / "state", lock
+
+
+async def test_it_is_synced_and_whole(hashed: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lock = await left_alone(hashed, tmp_path)
+    statefolder.end_run(path, lock)
+    assert record_of(path)["whole"]
+    os.close(lock)
+    monkeypatch.setattr(syncedmap, "boot_id", lambda: "of another start")
+    async with opened_store(hashed, tmp_path / "cache", path) as store:
+        assert await store.ram.read(LATER * PAGE_SIZE, PAGE_SIZE) == page_of(2)
+        assert not store.ram.notices
+
+
+async def test_it_is_not_whole_where_it_cannot_be_synced(
+    hashed: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock = await left_alone(hashed, tmp_path)
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "fsync", _refuse)
+        with pytest.raises(StoreError, match="cannot sync"):
+            statefolder.end_run(path, lock)
+    assert not record_of(path)["whole"]
+    os.close(lock)
+
+
+async def test_a_folder_that_another_mount_has_by_now_is_left_alone(hashed: BuiltSnapshot, tmp_path: Path) -> None:
+    path, lock = await left_alone(hashed, tmp_path)
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    other = statefolder.open_state(path, origin_of(hashed))
+    statefolder.end_run(path, lock)
+    assert not record_of(path)["whole"]
+    with pytest.raises(BusyError):
+        statefolder.open_state(path, origin_of(hashed))
+    other.close()
+    os.close(lock)

@@ -11,7 +11,8 @@ import pytest
 from lazymem.errors import StoreError, UsageError
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.settings import RESERVE_ALL_BYTES, parse_reserve
-from lazymem.store import fallocate, pagefile, reserve, room
+from lazymem.store import fallocate, pagefile, reserve, room, statefolder
+from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import SET, UNSET
 from lazymem.store.shedding import Shedder
@@ -183,3 +184,75 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UsageError, match="say how much"):
         parse_reserve(text)
+
+
+# ---- the default, where there is little room
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    """The disk says that it has so much left."""
+    real = os.fstatvfs
+
+    def found(fd: int) -> os.statvfs_result:
+        size = real(fd).f_frsize
+        words = list(real(fd))
+        words[3] = words[4] = free_bytes // size
+        return os.statvfs_result(words)
+
+    monkeypatch.setattr(os, "fstatvfs", found)
+
+
+@pytest.mark.parametrize(("free_mib", "taken_mib"), [(500, 64), (128, 64), (126, 63), (41, 20), (3, 1), (1, 0), (0, 0)])
+def test_the_default_leaves_as_much_as_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_mib: int, taken_mib: int
+) -> None:
+    origin = RamOrigin(b"i" * 32, 1 << 30, None)
+    monkeypatch.setattr(statefolder, "lies_in_memory", lambda _: False)
+    state = open_state(tmp_path / "state", origin)
+    with_free(monkeypatch, free_mib << 20)
+    reserve_room(state, origin, None)
+    assert (state.reserve.bytes_left if state.reserve else 0) == taken_mib << 20
+    assert len(state.notices) == (taken_mib < 64)
+    assert all(f"{taken_mib} MiB are reserved for what the guest writes, not 64" in said for said in state.notices)
+    state.close()
+
+
+def test_what_was_asked_for_is_taken_to_the_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who names a size wants it."""
+    origin = RamOrigin(b"i" * 32, 1 << 30, None)
+    state = open_state(tmp_path / "state", origin)
+    with_free(monkeypatch, 2 << 20)
+    reserve_room(state, origin, 2 << 20)
+    assert state.reserve
+    assert state.reserve.bytes_left == 2 << 20
+    state.close()
+
+
+async def test_a_reserve_that_cannot_be_given_is_said_once(
+    hashed: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried again with each write that waits, twice a second, for as long as the disk is full."""
+    origin = origin_of(hashed)
+    async with opened_store(hashed, tmp_path / "cache", tmp_path / "state") as store:
+        assert store.state
+        reserve_room(store.state, origin, 1 << 20)
+        assert store.state.reserve
+        tries = 0
+        real = pagefile.pwrite_all
+
+        def full(fd: int, data: bytes | memoryview, offset: int) -> None:
+            nonlocal tries
+            tries += 1
+            if tries < 30:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(fd, data, offset)
+
+        def refuse(_most_bytes: int) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(pagefile, "pwrite_all", full)
+        monkeypatch.setattr(store.state.reserve, "give", refuse)
+        monkeypatch.setattr(room, "RETRY_SECONDS", 0.001)
+        await store.ram.write(0, b"w" * PAGE_SIZE)
+        assert caplog.text.count("cannot be used") == 1
+        assert tries == 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from lazymem.digests import DIGEST_BYTES
-from lazymem.errors import VerificationError
+from lazymem.digests import DIGEST_BYTES, page_digest
+from lazymem.errors import StoreError, VerificationError
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
 from lazymem.store.cachefolder import DIGESTS_NAME, MAP_NAME, PAGES_NAME, open_cache
 from lazymem.store.layers import DamageLayer
@@ -170,3 +171,36 @@ async def test_one_bad_bit_costs_one_page(snapshot: BuiltSnapshot, tmp_path: Pat
         assert await store.ram.read(0, len(snapshot.ram)) == snapshot.ram
         assert store.source.pages == fetched + 1
         assert store.ram.statistics().dropped_pages == 1
+
+
+async def test_lost_vouching_of_an_unhashed_snapshot_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk does not give the digests back that were noted: the guest gets its page all the same, verified against
+    what the server says now, and from there on against that; and again once the disk is back."""
+    bare = make_snapshot(tmp_path / "bare", pages=600, seed=3, hashed=False)
+    async with opened_store(bare, tmp_path / "cache") as store:
+        assert await store.ram.read(0, len(bare.ram)) == bare.ram
+        with monkeypatch.context() as dying:
+
+            def refuse(pages: PageRange) -> bytes:
+                raise StoreError("injected: Input/output error")
+
+            real = store.pristine.keep
+
+            async def keep_or_not(fetched: Fetched) -> None:
+                """As the scheduler, which tells no reader."""
+                with contextlib.suppress(StoreError):
+                    await real(fetched)
+
+            dying.setattr(store.pristine, "keep", keep_or_not)
+            dying.setattr(store.cache.digests, "page_digests", refuse)
+            assert await store.ram.read(0, len(bare.ram)) == bare.ram
+            with pytest.raises(VerificationError, match="not what its server first vouched for"):
+                store.pristine.accept(_other_vouching(bare, page=5))
+        assert await store.ram.read(0, len(bare.ram)) == bare.ram
+
+
+def _other_vouching(snapshot: BuiltSnapshot, page: int) -> Fetched:
+    data = flip(snapshot.page(page), 9)
+    return Fetched((PageRun(PageRange(page, 1), data),), {}, {page: page_digest(data)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import signal
 import subprocess
@@ -368,6 +369,25 @@ def test_an_end_while_there_is_no_daemon(mounts: Stage, snapshot: BuiltSnapshot)
     mount.wait_ended()
     wait_until(lambda: is_gone(supervisor), "the supervisor is gone")
     assert not list(mounts.cache.glob("run-*"))
+
+
+def test_a_named_folder_is_whole_then_too(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """Synced, and noted so: else a later crash of the host would cost what was written since the last sync."""
+    state = tmp_path / "state"
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET, "--state", state)
+    descriptor = os.open(mount.ram_path, os.O_WRONLY)
+    os.pwrite(descriptor, b"k" * PAGE_SIZE, 5 * PAGE_SIZE)
+    os.close(descriptor)
+    assert (state / "synced").read_bytes()[5] == 0
+    supervisor = supervisor_of(mount)
+    os.kill(supervisor, signal.SIGSTOP)
+    os.kill(mount.pid, signal.SIGKILL)
+    subprocess.run(["umount", "-l", mount.path], check=True, timeout=30)
+    os.kill(supervisor, signal.SIGCONT)
+    mount.wait_ended()
+    wait_until(lambda: is_gone(supervisor), "the supervisor is gone")
+    assert json.loads((state / "state.json").read_text())["whole"]
+    assert (state / "synced").read_bytes()[5] == 1
 
 
 def test_without_a_supervisor(mounts: Stage, snapshot: BuiltSnapshot) -> None:
