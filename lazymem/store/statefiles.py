@@ -68,12 +68,14 @@ class StateFolder(Struct):
         if self.maybe_synced is None:
             await self.ram.sync()
             return
+        if self.maybe_synced.has_lost:  # what no disk took note of then may be noted now
+            await trio.to_thread.run_sync(self._note_lost, limiter=limiter)
         changes = await trio.to_thread.run_sync(self.maybe_synced.changes, self.written, limiter=limiter)
         try:
             await self.ram.sync()
         except StoreError:
             self.maybe_synced.pages_lost()
-            await trio.to_thread.run_sync(self._note, {LOST_KEY: syncedmap.boot_id()}, limiter=limiter)
+            await trio.to_thread.run_sync(self._note_lost, limiter=limiter)
             raise
         await trio.to_thread.run_sync(self.maybe_synced.apply, changes, limiter=limiter)
 
@@ -86,7 +88,7 @@ class StateFolder(Struct):
             os.fsync(self.ram.fileno())
         except OSError as error:
             self.maybe_synced.pages_lost()
-            self._note({LOST_KEY: syncedmap.boot_id()})
+            self._note_lost()
             raise StoreError(f"cannot sync {self.path / RAM_NAME}: {error.strerror}") from error
         self.maybe_synced.apply(changes)
 
@@ -96,6 +98,12 @@ class StateFolder(Struct):
         if self.maybe_synced is None or self.kept:
             return
         self._note({"whole": True})
+
+    def _note_lost(self) -> None:
+        lost = {LOST_KEY: syncedmap.boot_id()}
+        record = folders.maybe_record(self.path / META_NAME) or {}
+        if record.get(LOST_KEY) != lost[LOST_KEY]:
+            self._note(lost)
 
     def _note(self, entries: Mapping[str, object]) -> None:
         record = folders.maybe_record(self.path / META_NAME)

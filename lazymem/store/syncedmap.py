@@ -68,6 +68,11 @@ class SyncedMap:
         except OSError as error:
             raise StoreError(f"cannot sync the map of written pages: {error}") from error
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether `pages_lost` was called."""
+        return self._failed
+
     def pages_lost(self) -> None:
         """A sync of the pages failed. The kernel tells that once, and forgets which pages it was: nothing that was not
         synced before counts as synced from here on."""

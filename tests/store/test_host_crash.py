@@ -256,6 +256,23 @@ async def test_a_sync_that_failed_is_never_made_up_for(
     state.close()
 
 
+async def test_a_failed_sync_that_could_not_be_noted_is_noted_with_the_next_one(
+    hashed: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both writes met the full disk. A next daemon has only the record to know it from."""
+    state = statefolder.open_state(tmp_path / "state", origin_of(hashed))
+    with monkeypatch.context() as full:
+        full.setattr(pagefile, "_fsync_and_drop", _refuse)
+        full.setattr(os, "rename", _refuse)
+        with pytest.raises(StoreError, match="injected"):
+            await state.sync(trio.CapacityLimiter(1))
+    assert "lost" not in record_of(tmp_path / "state")
+    with pytest.raises(StoreError, match="not known any more"):
+        await state.sync(trio.CapacityLimiter(1))
+    assert "lost" in record_of(tmp_path / "state")
+    state.close()
+
+
 # ---- the cache: nothing of it is believed that does not have its digest
 
 
@@ -406,7 +423,7 @@ async def test_a_failed_sync_there_is_not_failed_for_ever(
         await store.ram.sync()
 
 
-def _refuse(_fd: int) -> None:
+def _refuse(*_: object) -> None:
     raise OSError(errno.EIO, "injected")
 
 
