@@ -1,4 +1,7 @@
-"""`lazymem pki init DIR`, `lazymem pki issue DIR NAME`: an authority of one's own, and certificates for TLS from it."""
+"""`lazymem pki init DIR`, `issue DIR NAME`, `revoke DIR NAME`: an authority of one's own, and certificates from it.
+
+`issued` in the folder names all that it signed, a line each: what a key that was stolen may be used with.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from lazymem.errors import LazymemError, StoreError, UsageError
 
 PROGRAM = "lazymem pki"
 
 CA_CERTIFICATE, CA_KEY = "ca.crt", "ca.key"
+ISSUED = "issued"
 
 CA_DAYS = 3650
 """Whoever replaces it has to visit every host."""
@@ -35,6 +40,7 @@ _EPILOG = """examples:
   lazymem pki issue pki host-a --server --host 10.0.0.5       for a server that is dialled by its address
   lazymem pki issue pki host-b --client                       for the mounts of host-b, which it names
   lazymem pki issue pki host-b --renew                        another year, the same key: copy the .crt again
+  lazymem pki revoke pki host-b                               its key was stolen: copy ca.crt to all hosts again
 
 Each host gets ca.crt and its own .crt and .key, and nobody else's. Then:
   lazymem-serve --tls-cert ram.example.crt --tls-key ram.example.key --tls-ca ca.crt --allow web=host-b ... web
@@ -46,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     found = _parser().parse_args(arguments)
     try:
-        said = _init(found) if found.command == "init" else _issue(found)
+        said = {"init": _init, "issue": _issue, "revoke": _revoke}[found.command](found)
     except LazymemError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return error.exit_code
@@ -65,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=form,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="init|issue")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="init|issue|revoke")
     init = commands.add_parser("init", help="make an authority", formatter_class=form, epilog=_EPILOG)
     init.add_argument("folder", metavar="DIR", type=Path, help="made, mode 0700; its ca.key signs, and stays there")
     init.add_argument("--name", default="lazymem", help="how the authority is called (default: %(default)s)")
@@ -80,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     issue.add_argument("--renew", action="store_true", help="replace the certificate of NAME, for the same key and use")
     _add_common(issue, HOST_DAYS)
+    revoke = commands.add_parser("revoke", help="take a host's certificates back", formatter_class=form, epilog=_EPILOG)
+    revoke.add_argument("folder", metavar="DIR", type=Path, help="where 'lazymem pki init' made the authority")
+    revoke.add_argument("name", metavar="NAME", help="all certificates that were issued for it")
+    revoke.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 
 
@@ -117,11 +127,13 @@ def _issue(found: argparse.Namespace) -> dict[str, object]:
     certificate, key = found.folder / f"{found.name}.crt", found.folder / f"{found.name}.key"
     if found.renew:
         made = authority.issue(ca, authority.read_wanted(_read(certificate)), lifetime, _read(key))
+        _note(found.folder, found.name, authority.serial_of(made.certificate))
         _replace(certificate, made.certificate)
     else:
         with _new_files(key, certificate) as write:
             wanted = authority.Wanted(found.name, found.server, found.client, tuple(found.host))
             made = authority.issue(ca, wanted, lifetime)
+            _note(found.folder, found.name, authority.serial_of(made.certificate))
             write(key, made.key)
             write(certificate, made.certificate)
     return {
@@ -131,6 +143,48 @@ def _issue(found: argparse.Namespace) -> dict[str, object]:
         "identity": found.name,
         "not_after": made.not_after.isoformat(),
     }
+
+
+def _revoke(found: argparse.Namespace) -> dict[str, object]:
+    from lazymem.tls import authority
+
+    path, own = found.folder / CA_CERTIFICATE, found.folder / f"{found.name}.crt"
+    ca = authority.Issued(_read(path), _read(found.folder / CA_KEY), datetime.datetime.max)
+    serials = _noted(found.folder, found.name)
+    if _FILE_NAME.fullmatch(found.name) and found.name != "ca" and own.exists():
+        serials.add(authority.serial_of(_read(own)))
+    if not serials:
+        raise UsageError(f"no certificate was issued for {found.name!r} by the authority in {found.folder}")
+    certificate = authority.LIST.sub(b"", ca.certificate)
+    _replace(path, certificate + authority.revoked(ca, serials))
+    moved = []
+    for file in (own, own.with_suffix(".key")):  # so that the name can have another one
+        if file.exists():
+            moved.append(file.with_name(f"{file.name}.revoked"))
+            file.replace(moved[-1])
+    return {
+        "authority": str(path),
+        "identity": found.name,
+        "revoked": sorted(f"{serial:x}" for serial in serials),
+        "moved": [str(file) for file in moved],
+    }
+
+
+def _note(folder: Path, name: str, serial: int) -> None:
+    """Before the certificate exists. Raises OSError."""
+    fd = os.open(folder / ISSUED, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    with open(fd, "w") as file:
+        file.write(f"{name} {serial:x}\n")
+        file.flush()
+        os.fsync(fd)
+
+
+def _noted(folder: Path, name: str) -> set[int]:
+    try:
+        lines = (folder / ISSUED).read_text().splitlines()
+    except FileNotFoundError:
+        return set()
+    return {int(words[1], 16) for words in map(str.split, lines) if len(words) == 2 and words[0] == name}
 
 
 def _lifetime(days: int) -> datetime.timedelta:
@@ -193,6 +247,13 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _told(said: dict[str, object]) -> str:
+    if "revoked" in said:
+        count = len(cast("list[str]", said["revoked"]))
+        what = "its certificate is" if count == 1 else f"its {count} certificates are"
+        return (
+            f"{said['identity']}: {what} revoked. Copy {said['authority']} to every host, over the one that is there: "
+            "the next connections know it; start the servers again to end those that are open"
+        )
     text = f"{said['certificate']} and {said['key']}, until {str(said['not_after'])[:10]}"
     if "authority" not in said:
         return f"an authority: {text}. Its key signs: keep it where it is"

@@ -239,7 +239,7 @@ class Survival:
             remove_private(Path(contents.state_path))
         elif contents.state_path:
             try:
-                end_run(Path(contents.state_path), self._inherited[STATE])
+                end_run(Path(contents.state_path), self.inherited(STATE))
             except LazymemError as error:
                 log.error("what was written is not synced: %s", error)
         self.forget_all()

@@ -217,7 +217,14 @@ def end_run(path: Path, lock_fd: int) -> None:
         origin = RamOrigin(bytes.fromhex(record["identity"]), record["size_bytes"], None)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path / META_NAME} is damaged") from error
-    state = open_files(path, origin, os.dup(lock_fd), private=False)
+    copy = -1
+    try:
+        copy = os.dup(lock_fd)
+        state = open_files(path, origin, copy, private=False)
+    except (OSError, StoreError) as error:
+        if copy >= 0:
+            os.close(copy)
+        raise StoreError(f"cannot open {path}: {error}") from error
     try:
         state.sync_now()
         state.note_whole()

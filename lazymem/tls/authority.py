@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cryptography import x509
@@ -16,6 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from lazymem.errors import UsageError
+
+LIST = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----\n?", re.DOTALL)
+"""A list of revoked certificates, in a PEM file with others."""
 
 AHEAD = datetime.timedelta(hours=1)
 """A certificate is valid from so long before it was made: hosts' clocks differ."""
@@ -72,6 +77,39 @@ def issue(authority: Issued, wanted: Wanted, lifetime: datetime.timedelta, maybe
     builder = builder.add_extension(identifier, critical=False)
     builder = builder.add_extension(x509.SubjectAlternativeName(_alternatives(wanted)), critical=False)
     return _signed(builder, key, signer_key)
+
+
+def serial_of(certificate: bytes) -> int:
+    """Raises UsageError: it is none."""
+    return _load(certificate, "the host's").serial_number
+
+
+def revoked(authority: Issued, serials: Iterable[int]) -> bytes:
+    """The authority's list (RFC 5280, 5) of the certificates with these `serials`, and of those on the list that is
+    behind its own certificate already. It holds for as long as the authority: one that ends before shuts everybody out.
+
+    Raises:
+        UsageError: the authority cannot be read.
+    """
+    signer, signer_key = _load(authority.certificate, "the authority's"), _load_key(authority.key, "the authority's")
+    lists = LIST.findall(authority.certificate)
+    before = [x509.load_pem_x509_crl(each) for each in lists]
+    on_it = {each.serial_number: each.revocation_date_utc for found in before for each in found}
+    on_it |= {serial: _now() for serial in serials if serial not in on_it}
+    builder = x509.CertificateRevocationListBuilder(issuer_name=signer.subject, last_update=_naive(_now() - AHEAD))
+    builder = builder.next_update(_naive(signer.not_valid_after_utc))
+    for serial, date in sorted(on_it.items()):
+        one = x509.RevokedCertificateBuilder(serial_number=serial, revocation_date=_naive(date))
+        builder = builder.add_revoked_certificate(one.build())
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key())
+    builder = builder.add_extension(identifier, critical=False)
+    builder = builder.add_extension(x509.CRLNumber(int(_now().timestamp())), critical=False)
+    return builder.sign(signer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _naive(moment: datetime.datetime) -> datetime.datetime:
+    """In UTC, as this builder compares them."""
+    return moment.astimezone(datetime.UTC).replace(tzinfo=None)
 
 
 def read_wanted(certificate: bytes) -> Wanted:

@@ -18,6 +18,9 @@ from lazymem.tls.failures import Side
 
 log = logging.getLogger(__name__)
 
+_REVOKED = b"-----BEGIN X509 CRL-----"
+"""In the authority's file: the certificates that it takes back (`lazymem pki revoke`)."""
+
 _Signature = tuple[tuple[int, int, int], ...] | None
 """What changes when a file does; None: one is missing, which `make_context` then says better."""
 
@@ -82,6 +85,8 @@ def make_context(settings: TlsSettings, side: Side, protocol: str = "") -> ssl.S
         context.num_tickets = 0  # nobody resumes a session, so nobody skips being asked for a certificate
     try:
         context.load_verify_locations(cafile=settings.ca)
+        if _REVOKED in settings.ca.read_bytes():
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     except (OSError, ssl.SSLError) as error:
         raise UsageError(f"--tls-ca {settings.ca}: {_why(error, 'no certificate in it')}") from error
     try:

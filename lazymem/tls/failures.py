@@ -9,6 +9,7 @@ from lazymem.errors import TlsError
 
 _EXPIRED, _NOT_YET, _UNSUITABLE = 10, 9, 26
 _OTHER_AUTHORITY = frozenset({2, 7, 18, 19, 20, 21})
+_REVOKED, _NO_LIST, _OLD_LIST = 23, 3, 12
 _OTHER_NAME = frozenset({62, 64})
 """X509_V_ERR_*, of OpenSSL's x509_vfy.h."""
 
@@ -41,6 +42,11 @@ def _of_certificate(error: ssl.SSLCertVerificationError, side: Side) -> str:
         return f"the {peer}'s certificate has expired: {RENEW}"
     if code == _NOT_YET:
         return f"the {peer}'s certificate is not valid yet: look at both hosts' clocks"
+    if code == _REVOKED:
+        return f"the {peer}'s certificate was revoked by its authority"
+    if code in (_NO_LIST, _OLD_LIST):
+        what = "has expired" if code == _OLD_LIST else "is not of its authority"
+        return f"the {peer}'s certificate is not believed: the list of revoked ones in our --tls-ca file {what}"
     if code in _OTHER_AUTHORITY:
         return f"the {peer}'s certificate is not of the authority in our --tls-ca file"
     if code in _OTHER_NAME:
@@ -59,6 +65,8 @@ def _of_reason(reason: str, side: Side) -> str:
         return f"the {peer} does not speak TLS 1.3"
     if "CERTIFICATE_EXPIRED" in reason:
         return f"the {peer} says that our certificate has expired: {RENEW}"
+    if "CERTIFICATE_REVOKED" in reason:
+        return f"the {peer} says that our certificate was revoked: {ISSUE}"
     if "UNKNOWN_CA" in reason:
         return f"the {peer} does not know the authority of our certificate: its --tls-ca names another one"
     if "CERTIFICATE_REQUIRED" in reason or "DID_NOT_RETURN_A_CERTIFICATE" in reason:

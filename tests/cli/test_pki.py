@@ -109,7 +109,7 @@ def test_renewed_it_is_for_the_same_key_and_use(folder: Path, capsys: pytest.Cap
     assert ssl.cert_time_to_seconds(after["notAfter"]) > ssl.cert_time_to_seconds(before["notAfter"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_cert_chain(folder / "host.crt", folder / "host.key")
-    assert sorted(path.name for path in folder.iterdir()) == ["ca.crt", "ca.key", "host.crt", "host.key"]
+    assert sorted(path.name for path in folder.iterdir()) == ["ca.crt", "ca.key", "host.crt", "host.key", "issued"]
 
 
 def test_no_certificate_outlives_its_authority(tmp_path: Path) -> None:
@@ -172,9 +172,55 @@ def test_damaged_files_are_named(folder: Path, capsys: pytest.CaptureFixture[str
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_revoked_are_all_that_a_name_ever_had(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the ones that were renewed since: a thief has those, too. And the name can have another one."""
+    assert run("issue", folder, "host-b", "--client") == 0
+    serials = {int(decoded(folder / "host-b.crt")["serialNumber"], 16)}
+    assert run("issue", folder, "host-b", "--renew") == 0
+    serials.add(int(decoded(folder / "host-b.crt")["serialNumber"], 16))
+    assert run("issue", folder, "host-c", "--client") == 0
+    capsys.readouterr()
+    said = run_json(capsys, "revoke", folder, "host-b")
+    assert {int(word, 16) for word in said["revoked"]} == serials
+    assert not (folder / "host-b.crt").exists()
+    assert run("issue", folder, "host-b", "--client") == 0
+    for name, good in (("host-b.crt", True), ("host-c.crt", True), ("host-b.crt.revoked", False)):
+        assert is_believed(folder, name) is good, name
+    capsys.readouterr()
+    again = run_json(capsys, "revoke", folder, "host-c")
+    assert len(again["revoked"]) == 1
+    assert not is_believed(folder, "host-b.crt.revoked"), "who is on the list stays there"
+    assert not is_believed(folder, "host-c.crt.revoked")
+    assert run("issue", folder, "host-d", "--client") == 0, "the authority still signs"
+
+
+def is_believed(folder: Path, name: str) -> bool:
+    """By openssl itself."""
+    words: list[str | Path] = [
+        "openssl",
+        "verify",
+        "-crl_check",
+        "-CAfile",
+        folder / "ca.crt",
+        "-CRLfile",
+        folder / "ca.crt",
+    ]
+    done = subprocess.run([*words, folder / name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 or "revoked" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
+def test_who_has_no_certificate_cannot_lose_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "ca.crt").read_bytes()
+    for name in ("host-b", "ca", "../pki/ca"):
+        assert run("revoke", folder, name) == 2
+        assert "no certificate was issued" in capsys.readouterr().err
+    assert (folder / "ca.crt").read_bytes() == before
+
+
 def test_the_man_page_names_all_options() -> None:
     text = PAGE.read_text()
-    for command in ("init", "issue"):
+    for command in ("init", "issue", "revoke"):
         words = [sys.executable, "-m", "lazymem.cli.pki", command, "--help"]
         usage = subprocess.run(words, capture_output=True, text=True, check=True).stdout.partition("examples:")[0]
         section = text.partition(f"## {command.upper()}")[2].partition("\n## ")[0]

@@ -9,11 +9,13 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
 from lazymem_server.limits import ServerLimits
 from lazymem_server.serving import Serving, open_gate, serve
+from msgspec import structs
 
 from lazymem.errors import LazymemError, ServerRefusedError, TlsError
 from lazymem.fetch.client import connect
@@ -340,3 +342,40 @@ async def test_stopping_waits_for_no_stranger(snapshot: BuiltSnapshot, pki: Pki)
             serving.stop()
             nursery.cancel_scope.deadline = trio.current_time() + 20
     assert not nursery.cancel_scope.cancelled_caught
+
+
+async def test_a_revoked_client_is_refused_from_its_next_connection_on(
+    snapshot: BuiltSnapshot, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the list in the authority's file, without a restart; others are served, and so is its new certificate."""
+    caplog.set_level(logging.INFO)
+    pki = Pki(tmp_path / "pki")
+    stolen, good = pki.client("host-b"), pki.client("host-c")
+    async with served(snapshot, pki.server(), allow="web=host-b,host-c") as serving:
+        await assert_is_served(serving, snapshot, stolen)
+        pki.revoke(stolen)
+        error = await refusal(serving, stolen)
+        assert isinstance(error, TlsError)
+        assert "says that our certificate was revoked" in str(error)
+        await wait_said(caplog, "the client's certificate was revoked by its authority")
+        await assert_is_served(serving, snapshot, good)
+        await assert_is_served(serving, snapshot, pki.client("host-b"))
+
+
+async def test_a_revoked_server_is_believed_by_nobody(snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    pki = Pki(tmp_path / "pki")
+    stolen, client = pki.server(), pki.client()
+    async with served(snapshot, stolen) as serving:
+        pki.revoke(stolen)
+        assert "the server's certificate was revoked by its authority" in str(await refusal(serving, client))
+
+
+async def test_a_list_of_another_authority_says_nothing_of_ours(snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """A file with two authorities, and the list of one: of the other one nobody knows what it took back."""
+    pki, other = Pki(tmp_path / "pki"), Pki(tmp_path / "other", name="others")
+    other.revoke(other.client())
+    both = tmp_path / "both.crt"
+    both.write_bytes(pki.ca.read_bytes() + other.ca.read_bytes())
+    client = structs.replace(pki.client(), ca=both)
+    async with served(snapshot, pki.server()) as serving:
+        assert "the list of revoked ones in our --tls-ca file is not of its" in str(await refusal(serving, client))

@@ -6,7 +6,7 @@ import datetime
 from pathlib import Path
 
 from lazymem.settings import TlsSettings
-from lazymem.tls.authority import Issued, Wanted, issue, make_authority
+from lazymem.tls.authority import Issued, Wanted, issue, make_authority, revoked, serial_of
 from lazymem.tls.options import tls_words
 
 YEAR = datetime.timedelta(days=365)
@@ -43,6 +43,11 @@ class Pki:
         """For 127.0.0.1 and localhost, and "ram.example"."""
         wanted = Wanted("ram.example", server=True, client=False, hosts=("127.0.0.1", "localhost"))
         return self.write("server", self.issued(wanted, lifetime), ca)
+
+    def revoke(self, settings: TlsSettings) -> None:
+        """From the next connection on, for all that have this authority's file."""
+        listed = revoked(self._authority, [serial_of(settings.cert.read_bytes())])
+        self._written("ca.crt", self._authority.certificate + listed)
 
     def renewed(self, settings: TlsSettings, wanted: Wanted) -> bytes:
         """Another certificate of the same key."""
