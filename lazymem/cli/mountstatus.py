@@ -89,6 +89,7 @@ class MountStatus:
                 "connection": link.connection,
                 "connected": link.connected,
                 "reconnects": link.reconnects,
+                "not_kept_because": self._scheduler.maybe_not_kept,
                 "fill": to_builtins(maybe_fill) if maybe_fill is not None else None,
                 "working_set": to_builtins(self._maybe_touches.statistics()) if self._maybe_touches else None,
                 "store": to_builtins(store),
@@ -109,6 +110,7 @@ class MountStatus:
                 "written_pages": self._ram.written_pages,
                 "template": self._ram.template,
                 "whole": self._ram.is_whole,
+                "not_kept_because": self._scheduler.maybe_not_kept,
                 "hashed": self._client.welcome.hashed,
             }
         ).encode()

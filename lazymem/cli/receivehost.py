@@ -204,6 +204,13 @@ class ReceiveHost:
         except (OSError, ValueError, KeyError):
             return False
 
+    def maybe_not_kept(self) -> str | None:
+        try:
+            found = json.loads(os.getxattr(self.mountpoint, _RUN_ATTRIBUTE)).get("not_kept_because")
+        except (OSError, ValueError):
+            return None
+        return None if found is None else str(found)
+
     def figures(self) -> dict[str, Any]:
         try:
             status = read_status(str(self.mountpoint))

@@ -44,6 +44,7 @@ class GuessQueue:
         self._table = table
         self._sink = sink
         self._asked: deque[Asked] = deque()
+        self._set_aside: Prefetcher | None = None
         self.looked_enough = False
         """The last `take` ended because it had looked at so many pages that others should get a turn."""
 
@@ -56,13 +57,20 @@ class GuessQueue:
         self._asked.append(asked)
         return asked
 
-    def stop(self) -> None:
-        """No more guesses; calls of `prefetch` end when their open requests do."""
-        self.maybe_prefetcher = None
+    def pause(self) -> None:
+        """No more guesses until `resume`; calls of `prefetch` end when their open requests do."""
+        if self.maybe_prefetcher is not None:
+            self._set_aside, self.maybe_prefetcher = self.maybe_prefetcher, None
         for asked in self._asked:
             asked.left.clear()
             asked.check()
         self._asked.clear()
+
+    def resume(self) -> None:
+        """What was guessed before the pause is guessed again, if it is still missing."""
+        if self._set_aside is not None:
+            self.maybe_prefetcher, self._set_aside = self._set_aside, None
+            self.maybe_prefetcher.brought(PageRange(0, 1))  # of what does not matter: a sweep is worth it again
 
     def take(self, pages: int) -> tuple[list[Want], Asked | None]:
         """Wants of at most `pages` pages for one request, ascending. Empty: nothing to guess now."""

@@ -44,6 +44,10 @@ MAX_ATTEMPTS = 30
 """A wrong answer is asked for again, since memory and wires do flip bits: once at once, then with growing pauses and at
 another server, for one to two minutes. A guest would die of the error. A source that insists is not believed."""
 
+KEEP_AGAIN_SECONDS = 2.0
+MOST_KEEP_AGAIN_SECONDS = 30.0
+"""Pauses of the guesses whose pages could not be kept: each try costs the link a window of them."""
+
 RETRY_BASE_SECONDS = 0.05
 RETRY_CAP_SECONDS = 5.0
 
@@ -79,7 +83,9 @@ class Scheduler:
         self._last_demand = last_demand or LastDemand()
         self._demands = Demands()
         self._keeper = Keeper(sink, self._kept)
-        self._keep_failing = False
+        self._maybe_not_kept: str | None = None
+        self._is_paused = False
+        self._pause_seconds = KEEP_AGAIN_SECONDS
         self._rng = random.Random()
         self._copying = False
         self._looking_on = False
@@ -340,7 +346,7 @@ class Scheduler:
         if maybe_error is not None:
             self._stop_guessing(maybe_error)
         else:
-            self._keep_failing = False
+            self._note_kept()
         self._settle(maybe_asked)
         if self._table.has_waiting:
             self._send_demands()
@@ -352,12 +358,36 @@ class Scheduler:
             maybe_asked.check()
 
     def _stop_guessing(self, error: LazymemError) -> None:
-        """The cache cannot be written: readers get their pages all the same, but guesses would come again and again."""
-        if self._keep_failing:
+        """The cache cannot be written: readers get their pages all the same, but guesses would come again and again.
+        They are tried again now and then, since a disk gets room again, and somebody may wait for the last page."""
+        if self._is_paused:
             return
-        self._keep_failing = True
-        logger.error("fetched pages cannot be kept, so nothing is brought ahead of the guest any more: %s", error)
-        self._guesses.stop()
+        if self._maybe_not_kept is None:
+            logger.error(
+                "fetched pages cannot be kept, so nothing is brought ahead of the guest until they can: %s", error
+            )
+        self._maybe_not_kept = str(error)
+        self._is_paused = True
+        self._guesses.pause()
+        self._nursery.start_soon(self._guess_again)
+
+    async def _guess_again(self) -> None:
+        await trio.sleep(self._pause_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, MOST_KEEP_AGAIN_SECONDS)
+        self._is_paused = False
+        self._guesses.resume()
+        self._fill_background()
+
+    def _note_kept(self) -> None:
+        if self._maybe_not_kept is not None:
+            logger.warning("fetched pages are kept again")
+            self._maybe_not_kept = None
+            self._pause_seconds = KEEP_AGAIN_SECONDS
+
+    @property
+    def maybe_not_kept(self) -> str | None:
+        """Why fetched pages cannot be kept, as far as the last try tells."""
+        return self._maybe_not_kept
 
     # ---- guesses
 

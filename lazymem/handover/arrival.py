@@ -20,6 +20,10 @@ class Host(Protocol):
         """Whether every page of the RAM is here."""
         ...
 
+    def maybe_not_kept(self) -> str | None:
+        """Why the mount cannot keep pages at present; None: it can, or was not asked."""
+        ...
+
     def figures(self) -> dict[str, Any]:
         """Of the mount: bytes, faults, waiting."""
         ...

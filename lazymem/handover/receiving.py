@@ -236,7 +236,12 @@ class Receiver:
             await self._events.put((Event.OVER if code == 0 else Event.LOST, code))
 
     async def _watch_pages(self) -> None:
-        while not await trio.to_thread.run_sync(self._host.is_whole):  # noqa: ASYNC110 (a mount tells nobody)
+        told = False
+        while not await trio.to_thread.run_sync(self._host.is_whole):
+            maybe_reason = await trio.to_thread.run_sync(self._host.maybe_not_kept)
+            if maybe_reason is not None and not told:
+                self._say(f"the guest still needs its source: its RAM cannot be kept here: {maybe_reason}")
+            told = maybe_reason is not None
             await trio.sleep(_LOOK_SECONDS)
         await self._events.put((Event.ALL_HERE, None))
 

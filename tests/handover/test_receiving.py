@@ -95,6 +95,9 @@ class Host:
     def is_whole(self) -> bool:
         return False
 
+    def maybe_not_kept(self) -> str | None:
+        return None
+
     def is_mounted(self) -> bool:
         self.asked += 1
         return not self._gone

@@ -65,6 +65,25 @@ def test_fetched_pages_make_room_for_written_ones(mounts: Stage, full_ram: Built
     assert mounts.mount(server.address, *options).ram_path.read_bytes() == expected
 
 
+def test_what_is_brought_ahead_goes_on_once_there_is_room(
+    mounts: Stage, full_ram: BuiltSnapshot, disk: Path, tmp_path: Path
+) -> None:
+    """A guest that was handed over must not need its source for ever because its disk was full for a moment."""
+    mounts.cache = disk / "cache"
+    server = mounts.serve(full_ram.folder)
+    mounts.mount(server.address, "--prefetch", "none", "--state", tmp_path / "state").unmount()  # the folders are made
+    fill_up(disk / "others")
+    mount = mounts.mount(server.address, "--state", tmp_path / "state")
+    wait_until(lambda: mount.status()["not_kept_because"] is not None, "nothing can be kept")
+    assert mount.log.read_text().count("cannot be kept") == 1
+    assert mount.status()["pages_held"] < RAM_PAGES
+    assert mount.ram_path.read_bytes() == expected_ram(full_ram), "its reader has all of it, at once"
+    (disk / "others").unlink()
+    wait_until(lambda: bool(mount.status()["pages_held"] == RAM_PAGES), "all is held")
+    assert mount.status()["not_kept_because"] is None
+    assert "kept again" in mount.log.read_text()
+
+
 def test_with_nothing_left_a_write_waits_and_goes_on_by_itself(
     mounts: Stage, full_ram: BuiltSnapshot, disk: Path
 ) -> None:
