@@ -17,7 +17,7 @@ from time import perf_counter
 
 import trio
 
-from lazymem.errors import DeadlineError, LazymemError, LocalProtocolError, RemoteProtocolError, VerificationError
+from lazymem.errors import DeadlineError, LazymemError
 from lazymem.fetch.faultway import Demands, Entered, Fault, FaultWay, Here
 from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
@@ -40,16 +40,19 @@ INLINE_VERIFY_PAGES = 64
 DEMANDED_SECONDS = 0.25
 """After a demand the next one is likely for so long, and guesses leave it more room."""
 
-MAX_ATTEMPTS = 30
-"""A wrong answer is asked for again, since memory and wires do flip bits: once at once, then with growing pauses and at
-another server, for one to two minutes. A guest would die of the error. A source that insists is not believed."""
-
 KEEP_AGAIN_SECONDS = 2.0
 MOST_KEEP_AGAIN_SECONDS = 30.0
 """Pauses of the guesses whose pages could not be kept: each try costs the link a window of them."""
 
 RETRY_BASE_SECONDS = 0.05
-RETRY_CAP_SECONDS = 5.0
+RETRY_CAP_SECONDS = 10.0
+"""An answer that is no good is asked for again as long as somebody waits for it: memory and wires do flip bits, and a
+server's people mend its disk. Once at once, then with growing pauses and at another server. A guest would die of an
+error, and can wait."""
+
+FEW_TRIES = 4
+TRIES_A_LINE = 30
+"""The log has each of the first tries, then one line in five minutes."""
 
 
 class Scheduler:
@@ -112,8 +115,6 @@ class Scheduler:
 
         Raises:
             DeadlineError: the user's deadline passed.
-            VerificationError, RemoteProtocolError: the source insists on wrong bytes.
-            ServerRefusedError: the server refuses these pages for good.
         """
         started_at = perf_counter()
         self._demands.faults += 1
@@ -311,16 +312,15 @@ class Scheduler:
         flight.maybe_asked = None
 
     def _rejected(self, flight: Flight, error: LazymemError) -> None:
-        """Wrong bytes: ask again for what a reader waits for, each want by itself; give up on guesses."""
+        """Wrong bytes, or none: ask again for what a reader waits for, each want by itself; give up on guesses."""
         self._land(flight)
-        # (LocalProtocolError: the server calls bad what was right when it left here.)
-        again = isinstance(error, VerificationError | RemoteProtocolError | LocalProtocolError)
-        logger.warning("fetch of %d pages from page %d on: %s", flight.pages, flight.wants[0].pages.start, error)
+        tries = max(want.attempts for want in flight.wants)
+        level = logging.WARNING if tries < FEW_TRIES or tries % TRIES_A_LINE == 0 else logging.DEBUG
+        logger.log(level, "fetch of %d pages from page %d on: %s", flight.pages, flight.wants[0].pages.start, error)
         for want in flight.wants:
-            if again and want.demands and want.attempts + 1 < MAX_ATTEMPTS:
+            if want.demands:
                 self._ask_again(want, error)
             else:
-                self._failures += len(want.demands)
                 self._table.failed(want, error)
         self._settle(flight.maybe_asked)
         flight.maybe_asked = None
@@ -334,7 +334,8 @@ class Scheduler:
         self._nursery.start_soon(self._ask_later, want)
 
     async def _ask_later(self, want: Want) -> None:
-        await trio.sleep(self._rng.uniform(0, min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2**want.attempts)))
+        longest = min(RETRY_CAP_SECONDS, RETRY_BASE_SECONDS * 2 ** min(want.attempts, 16))
+        await trio.sleep(self._rng.uniform(0, longest))
         self._table.release(want)
         self._send_demands()
 

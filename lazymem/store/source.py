@@ -101,6 +101,6 @@ class PageDemand(Protocol):
 
         Raises:
             DeadlineError: the user's deadline passed.
-            VerificationError: the source insists on wrong bytes.
+            VerificationError: the source gave wrong bytes, and is not asked again.
         """
         ...
