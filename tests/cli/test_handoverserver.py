@@ -28,6 +28,9 @@ class Door:
     async def offer(self) -> messages.Offer:
         raise AssertionError("nobody is let in here")
 
+    async def warm(self, stream: Stream) -> None:
+        raise AssertionError("nobody is let in here")
+
 
 async def _put(event: Event, channel: Channel | None, what: object) -> None:
     raise AssertionError(event)
