@@ -179,9 +179,11 @@ class FaultWay:
             self.settle()
             return self._starter.receive_nowait()
         self._maybe_direct = None
-        direct.here(maybe_data)
-        self._maybe_given = direct, perf_counter(), maybe_data
-        self._starter.end_asked()
+        try:
+            direct.here(maybe_data)
+        finally:
+            self._maybe_given = direct, perf_counter(), maybe_data
+            self._starter.end_asked()
         return True
 
     def _was_just_given(self, pages: PageRange) -> bool:

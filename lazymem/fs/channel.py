@@ -8,8 +8,9 @@ Tasks: `run` waits for requests and serves bursts of them; one task hands pyfuse
 that cannot be answered the short way, and each WRITE, has one. All state belongs to trio's thread.
 
 Bursts: whoever touches one missing page mostly touches the next at once. While requests keep coming the processor is
-not given up between them (to sleep and be woken costs as much as all our work), but other tasks get a turn each
-millisecond, and when waiting has not paid lately there is none.
+not given up between them (to sleep and be woken costs as much as all our work), but other tasks get a turn each few
+milliseconds, at once when a request of the burst has one that it waits for, and when waiting has not paid lately there
+is none.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ one came that would have been worth it."""
 CROWDED_SECONDS = 0.05
 PUT_ASIDE_SECONDS = 0.001
 """Who waits on the processor while others want it is put behind them when it has something to do. So after it was taken
-from us for the second of these times, nothing is waited for on it for the first."""
+from us for the second of these times, nothing is waited for on it for the first: what is worth all of
+`MAX_LINGER_SECONDS` is waited for in poll(2), for a millisecond."""
 
 NEAR_SECONDS = 0.0004
 """Where an answer has come so fast, answers are waited for on the processor, for `MAX_LINGER_SECONDS`."""
@@ -200,6 +202,7 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLIN)
         self._nursery: trio.Nursery | None = None
+        self._turn_wanted = False  # a request of this burst waits for a task's turn
         self._over = False
 
     def take_library_end(self) -> int:
@@ -275,30 +278,38 @@ class Channel:
         near = self._link.best_answer_seconds < NEAR_SECONDS
         if near:
             self._link.watch()
-        linger_ends = begun + self._linger
-        now = begun
+        self._turn_wanted = False
+        linger, now = self._linger, begun
+        linger_ends = begun + linger
         while True:
-            found = poll(0 if spins or now > linger_ends else 1)
+            found = poll(0 if spins or linger < MAX_LINGER_SECONDS else 1)
             before, now = now, perf_counter()
             for ready, _ in found:
                 if ready == fd:
                     if len(found) == 1:
-                        self._link.settle()
                         self._take_request()
                 elif not self._link.receive_nowait():
                     self._watch_link()
             if found:
                 if now > turn_ends or self._over:
                     return
-                linger_ends = now + (MAX_LINGER_SECONDS if near and self._open else self._linger)
-            elif now <= linger_ends:
+                linger = self._worth_waiting(near)
+                linger_ends = now + linger
+            elif spins and now <= linger_ends:
                 os.sched_yield()
             else:
-                self._linger = max(self._linger / 2, MIN_LINGER_SECONDS)
+                if linger:
+                    self._linger = max(self._linger / 2, MIN_LINGER_SECONDS)
                 return
             if spins and now - before > PUT_ASIDE_SECONDS:
                 spins = False
                 self._crowded_until = now + CROWDED_SECONDS
+
+    def _worth_waiting(self, near: bool) -> float:
+        """How many seconds to wait for what comes next, while no task of ours gets a turn."""
+        if self._turn_wanted:
+            return 0.0
+        return MAX_LINGER_SECONDS if near and self._open else self._linger
 
     def _watch_link(self) -> None:
         link_fd = self._link.fileno()
@@ -323,7 +334,9 @@ class Channel:
         if inode == RAM_INODE and opcode == fuseabi.READ:
             _, offset, size, _, _, flags, _ = fuseabi.READ_IN.unpack_from(self._buffer, fuseabi.READ_IN_AT)
             self._take_read(unique, thread, offset, size, flags)
-        elif inode == RAM_INODE and opcode == fuseabi.WRITE:
+            return
+        self._link.settle()
+        if inode == RAM_INODE and opcode == fuseabi.WRITE:
             self._take_write(unique, thread)
         elif inode == RAM_INODE and opcode == fuseabi.OPEN and self._only_reads():
             # Some are our own, or a killed daemon's before us, whose close must not wait for our answers (`ownfile`).
@@ -376,6 +389,7 @@ class Channel:
     def _read_long_way(self, unique: int, offset: int, size: int) -> None:
         if self._nursery is not None:
             self._nursery.start_soon(self._read, unique, offset, size)
+            self._turn_wanted = True
 
     async def _read(self, unique: int, offset: int, size: int) -> None:
         try:
@@ -400,6 +414,7 @@ class Channel:
             kept = flags & fuseabi.WRITE_CACHE or not self._takes_back
             write = self._open_writes[unique] = _OpenWrite(offset, size, 0 if kept else thread)
             self._nursery.start_soon(self._write, unique, write, bytes(self._view[fuseabi.WRITE_DATA_AT : end]))
+            self._turn_wanted = True
 
     async def _write(self, unique: int, write: _OpenWrite, data: bytes) -> None:
         try:
@@ -481,6 +496,7 @@ class Channel:
                 self._send((maybe_answer,))
                 return
             request = fuseabi.without_splice(request)
+        self._turn_wanted = True
         try:
             self._ours.send(request)
         except BlockingIOError:
