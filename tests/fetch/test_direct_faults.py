@@ -3,7 +3,9 @@ leaves undone until later is done in the end, and whatever comes in between find
 
 from __future__ import annotations
 
+import os
 import select
+import socket
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -217,6 +219,101 @@ async def test_wrong_bytes_are_never_given(
     with trio.fail_after(PATIENCE_SECONDS):
         await fault.arrived.wait()
     assert fault.answers == [bytes_of(snapshot, page)]
+
+
+@pytest.mark.parametrize("cuts", [[1], [24], [4000], [0], [0, 24, 100], [4119]], ids=str)
+async def test_an_answer_in_pieces_is_put_together_on_the_common_way(
+    whole: Stack, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch, cuts: list[int]
+) -> None:
+    """As TCP may cut it, or TLS, where what came may be a part of a record, that is, nothing yet."""
+    page, other = data_pages(snapshot)[1:3]
+    session = whole.client._demand._session
+    assert session is not None
+    honest = session._transport.receive_nowait
+    pieces: list[bytes | None] = []
+
+    def cut() -> bytes | None:
+        if cuts:
+            data = honest()
+            assert data is not None
+            for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+                pieces.append(data[start:end] or None)
+            cuts.clear()
+        return pieces.pop(0) if pieces else honest()
+
+    monkeypatch.setattr(session._transport, "receive_nowait", cut)
+    fault = Fault(whole, page)
+    assert select.select([whole.scheduler.fileno()], [], [], PATIENCE_SECONDS)[0]
+    while not fault.answers:
+        whole.scheduler.receive_nowait()
+    assert fault.answers == [bytes_of(snapshot, page)]
+    second = Fault(whole, other)
+    second.look()
+    assert (second.answers, second.entered_pages) == ([bytes_of(snapshot, other)], 1), "the first one only is entered"
+    whole.scheduler.unwatch()
+    await whole.scheduler.wait_kept()
+    assert whole.client.statistics().reconnects == 0
+
+
+async def test_two_answers_at_once_are_told_apart(whole: Stack, snapshot: BuiltSnapshot) -> None:
+    page, other = data_pages(snapshot)[1:3]
+    session = whole.client._demand._session
+    assert session is not None
+    received = session._received_bytes
+    fault, second = Fault(whole, page), Fault(whole, other)
+    sock = session._transport._socket  # type: ignore[attr-defined]
+    both = 2 * (PAGE_SIZE + len(session._asked_head))
+    assert select.select([sock], [], [], PATIENCE_SECONDS)[0]
+    while len(sock.recv(2 * both, socket.MSG_PEEK)) < both:
+        os.sched_yield()
+    while not (fault.answers and second.answers):
+        whole.scheduler.receive_nowait()
+    assert fault.answers + second.answers == [bytes_of(snapshot, page), bytes_of(snapshot, other)]
+    assert session._received_bytes == received + both
+    whole.scheduler.unwatch()
+    await whole.scheduler.wait_kept()
+    assert not len(whole.scheduler._table)
+
+
+async def test_a_goodbye_under_a_fault_costs_time_only(whole: Stack, serving: Serving, snapshot: BuiltSnapshot) -> None:
+    for page in data_pages(snapshot)[1:12]:
+        fault = Fault(whole, page)
+        for session in list(serving._sessions):
+            session.stop("for the test")
+        if page % 2 and fault.begun is True and whole.scheduler.fileno() >= 0:
+            assert select.select([whole.scheduler.fileno()], [], [], PATIENCE_SECONDS)[0]
+            whole.scheduler.receive_nowait()
+        whole.scheduler.unwatch()
+        with trio.fail_after(PATIENCE_SECONDS):
+            if fault.begun is True:
+                await fault.arrived.wait()
+                assert fault.answers == [bytes_of(snapshot, page)]
+            else:
+                assert await whole.ram.read(page * PAGE_SIZE, PAGE_SIZE) == bytes_of(snapshot, page)
+    await whole.scheduler.wait_kept()
+    assert not len(whole.scheduler._table)
+    assert not whole.scheduler.demands_wait
+
+
+async def test_a_reader_that_breaks_breaks_nothing_for_others(whole: Stack, snapshot: BuiltSnapshot) -> None:
+    page, other = data_pages(snapshot)[1:3]
+
+    def broken(answer: object) -> None:
+        raise RuntimeError("a bug")
+
+    whole.scheduler.watch()
+    assert whole.ram.read_soon(page * PAGE_SIZE, PAGE_SIZE, broken) is True
+    assert select.select([whole.scheduler.fileno()], [], [], PATIENCE_SECONDS)[0]
+    with pytest.raises(RuntimeError, match="a bug"):
+        whole.scheduler.receive_nowait()
+    fault = Fault(whole, other)
+    fault.look()
+    assert fault.answers == [bytes_of(snapshot, other)]
+    whole.scheduler.unwatch()
+    await whole.scheduler.wait_kept()
+    assert whole.ram.is_at_hand(page * PAGE_SIZE, PAGE_SIZE)
+    assert not whole.scheduler.demands_wait
+    assert whole.client.statistics().reconnects == 0
 
 
 async def test_what_cannot_go_directly_goes_the_common_way(hashed: bool, tmp_path: Path, nursery: trio.Nursery) -> None:
