@@ -6,7 +6,7 @@ import math
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import trio
@@ -62,8 +62,11 @@ class Peer:
         self.calls.append("long")
         return LONG
 
-    async def write(self, offset: int, data: bytes) -> None:
+    async def write(self, offset: int, data: bytes, storing: Callable[[], None]) -> None:
         self.calls.append("write")
+
+    def is_unseen(self, offset: int, length: int) -> bool:
+        return False
 
     def receive_nowait(self) -> bool:
         try:
