@@ -42,6 +42,13 @@ def page_digests(pages: bytes | bytearray | memoryview) -> bytes:
 
 
 ZERO_PAGE_DIGEST = page_digest(ZERO_PAGE)
+_EACH = struct.Struct(f"{DIGEST_BYTES}s")
+_ZERO = (ZERO_PAGE_DIGEST,)
+
+
+def zero_marks(digests: bytes | bytearray | memoryview) -> bytes:
+    """One byte for each of these page digests: 1, it is a zero page's."""
+    return bytes(map(_ZERO.__eq__, _EACH.iter_unpack(digests)))  # a third of a comprehension's time
 
 
 def leaf_digest(page_digests: bytes | bytearray | memoryview) -> bytes:

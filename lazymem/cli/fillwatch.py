@@ -11,7 +11,7 @@ from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager
 from lazymem.fetch.recorded import RecordedSet
 from lazymem.fetch.scheduler import Scheduler
-from lazymem.fetch.sweep import Sweep
+from lazymem.fetch.sweep import sweep_of
 from lazymem.pages import PageRange
 from lazymem.store.pristine import PristinePages
 
@@ -45,6 +45,6 @@ async def watch_fill(
     log.warning("the filling process ended early (%s): going on without it", filler.latest.maybe_error or "killed")
     prepager.go_on_with(
         RecordedSet(pristine.next_missing, recorded),
-        Sweep(pristine.next_missing, pristine.total_pages, pristine.missing_leaves) if order.everything else None,
+        sweep_of(pristine.next_missing, pristine.total_pages, pristine.missing_leaves) if order.everything else None,
     )
     scheduler.look_for_guesses()

@@ -75,7 +75,7 @@ async def _fill(
                 await trio.sleep(TURN_LOOK_SECONDS)
 
         # Waits for a server that is away; demands, which somebody waits for, come back before.
-        client = resume(nursery, settings.servers, welcome, settings.link, wait_turn=wait_turn)
+        client = resume(nursery, settings.servers, welcome, settings.link, wait_turn=wait_turn, guesses_only=True)
         upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
         pristine = PristinePages(origin, cache, upper, maybe_written)
         guesses = prepager(
@@ -83,7 +83,8 @@ async def _fill(
             origin.pages,
             recorded=recorded,
             sweep=order.everything,
-            maybe_leaf_missing=pristine.missing_leaves,
+            # A page of its own for each leaf, ahead of the rest, costs more than it saves where the link is fast.
+            maybe_leaf_missing=lambda pages: pristine.copies_pay and pristine.missing_leaves(pages),
         )
         work = Fill(client, pristine, origin.pages, guesses, last_demand)
         pristine.wire_bytes_per_second = lambda: work.bytes_per_second

@@ -66,8 +66,11 @@ class Client:
         counters: LinkCounters,
         maybe_open: tuple[Session, ServerAddress] | None = None,
         wait_turn: Turn = trio.lowlevel.checkpoint,
+        *,
+        guesses_only: bool = False,
     ) -> None:
-        """`maybe_open`: a session to begin with, and whom it is with. `wait_turn`: awaited before each other try."""
+        """`maybe_open`: a session to begin with, and whom it is with. `wait_turn`: awaited before each other try.
+        `guesses_only`: nobody here demands, so guesses wait for no demand connection."""
         self.welcome = welcome
         self._servers = servers
         self._link = link
@@ -81,7 +84,8 @@ class Client:
             self._connect,
             self._backoff(rng),
             on_lost=self._rescue_promoted,
-            wait_turn=self._demand.wait_connected,  # what nobody waits for comes back behind what somebody does
+            # What nobody waits for comes back behind what somebody does.
+            wait_turn=wait_turn if guesses_only else self._demand.wait_connected,
         )
 
     # ---- what is published
@@ -388,15 +392,17 @@ def resume(
     link: LinkSettings | None = None,
     *,
     wait_turn: Turn = trio.lowlevel.checkpoint,
+    guesses_only: bool = False,
     dial_address: DialAddress = dial_endpoint,
 ) -> Client:
     """As `connect`, for a mount that goes on: `welcome` is its first one, and a server that is away is waited for.
-    `wait_turn`: awaited before each try to connect."""
+    `wait_turn`: awaited before each try to connect. `guesses_only`: for a process where nobody waits for pages; it has
+    the background connection, and the other one only if something else is asked for."""
     link = link or LinkSettings()
     counters = LinkCounters()
     servers = Servers(_several(server), link, counters, dial_address)
-    client = Client(welcome, servers, link, counters, wait_turn=wait_turn)
-    client._demand.connect_soon()
+    client = Client(welcome, servers, link, counters, wait_turn=wait_turn, guesses_only=guesses_only)
+    (client._background if guesses_only else client._demand).connect_soon()
     nursery.start_soon(client._run)
     return client
 

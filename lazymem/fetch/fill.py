@@ -15,6 +15,7 @@ from time import perf_counter
 
 import trio
 
+from lazymem.digests import LEAF_PAGES
 from lazymem.errors import LazymemError
 from lazymem.fetch.guesses import MAX_GUESS_RANGES, MAX_LOOKED_AT_PAGES
 from lazymem.fetch.keeper import joined
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 KEPT_AT_ONCE_PAGES = 1024
 """4 MiB in one call of the sink: a thread's way there and back is paid once for them."""
+
+WHOLE_LEAVES_FROM_PAGES = LEAF_PAGES // 2
+"""Of a request: where it is so large anyway, its last leaf is asked for to its end, though that is more."""
 
 MAX_UNKEPT_PAGES = 8192
 """32 MiB that came and are not in the cache yet: a disk that is slower than the link slows the link."""
@@ -68,8 +72,8 @@ class Fill:
 
     @property
     def bytes_per_second(self) -> float:
-        """What lately came over the wire; infinite before anything did."""
-        return self._window.rate_bytes_per_second or math.inf
+        """What lately came over the wire; 0 before anything did."""
+        return self._window.rate_bytes_per_second
 
     async def run(self) -> None:
         """Until cancelled.
@@ -132,12 +136,13 @@ class Fill:
         """Ranges of at most so many pages, ascending; empty: nothing to ask for now, or enough was looked at."""
         found: list[PageRange] = []
         room, looked_at = pages, 0
+        least = LEAF_PAGES if pages >= WHOLE_LEAVES_FROM_PAGES else 0
         self._looked_enough = False
         while room > 0 and len(found) < MAX_GUESS_RANGES:
             if looked_at > MAX_LOOKED_AT_PAGES:
                 self._looked_enough = True
                 break
-            guess = self._guesses.next_range(room)
+            guess = self._guesses.next_range(max(room, least))
             if guess is None:
                 break
             looked_at += guess.count

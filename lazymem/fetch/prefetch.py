@@ -11,7 +11,7 @@ from typing import Protocol
 
 from lazymem.fetch.neighbourhood import Neighbourhoods
 from lazymem.fetch.recorded import RecordedSet
-from lazymem.fetch.sweep import LeafMissing, Sweep
+from lazymem.fetch.sweep import LeafMissing, Sweeps, sweep_of
 from lazymem.pages import PageRange
 
 MissingFrom = Callable[[int, int], PageRange | None]
@@ -46,7 +46,7 @@ class Prepager:
         self,
         neighbourhoods: Neighbourhoods,
         maybe_recorded: RecordedSet | None = None,
-        maybe_sweep: Sweep | None = None,
+        maybe_sweep: Sweeps | None = None,
     ) -> None:
         self._recorded = maybe_recorded
         self._neighbourhoods = neighbourhoods
@@ -57,7 +57,7 @@ class Prepager:
         """Whether recorded pages are still to be asked for."""
         return self._recorded is not None
 
-    def go_on_with(self, recorded: RecordedSet, maybe_sweep: Sweep | None) -> None:
+    def go_on_with(self, recorded: RecordedSet, maybe_sweep: Sweeps | None) -> None:
         """Who else was to bring these does not any more."""
         self._recorded = recorded
         self._sweep = maybe_sweep
@@ -91,5 +91,5 @@ def prepager(
     return Prepager(
         Neighbourhoods(missing, total_pages),
         RecordedSet(missing, recorded) if recorded else None,
-        Sweep(missing, total_pages, maybe_leaf_missing) if sweep else None,
+        sweep_of(missing, total_pages, maybe_leaf_missing) if sweep else None,
     )

@@ -8,7 +8,7 @@ import socket
 import trio
 
 from lazymem.errors import ServerUnreachableError, TlsError
-from lazymem.fetch.transport import RECEIVE_BYTES, SocketTransport, lost
+from lazymem.fetch.transport import RECEIVE_BYTES, Reader, SocketTransport, lost
 from lazymem.settings import TlsSettings
 from lazymem.tls.contexts import client_context
 from lazymem.tls.failures import Side
@@ -46,6 +46,9 @@ class TlsTransport(SocketTransport):
             if not ciphertext:
                 return b""
             self._pipe.feed(ciphertext)
+
+    async def receive_into(self, reader: Reader) -> bytes | int:
+        return await self.receive()
 
     def receive_nowait(self) -> bytes | None:
         ciphertext = super().receive_nowait()

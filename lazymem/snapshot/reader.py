@@ -19,7 +19,7 @@ from types import TracebackType
 from blake3 import blake3
 from msgspec import Struct
 
-from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, page_digest
+from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, page_digest, zero_marks
 from lazymem.errors import SnapshotError, VerificationError
 from lazymem.nowait import lies_in_memory
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, ZERO_PAGE, PageRange, PageRun
@@ -367,13 +367,10 @@ def _borders(digests: bytes) -> list[int]:
     count = len(digests) // DIGEST_BYTES
     if ZERO_PAGE_DIGEST not in digests or digests == ZERO_PAGE_DIGEST * count:
         return [0, count]
+    marks = zero_marks(digests)
     found = [0]
-    was_zero = digests.startswith(ZERO_PAGE_DIGEST)
-    for index in range(1, count):
-        zero = digests.startswith(ZERO_PAGE_DIGEST, index * DIGEST_BYTES)
-        if zero is not was_zero:
-            found.append(index)
-            was_zero = zero
+    while (border := marks.find(not marks[found[-1]], found[-1])) >= 0:
+        found.append(border)
     found.append(count)
     return found
 

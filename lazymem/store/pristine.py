@@ -192,7 +192,7 @@ class PristinePages:
         for at in range(0, len(marks), RUNS_A_TURN):
             self._hold(marks[at : at + RUNS_A_TURN])
             await trio.lowlevel.checkpoint()
-        if self._maybe_equal is not None and self._copies_pay:
+        if self._maybe_equal is not None and self.copies_pay:
             for first, digests in leaves if len(self._copies) < MAX_COPIES else ():
                 self._copies.update(self._maybe_equal.candidates(first, digests))
             if self._copies:
@@ -204,7 +204,7 @@ class PristinePages:
         if self._maybe_equal is not None:
             for part, state in marks:
                 if state == SET:
-                    if self._copies_pay:
+                    if self.copies_pay:
                         self._maybe_equal.note(part, self._verifier.digests_of(part))
                     for page in self._waiting_for.keys() & range(part.start, part.end) if self._waiting_for else ():
                         likes = self._waiting_for.pop(page)
@@ -310,7 +310,7 @@ class PristinePages:
     def worth_fetching(self, pages: PageRange) -> list[PageRange]:
         """The parts of missing `pages` to guess. What is equal to a held page is copied instead (`copy_equal`), what is
         equal to one that was let through here when that one is held."""
-        if self._maybe_equal is None or not self._copies_pay:
+        if self._maybe_equal is None or not self.copies_pay:
             return [pages]
         passed: set[int] = set()
         for page, elsewhere in self._maybe_equal.claim(pages.start, self._verifier.digests_of(pages)):
@@ -343,7 +343,7 @@ class PristinePages:
             self._maybe_equal.note(here, self._verifier.digests_of(here))
 
     @property
-    def _copies_pay(self) -> bool:
+    def copies_pay(self) -> bool:
         return self.wire_bytes_per_second() < COPIES_PAY_BELOW_BYTES_PER_SECOND
 
     @property

@@ -22,6 +22,7 @@ from lazymem.digests import (
     page_digest,
     page_digests,
     root_digest,
+    zero_marks,
 )
 from lazymem.errors import StoreError, VerificationError
 from lazymem.pages import PAGE_SIZE, ZERO_PAGE, Fetched, PageRange, PageRun
@@ -93,7 +94,7 @@ def zero_runs(first_page: int, digests: bytes) -> list[PageRange]:
     """The runs of pages that must be zero, by their digests."""
     if ZERO_PAGE_DIGEST not in digests:
         return []
-    zero = bytes([digests[at : at + DIGEST_BYTES] == ZERO_PAGE_DIGEST for at in range(0, len(digests), DIGEST_BYTES)])
+    zero = zero_marks(digests)
     found: list[PageRange] = []
     start = zero.find(1)
     while start >= 0:

@@ -151,6 +151,20 @@ class Connection:
             raise LocalProtocolError("received data after the end of the stream")
         self._buffer.feed(data)
 
+    def maybe_room(self) -> memoryview | None:
+        """Where the peer's next bytes belong, if they are the rest of a large frame: a socket may put them there. Then
+        `filled`, at once, in place of `receive_data`."""
+        return self._buffer.maybe_room()
+
+    @property
+    def missing(self) -> int:
+        """So many bytes must still come before there is another event; at least one."""
+        return self._buffer.missing
+
+    def filled(self, count: int) -> None:
+        """So many bytes, not none, came into `maybe_room`."""
+        self._buffer.filled(count)
+
     def next_event(self) -> Event:
         """The next message, or `NEED_DATA`, or `CONNECTION_CLOSED`.
 

@@ -1,7 +1,8 @@
 """Received bytes, cut into frames. Linear whatever the sizes of the pieces; at most one copy of a large payload.
 
 A frame that lies inside one piece is parsed in place. One that spans pieces is gathered in a buffer of its own, which
-then belongs to whoever got the frame. Nothing is kept of a frame whose header is refused.
+then belongs to whoever got the frame. Nothing is kept of a frame whose header is refused. What is missing of a large
+frame the socket may put there itself (`maybe_room`), which saves the copy.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from lazymem.wire.frame import HEADER, HEADER_BYTES, Role, header_problem
 from lazymem.wire.limits import MAX_UNREAD_BYTES
 from lazymem.wire.messages import Message
 
+MIN_ROOM_BYTES = 16 * 1024
+"""Of less a copy is cheaper than the second system call that it saves."""
+
 
 class ReceiveBuffer:
     """Bytes of one peer, who is `sender`."""
@@ -23,11 +27,28 @@ class ReceiveBuffer:
         self._pieces: deque[bytes] = deque()
         self._at = 0  # position in the first piece
         self._unread = 0  # bytes in all pieces, from _at on
-        self._cut = bytearray()  # beginning of a frame that spans pieces
+        self._cut = bytearray()  # a frame that spans pieces: its header, and once that is known room for all of it
+        self._have = 0  # bytes of `_cut` that are here
 
     def __len__(self) -> int:
         """Bytes received and not yet handed out."""
-        return self._unread + len(self._cut)
+        return self._unread + self._have
+
+    @property
+    def missing(self) -> int:
+        """Bytes that must still come before there is another message; at least one."""
+        return max(1, len(self._cut) - self._have)
+
+    def maybe_room(self) -> memoryview | None:
+        """Where the next bytes of the stream belong, if many are missing of a frame that began. Whoever puts some there
+        says so (`filled`) before anything else is fed or asked for."""
+        if self.missing < MIN_ROOM_BYTES or self._pieces:
+            return None
+        return memoryview(self._cut)[self._have :]
+
+    def filled(self, count: int) -> None:
+        """So many bytes are in `maybe_room`, from its beginning."""
+        self._have += count
 
     def feed(self, data: bytes) -> None:
         """Add what the socket gave.
@@ -48,7 +69,7 @@ class ReceiveBuffer:
         Raises:
             RemoteProtocolError: not a frame of `sender`, found as early as its header shows it.
         """
-        if not self._cut and self._pieces:
+        if not self._have and self._pieces:
             message = self._parse_in_place(self._pieces[0])
             if message is not None:
                 return message
@@ -69,27 +90,28 @@ class ReceiveBuffer:
         return decode(number, flags, request_id, piece, start, start + length)
 
     def _parse_gathered(self) -> Message | None:
-        cut = self._cut
         if not self._gather(HEADER_BYTES):
             return None
-        length, number, flags, reserved, request_id = HEADER.unpack_from(cut)
+        length, number, flags, reserved, request_id = HEADER.unpack_from(self._cut)
         wrong = header_problem(self._sender, length, number, flags, reserved, request_id)
         if wrong is not None:
             raise RemoteProtocolError(f"the peer sent {wrong}")
         if not self._gather(HEADER_BYTES + length):
             return None
-        self._cut = bytearray()
+        cut, self._cut, self._have = self._cut, bytearray(), 0
         return decode(number, flags, request_id, cut, HEADER_BYTES, HEADER_BYTES + length)
 
     def _gather(self, goal: int) -> bool:
-        """Move bytes from the pieces until the cut frame has `goal`; whether it has."""
-        cut = self._cut
-        while len(cut) < goal and self._pieces:
-            piece, at = self._pieces[0], self._at
-            taken = min(goal - len(cut), len(piece) - at)
-            cut += memoryview(piece)[at : at + taken]
+        """Move bytes from the pieces until `goal` of the cut frame are here; whether they are."""
+        if len(self._cut) < goal and (self._have or self._pieces):
+            self._cut = self._cut.ljust(goal, b"\0")  # not `extend`: a view of it may be out there
+        while self._have < goal and self._pieces:
+            piece, at, have = self._pieces[0], self._at, self._have
+            taken = min(goal - have, len(piece) - at)
+            self._cut[have : have + taken] = memoryview(piece)[at : at + taken]
+            self._have += taken
             self._advance(taken)
-        return len(cut) >= goal
+        return self._have >= goal
 
     def _advance(self, count: int) -> None:
         self._unread -= count

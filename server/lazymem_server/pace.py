@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lazymem.pages import PAGE_SIZE
 from lazymem.wire.limits import MAX_FRAME_PAGES
@@ -43,11 +44,19 @@ SLOW_EPOCHS = 4
 LEAST_EPOCHS_BETWEEN_TRIALS = 4
 MOST_EPOCHS_BETWEEN_TRIALS = 64
 
-FRAME_SECONDS = 0.005
+FRAME_SECONDS = 0.008
 """A frame of guessed pages is at most so long on the link: the receiver can use nothing of it before its end."""
 
 FIRST_FRAME_PAGES = 64
 LEAST_FRAME_PAGES = 16
+
+
+class _Seen(NamedTuple):
+    """Bytes a second of pages and on the wire; `making_share`: of the time, spent on making answers."""
+
+    rate: float
+    wire_rate: float
+    making_share: float
 
 
 @dataclass
@@ -56,6 +65,8 @@ class Pace:
 
     level: int = FAST_LEVEL
     frame_pages: int = FIRST_FRAME_PAGES
+    _supposed: bool = True
+    _lately: _Seen = field(default_factory=lambda: _Seen(0.0, 0.0, 0.0))
     _slow_epochs: int = 0
     _started_at: float = -1.0
     _last_at: float = -1.0
@@ -67,6 +78,11 @@ class Pace:
     _until_trial: int = 1
     _trial_pause: int = LEAST_EPOCHS_BETWEEN_TRIALS
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @classmethod
+    def of_this_host(cls) -> Pace:
+        """For a peer on the same host, with no link in between unless something relays."""
+        return cls(level=0, frame_pages=MAX_FRAME_PAGES)
 
     @property
     def slow(self) -> bool:
@@ -92,7 +108,16 @@ class Pace:
             elapsed = now - self._started_at
             if self._bytes >= EPOCH_BYTES and elapsed >= EPOCH_SECONDS:
                 self._decide(self._bytes / elapsed, self._wire_bytes / elapsed, self._making / elapsed)
+                self._supposed = False
                 self._begin(now)
+            elif self._supposed and elapsed >= EPOCH_SECONDS:
+                self._doubt(self._wire_bytes / elapsed)
+
+    def _doubt(self, wire_rate: float) -> None:
+        """Nobody knows more of the link than a supposition: a slow one need not fill an epoch first."""
+        self._supposed = False
+        if wire_rate < SLOW_WIRE_BYTES_PER_SECOND and not self.level:
+            self.level, self.frame_pages = FAST_LEVEL, FIRST_FRAME_PAGES
 
     def _break_off(self) -> None:
         """End a trial without a result: as it was before it."""
@@ -110,8 +135,10 @@ class Pace:
 
     def _decide(self, rate: float, wire_rate: float, making_share: float) -> None:
         """An epoch ended: go on, try the other way, or keep the better one of two that were tried."""
-        self.frame_pages = max(LEAST_FRAME_PAGES, min(MAX_FRAME_PAGES, int(rate * FRAME_SECONDS) // PAGE_SIZE))
-        if wire_rate < SLOW_WIRE_BYTES_PER_SECOND and making_share < MAKING_SHARE:
+        self._smooth(rate, wire_rate, making_share)
+        frame_pages = int(self._lately.rate * FRAME_SECONDS) // PAGE_SIZE
+        self.frame_pages = max(LEAST_FRAME_PAGES, min(MAX_FRAME_PAGES, frame_pages))
+        if self._lately.wire_rate < SLOW_WIRE_BYTES_PER_SECOND and self._lately.making_share < MAKING_SHARE:
             if self._maybe_other_rate is not None and not self.level:
                 self._lengthen_pause()
             self._slow_epochs += 1
@@ -130,6 +157,12 @@ class Pace:
         if self._until_trial <= 0:
             self._maybe_other_rate = self._rate
             self.level = 0 if self.level else FAST_LEVEL
+
+    def _smooth(self, rate: float, wire_rate: float, making_share: float) -> None:
+        """What single epochs of a slow link show is where its queues fill and drain, by a factor of three."""
+        now = (rate, wire_rate, making_share)
+        before = self._lately if self._lately.rate else _Seen(*now)
+        self._lately = _Seen(*(old + (new - old) * SMOOTHING for old, new in zip(before, now, strict=True)))
 
     def _compare(self, rate: float, other: float) -> None:
         """`rate` is what the trial gave, `other` what was before it."""

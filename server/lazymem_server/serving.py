@@ -203,13 +203,17 @@ class Serving:
         if len(self._paces) > self._limits.max_clients:
             self._paces = {host: self._paces[host] for host in self._sessions.values()}
         if host not in self._paces:
-            self._paces[host] = Pace(level=0) if host == UNIX_HOST else Pace()
+            self._paces[host] = Pace.of_this_host() if _is_here(host) else Pace()
         return self._paces[host]
 
     def _is_full(self, host: str) -> bool:
         if len(self._sessions) >= self._limits.max_clients:
             return True
         return Counter(self._sessions.values())[host] >= self._limits.max_clients_per_host
+
+
+def _is_here(host: str) -> bool:
+    return host == UNIX_HOST or host.startswith("127.") or host == "::1"
 
 
 def _peer(stream: trio.SocketStream) -> tuple[str, str]:

@@ -302,20 +302,21 @@ async def test_nothing_is_brought_ahead_while_demands_of_another_process_have_no
         while not last_demand.can_be_sent:  # noqa: ASYNC110  # as another process sees it
             await trio.sleep(0.05)
 
-    filling = resume(nursery, ADDRESS, daemon.welcome, wait_turn=wait_turn, dial_address=network.dial)
-    await filling.wait_connected()
+    filling = resume(
+        nursery, ADDRESS, daemon.welcome, wait_turn=wait_turn, guesses_only=True, dial_address=network.dial
+    )
+    await network.dialled(2)
     for _ in range(10):
         network.peer = None
         await network.cut()
         await daemon.wait_lost()
-        await filling.wait_lost()
         await trio.sleep(30)
         network.peer = peer
         with trio.fail_after(60):
-            await filling.wait_connected()
-            assert daemon.statistics().connected
             fetched = await filling.fetch([PageRange(0, 1)], background=True)
+            assert daemon.statistics().connected
         assert joined(fetched.runs) == peer.bytes_of(PageRange(0, 1))
+    assert not filling.statistics().connected, "nobody demands there"
 
 
 async def test_an_identity_is_an_error_only_where_nobody_has_the_right_one(

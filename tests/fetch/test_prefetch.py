@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +14,14 @@ from lazymem.fetch.neighbourhood import MAX_REACH_PAGES, MIN_REACH_PAGES, Neighb
 from lazymem.fetch.plan import Budget, Load, background_allowance
 from lazymem.fetch.prefetch import Prepager, prepager
 from lazymem.fetch.recorded import RecordedSet
-from lazymem.fetch.sweep import MAX_LEAD_LEAVES, SCOUT_LEAVES
+from lazymem.fetch.sweep import (
+    LEAST_LEAVES_A_PLACE,
+    MAX_LEAD_LEAVES,
+    PLACE_PAGES,
+    PLACES,
+    SCOUT_LEAVES,
+    sweep_of,
+)
 from lazymem.pages import PageRange
 
 TOTAL = 1000
@@ -201,7 +210,7 @@ def test_a_sweep_goes_on_without_its_scouts_in_the_end() -> None:
         assert len(guesses) < 4000
     assert len({page for guess in guesses for page in range(guess.start, guess.end)}) == len(pages.missing)
     first_swept = next(index for index, guess in enumerate(guesses) if guess.count > 1)
-    assert SCOUT_LEAVES <= first_swept <= MAX_LEAD_LEAVES
+    assert SCOUT_LEAVES <= first_swept <= PLACES * MAX_LEAD_LEAVES
 
 
 @given(
@@ -359,3 +368,23 @@ def test_the_promises_of_the_whole(
     assert wanted <= set(run.guessed) | run.demanded
     assert not wanted & run.sink.missing
     assert len(run.guessed) == len(set(run.guessed)), "a page was asked for twice"
+
+
+@given(st.integers(1, 2 * PLACES * LEAST_LEAVES_A_PLACE), st.integers(0, LEAF_PAGES - 1), st.integers(30, 300))
+def test_a_large_ram_is_swept_in_several_places_by_turns_and_no_page_twice(leaves: int, more: int, room: int) -> None:
+    total = leaves * LEAF_PAGES - more
+
+    def missing(start: int, limit: int) -> PageRange | None:
+        return PageRange(start, min(limit, total - start)) if start < total else None
+
+    sweeps = sweep_of(missing, total)
+    found = []
+    while (guess := sweeps.next_range(room)) is not None:
+        assert guess.count <= room
+        assert guess.start // LEAF_PAGES == (guess.end - 1) // LEAF_PAGES, "two leaves would be two frames"
+        found.append(guess)
+    assert sum(guess.count for guess in found) == total
+    assert all(before.end <= after.start for before, after in pairwise(sorted(found)))
+    if leaves >= PLACES * LEAST_LEAVES_A_PLACE:
+        first = found[: PLACES * PLACE_PAGES]
+        assert len({guess.start // (LEAST_LEAVES_A_PLACE * LEAF_PAGES) for guess in first}) >= PLACES

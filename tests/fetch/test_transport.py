@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from lazymem.errors import ServerUnreachableError
 from lazymem.fetch.client import connect
-from lazymem.fetch.transport import SocketTransport, dial
+from lazymem.fetch.transport import MOST_IN_A_ROW, SocketTransport, dial
 from lazymem.pages import PageRange
 from lazymem.settings import LinkSettings, ServerAddress, TcpEndpoint, UnixEndpoint
 from tests.fetch.conftest import Joined
@@ -157,3 +158,89 @@ async def test_a_name_that_no_host_can_have(host: str) -> None:
     """The resolver says so with an error of its own kind."""
     with pytest.raises(ServerUnreachableError, match="no host"):
         await dial(TcpEndpoint(host, 7411), LinkSettings())
+
+
+class Expecting:
+    """A `transport.Reader` that waits for so many bytes, and has room for them or not."""
+
+    def __init__(self, count: int, *, room: bool) -> None:
+        self._buffer = memoryview(bytearray(count))
+        self._room = room
+
+    @property
+    def missing(self) -> int:
+        return len(self._buffer)
+
+    def maybe_room(self) -> memoryview | None:
+        return self._buffer if self._room else None
+
+
+@pytest.fixture
+async def tcp_pair() -> AsyncIterator[tuple[SocketTransport, socket.socket]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    transport = SocketTransport(ours)
+    with theirs:
+        yield transport, theirs
+        transport.close()
+
+
+async def test_bytes_come_to_where_they_belong(tcp_pair: tuple[SocketTransport, socket.socket]) -> None:
+    transport, theirs = tcp_pair
+    reader = Expecting(5, room=True)
+    theirs.sendall(b"hello, you")
+    assert await transport.receive_into(reader) == 5
+    assert bytes(reader.maybe_room() or b"") == b"hello"
+    assert await transport.receive_into(Expecting(1, room=False)) == b", you"
+    theirs.close()
+    assert await transport.receive_into(reader) == 0
+    assert await transport.receive_into(Expecting(1, room=False)) == b""
+
+
+async def test_who_waits_for_much_is_not_woken_for_little_but_for_the_end(
+    tcp_pair: tuple[SocketTransport, socket.socket],
+) -> None:
+    transport, theirs = tcp_pair
+    came: list[bytes | int] = []
+
+    async def receive() -> None:
+        came.append(await transport.receive_into(Expecting(10_000, room=True)))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(receive)
+        await wait_all_tasks_blocked()
+        theirs.sendall(bytes(100))
+        await wait_all_tasks_blocked(0.01)
+        assert not came
+        theirs.close()
+    assert came == [100]
+
+
+async def test_what_another_task_took_is_not_waited_for(tcp_pair: tuple[SocketTransport, socket.socket]) -> None:
+    """It may have been the end of what much was missing of: whatever comes then has to be noticed."""
+    transport, theirs = tcp_pair
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(transport.receive_into, Expecting(10_000, room=False))
+        await wait_all_tasks_blocked()
+        theirs.sendall(bytes(100))
+        await wait_all_tasks_blocked(0.01)
+        assert transport.receive_nowait() == bytes(100)
+        theirs.sendall(b"x")  # ends `receive_into`, and with it the test
+
+
+async def test_others_have_their_turn_while_a_stream_never_runs_dry(
+    pair: tuple[SocketTransport, socket.socket],
+) -> None:
+    transport, theirs = pair
+    theirs.sendall(bytes(1000))
+    turns: list[int] = []
+
+    async def other() -> None:
+        turns.append(0)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        for _ in range(2 * MOST_IN_A_ROW + 1):  # the first turn may be another's first or ours
+            assert await transport.receive_into(Expecting(1, room=True)) == 1
+        assert turns

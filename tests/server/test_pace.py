@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lazymem_server.pace import EPOCH_BYTES, EPOCH_SECONDS, Pace
+from lazymem_server.pace import EPOCH_BYTES, EPOCH_SECONDS, SLOW_WIRE_BYTES_PER_SECOND, Pace
 
 from lazymem.wire.limits import MAX_FRAME_PAGES
 
@@ -97,3 +97,21 @@ def test_trials_become_rare() -> None:
 def test_where_there_is_no_link_nothing_is_compressed() -> None:
     made = run(Pace(level=0), 5e9)
     assert made[0] == sum(made.values())
+
+
+def test_a_peer_on_this_host_is_supposed_to_have_no_link() -> None:
+    made = run(Pace.of_this_host(), 5e9)
+    assert made[0] == sum(made.values())
+    made = run(Pace.of_this_host(), 12.5e6, megabytes=2000)
+    assert made[0] * STEP <= 2 * SLOW_WIRE_BYTES_PER_SECOND * EPOCH_SECONDS, "a relay is seen before an epoch is over"
+
+
+def test_bursts_of_a_slow_link_are_no_fast_link() -> None:
+    """A relay's or a socket's buffer takes an epoch at once, and the next one waits for it."""
+    pace = Pace()
+    now = 0.0
+    for number in range(400):
+        now += EPOCH_SECONDS * (1.0 if number % 2 else 4.0) * STEP / EPOCH_BYTES * 2
+        pace.note(now, STEP, STEP // 2, 0.0)
+    assert pace.slow
+    assert pace.level == 3

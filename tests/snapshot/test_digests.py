@@ -18,6 +18,7 @@ from lazymem.digests import (
     leaf_matches,
     page_digest,
     root_digest,
+    zero_marks,
 )
 from lazymem.pages import PAGE_SIZE
 
@@ -71,3 +72,11 @@ def test_one_bit_of_a_leaf_is_noticed(leaf: int, bit: int) -> None:
     altered[bit // 8] ^= 1 << bit % 8
     assert not leaf_matches(upper, leaf, bytes(altered))
     assert not leaf_matches(upper, (leaf + 1) % 4, leaves[leaf])
+
+
+@given(st.lists(st.booleans(), max_size=300), st.integers(1, 15))
+def test_zero_pages_are_told_by_whole_digests(zeros: list[bool], shared: int) -> None:
+    """A digest that begins like a zero page's, or in which that one stands across a border, is another one."""
+    other = ZERO_PAGE_DIGEST[:shared] + bytes([ZERO_PAGE_DIGEST[shared] ^ 1]) + ZERO_PAGE_DIGEST[: 15 - shared]
+    digests = b"".join(ZERO_PAGE_DIGEST if zero else other for zero in zeros)
+    assert list(zero_marks(digests)) == list(map(int, zeros))

@@ -6,6 +6,7 @@ import trio
 from trio.testing import MemoryReceiveStream, MemorySendStream
 
 from lazymem.errors import ServerUnreachableError
+from lazymem.fetch.transport import Reader
 
 MemoryStream = trio.StapledStream[MemorySendStream, MemoryReceiveStream]
 
@@ -18,6 +19,7 @@ class MemoryTransport:
     def __init__(self, stream: MemoryStream) -> None:
         self._stream = stream
         self._closed = False
+        self._left = b""
 
     def send_nowait(self, data: bytes | memoryview) -> int:
         if self._closed:
@@ -35,6 +37,17 @@ class MemoryTransport:
             return bytes(await self._stream.receive_some(RECEIVE_BYTES))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ServerUnreachableError("connection lost") from error
+
+    async def receive_into(self, reader: Reader) -> bytes | int:
+        data = self._left or await self.receive()
+        room = reader.maybe_room()
+        self._left = b""
+        if room is None or not data:
+            return data
+        count = min(len(room), len(data))
+        room[:count] = data[:count]
+        self._left = data[count:]
+        return count
 
     def receive_nowait(self) -> bytes | None:
         return None

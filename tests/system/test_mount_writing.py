@@ -174,6 +174,7 @@ def test_written_ram_is_told_to_emulators(mounts: Stage, snapshot: BuiltSnapshot
         "identity": snapshot.identity.hex(),
         "written_pages": 0,
         "template": False,
+        "not_kept_because": None,
         "hashed": True,
         "whole": False,
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lazymem.errors import LocalProtocolError
 from lazymem.pages import PAGE_SIZE, PageRange
@@ -70,3 +73,51 @@ def test_nobody_asks() -> None:
         buffer.feed(piece)
     with pytest.raises(LocalProtocolError, match="without asking"):
         buffer.feed(piece)
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    st.lists(st.tuples(st.booleans(), st.integers(1, 90_000)), min_size=1, max_size=40),
+)
+def test_what_the_socket_puts_into_the_room_is_what_would_have_been_fed(
+    counts: list[int], steps: list[tuple[bool, int]]
+) -> None:
+    """Whatever mixture of both: the same messages, and `missing` is never more than what then brings one."""
+    sent = [
+        Pages(number, PageRange(0, count), Encoding.RAW, bytes([number]) * (count * PAGE_SIZE))
+        for number, count in enumerate(counts, 1)
+    ]
+    stream = b"".join(map(encode, sent))
+    buffer, found, at = ReceiveBuffer(Role.SERVER), [], 0
+    for wants_room, length in itertools.cycle(steps):
+        if at == len(stream):
+            break
+        piece = stream[at : at + length]
+        assert buffer.missing <= len(stream) - at
+        room = buffer.maybe_room() if wants_room else None
+        if room is None:
+            buffer.feed(piece)
+        else:
+            piece = piece[: len(room)]
+            room[: len(piece)] = piece
+            buffer.filled(len(piece))
+        at += len(piece)
+        while (message := buffer.next_message()) is not None:
+            found.append(message)
+    assert found == sent
+    assert len(buffer) == 0
+    assert buffer.missing == 1
+
+
+def test_there_is_no_room_before_the_header_was_found_right() -> None:
+    buffer = ReceiveBuffer(Role.SERVER)
+    frame = encode(Pages(1, PageRange(0, 256), Encoding.RAW, bytes(limits.MAX_PAGE_DATA_BYTES)))
+    for at in range(10):
+        buffer.feed(frame[at : at + 1])
+        assert buffer.next_message() is None
+        assert buffer.maybe_room() is None
+    buffer.feed(frame[10:17])
+    assert buffer.next_message() is None
+    room = buffer.maybe_room()
+    assert room is not None
+    assert len(room) == buffer.missing == len(frame) - 17
