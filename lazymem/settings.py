@@ -227,7 +227,7 @@ class MountSettings(Struct, frozen=True):
     """Everything that a mount was told. `servers`: of one snapshot. `state_dir` None: the run's pages go at unmount.
 
     `template`: many map the file privately, and its bytes never change. `reserve_bytes`: of the disk, for what the
-    guest writes; None: `DEFAULT_RESERVE_BYTES`, where they can be had.
+    guest writes; None: `DEFAULT_RESERVE_BYTES`, where they can be had. `candidates_dir`: pages that may turn out right.
     """
 
     servers: tuple[ServerAddress, ...]
@@ -240,6 +240,7 @@ class MountSettings(Struct, frozen=True):
     record_seconds: float = DEFAULT_RECORD_SECONDS
     template: bool = False
     reserve_bytes: int | None = None
+    candidates_dir: Path | None = None
     link: LinkSettings = field(default_factory=LinkSettings)
 
     def __post_init__(self) -> None:

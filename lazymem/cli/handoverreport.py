@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lazymem.pages import PAGE_SIZE
+
 
 def as_text(report: dict[str, Any]) -> str:
     """One fact a line. What a figure is not known of is left out."""
@@ -13,6 +15,7 @@ def as_text(report: dict[str, Any]) -> str:
         ("guest stood", _milliseconds(report.get("downtime_seconds"))),
         ("all of it there after", _seconds(report.get("total_seconds"))),
         ("RAM", _mib(report.get("ram_bytes"))),
+        ("came ahead of it", _warmed(report)),
         ("device state", _mib(report.get("state_bytes"))),
         (f"pages over the wire{since}", _mib(report.get("wire_received_bytes"))),
         (f"faults{since}", _faults(report)),
@@ -20,6 +23,15 @@ def as_text(report: dict[str, Any]) -> str:
     known = [(name, value) for name, value in rows if value]
     width = max((len(name) for name, _ in known), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in known)
+
+
+def _warmed(report: dict[str, Any]) -> str:
+    """Of pages whose bytes the guest had changed since, only the digests were right to fetch."""
+    if not report.get("warmed_bytes"):
+        return ""
+    used, refused = report.get("candidates_used") or 0, report.get("candidates_refused") or 0
+    used_mib, refused_mib = _mib(used * PAGE_SIZE), _mib(refused * PAGE_SIZE)
+    return f"{_mib(report['warmed_bytes'])}: {used_mib} of RAM were right, {refused_mib} had changed since"
 
 
 def _faults(report: dict[str, Any]) -> str:

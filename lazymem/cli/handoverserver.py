@@ -155,6 +155,9 @@ class HandoverServer:
         elif kind == messages.STATE:
             handover = (await first_bytes(stream, messages.ID_BYTES)).hex()
             await self.receivers.keep_for_state(stream, handover)
+        elif kind == messages.WARM:
+            handover = (await first_bytes(stream, messages.ID_BYTES)).hex()
+            await self.receivers.warm(stream, handover)
         else:
             raise RemoteProtocolError("a connection that says nothing known")
 

@@ -113,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--template", action="store_true", help="for many guests, which map it privately: nothing is ever written to it"
     )
+    # What lazymem receive says: a folder that is gone again once the mount is there, so nobody else can use it.
+    parser.add_argument("--candidates", metavar="DIR", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=_version())
     return add_options(parser)
 
@@ -167,6 +169,7 @@ def _settings(found: argparse.Namespace) -> MountSettings:
         template=found.template,
         link=_link(found),
         reserve_bytes=parse_reserve(found.reserve) if found.reserve is not None else None,
+        candidates_dir=found.candidates.absolute() if found.candidates else None,
     )
 
 

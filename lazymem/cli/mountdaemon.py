@@ -25,9 +25,10 @@ from lazymem.cli.mountwatch import Watch
 from lazymem.cli.restart import Restart
 from lazymem.cli.supervised import Supervised
 from lazymem.cli.survival import Survival
-from lazymem.errors import ServerUnreachableError, VerificationError
+from lazymem.errors import ServerUnreachableError, StoreError, VerificationError
+from lazymem.fetch.adopting import Adopting, ToldToBoth
 from lazymem.fetch.client import Client, connect, resume
-from lazymem.fetch.prefetch import prepager
+from lazymem.fetch.prefetch import Prepager, prepager
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.fs import mountinfo, session, tuning
 from lazymem.fs.agreement import Agreement
@@ -39,9 +40,12 @@ from lazymem.fs.readahead import ReadAheads
 from lazymem.fs.session import MountOptions
 from lazymem.fs.tree import DIGESTS_INODE, MANIFEST_INODE, WRITTEN_INODE, Tree
 from lazymem.fs.writeback import WritebackPace
+from lazymem.pages import PageRange
 from lazymem.settings import MountSettings, Prefetch, servers_text
 from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
+from lazymem.store.adoption import Adoption
 from lazymem.store.cachefolder import open_cache
+from lazymem.store.candidates import Candidates
 from lazymem.store.coarsemap import coarse_map
 from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
@@ -132,12 +136,13 @@ async def _serve(
             sweep=everything and maybe_filler is None,
             maybe_leaf_missing=pristine.missing_leaves,
         )
+    maybe_adopting = _maybe_adopting(client, pristine, maybe_prepager, lambda: scheduler)
     scheduler = Scheduler(
         client,
         pristine,
         nursery,
         deadline_seconds=settings.deadline_seconds,
-        prefetcher=maybe_prepager,
+        prefetcher=ToldToBoth(maybe_prepager, maybe_adopting) if maybe_prepager and maybe_adopting else maybe_prepager,
         last_demand=maybe_filler.last_demand if maybe_filler is not None else None,
     )
     if maybe_filler is not None and maybe_prepager is not None:
@@ -154,6 +159,8 @@ async def _serve(
         nursery.start_soon(tell_link, client, maybe_filler.last_demand)
         nursery.start_soon(watch_fill, maybe_filler, order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
+    if maybe_adopting is not None:
+        nursery.start_soon(maybe_adopting.run)
     ram = GuestRam(pristine, state, scheduler, settings.deadline_seconds)
     opened.push_async_callback(_close, ram)
     page_cache = None
@@ -201,6 +208,35 @@ async def _serve(
             await scheduler.wait_kept()
 
 
+def _maybe_adopting(
+    client: Client, pristine: PristinePages, maybe_prepager: Prepager | None, scheduler: Callable[[], Scheduler]
+) -> Adopting | None:
+    """`scheduler`: of what is not made yet."""
+    if pristine.maybe_candidates is None:
+        return None
+    if maybe_prepager is None or not client.tells_leaves:
+        pristine.maybe_candidates.finish()
+        return None
+
+    def look_again() -> None:
+        maybe_prepager.brought(PageRange(0, 1))  # of what does not matter: a sweep is worth it
+        scheduler().look_for_guesses()
+
+    adoption = Adoption(pristine, pristine.maybe_candidates)
+    return Adopting(client, adoption, lambda ranges: scheduler().prefetch(ranges), look_again)
+
+
+def _maybe_candidates(settings: MountSettings, origin: RamOrigin) -> Candidates | None:
+    """Blocking. A next daemon goes on without them, since their names are gone."""
+    if settings.candidates_dir is None or origin.root is not None:
+        return None
+    try:
+        return Candidates(settings.candidates_dir, origin.pages)
+    except StoreError as error:
+        log.info("no pages that came ahead of the guest: %s", error)
+        return None
+
+
 async def _client(nursery: trio.Nursery, settings: MountSettings, survival: Survival) -> Client:
     """A mount that goes on does so without its server, if need be."""
     if survival.continues:
@@ -238,6 +274,7 @@ async def _open_store(
         return run
 
     state = await trio.to_thread.run_sync(maybe_open_run)
+    candidates = await trio.to_thread.run_sync(_maybe_candidates, settings, origin)
     try:
         if not survival.continues:
             survival.keep_state(state)
@@ -245,11 +282,13 @@ async def _open_store(
         if origin.root is not None:
             seconds = math.inf if survival.continues else settings.link.connect_timeout_seconds
             upper = survival.maybe_upper() or cache.digests.maybe_upper(origin.root) or await _upper(client, seconds)
-        pristine = PristinePages(origin, cache, upper, state.written if state is not None else None)
+        pristine = PristinePages(origin, cache, upper, state.written if state is not None else None, candidates)
         survival.keep_upper(upper)
         return pristine, state
     except BaseException:
         cache.close()
+        if candidates is not None:
+            candidates.close()
         if state is not None:
             state.close()
         raise

@@ -78,6 +78,8 @@ class MountStatus:
                 "pages_total": store.total_pages,
                 "pages_held": store.held_pages,
                 "pages_written": store.written_pages,
+                "candidates_used": store.candidates_used,
+                "candidates_refused": store.candidates_refused,
                 "pages_in_flight": fetch.in_flight_pages,
                 "demand_faults": fetch.demand_faults,
                 "demand_wait_p50_seconds": fetch.wait_p50_seconds,

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lazymem.cli import handoverend
 from lazymem.cli.groups import cause_of
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.receivehost import ReceiveHost, Wanted
+from lazymem.cli.receivewarm import Ahead, clear_away
 from lazymem.errors import BusyError, GuestCrashError, IdentityError, ServerRefusedError
 from lazymem.fs import checks, mountinfo
 from lazymem.handover import requests
@@ -27,6 +29,7 @@ from lazymem.handover.arrival import Arriving, Outcome, after_restart
 from lazymem.handover.arriving import ArrivingGuest, boot_id
 from lazymem.handover.channel import Stream
 from lazymem.handover.journal import Journal, default_folder
+from lazymem.handover.messages import Offer
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import DECIDED, Destination
@@ -182,6 +185,14 @@ class _Coming:
         offer = await link.first()
         host, wanted = self.host, self._wanted
         host.check(offer, wanted)
+        ahead = Ahead(offer, wanted.cache, say)
+        with closing(ahead):
+            return await self._prepare_for(link, offer, ahead, began)
+
+    async def _prepare_for(
+        self, link: SourceLink, offer: Offer, ahead: Ahead, began: float
+    ) -> tuple[Receiver, tuple[Stream, Path]]:
+        host, wanted = self.host, self._wanted
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
             arriving = Arriving(
@@ -195,14 +206,17 @@ class _Coming:
                 runs=offer.running,
                 began=began,
                 boot_id=boot_id(),
+                candidates=ahead.folder,
             )
             # Before there is a mount or an emulator: the next process clears away what is left of a killed one.
             await trio.to_thread.run_sync(self._note, link.handover, arriving)
-            await trio.to_thread.run_sync(host.mount, link.endpoint, offer, wanted)
+            await trio.to_thread.run_sync(ahead.make)
+            await trio.to_thread.run_sync(host.mount, link.endpoint, offer, wanted, ahead.maybe_writer)
             guest = await trio.to_thread.run_sync(host.start, offer, wanted)
             arriving.monitor, arriving.emulator_pid, arriving.emulator_began = str(host.monitor), host.pid, host.began
             socket = host.sockets / "state"
             await trio.to_thread.run_sync(guest.listen, socket)
+            await ahead.take(link, arriving)
             state = await link.open_state()
             nursery.cancel_scope.cancel()
         return self._receiver(link, guest, arriving, Destination.ASKED), (state, socket)
@@ -220,6 +234,7 @@ class _Coming:
     async def again(self, before: Arriving) -> Outcome:
         found = self._journal.found
         assert found is not None
+        clear_away(before)
         emulator = before.emulator_pid, before.emulator_began, Path(before.monitor), Path(before.sockets)
         self.host.adopt(found.handover, *emulator)
         link = SourceLink(parse_endpoint(before.source), say, found.handover, self._wanted.tls)

@@ -38,6 +38,7 @@ from lazymem.handover.arriving import WAITS, ArrivingGuest, boot_id
 from lazymem.handover.messages import Offer
 from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir, escaped_server
 from lazymem.snapshot.manifest import emulator_of
+from lazymem.store.candidatewriter import CandidateWriter
 from lazymem.tls.options import tls_words
 from lazymem.vm.qemurecorded import has_generation, maybe_generation
 
@@ -64,6 +65,8 @@ _FIGURES = {
     "pages_prefetched": "pages_prefetched",
     "pages_written": "pages_written",
     "pages_total": "pages_total",
+    "candidates_used": "candidates_used",
+    "candidates_refused": "candidates_refused",
 }
 """The report's names, and the mount status's."""
 
@@ -127,8 +130,11 @@ class ReceiveHost:
 
     # ---- the mount and the emulator
 
-    def mount(self, endpoint: Endpoint, offer: Offer, wanted: Wanted) -> None:
-        """
+    def mount(
+        self, endpoint: Endpoint, offer: Offer, wanted: Wanted, maybe_candidates: CandidateWriter | None = None
+    ) -> None:
+        """With `maybe_candidates` the mount has them open when this returns, and their names are gone.
+
         Raises:
             MountError: lazymem-mount said no.
         """
@@ -138,11 +144,14 @@ class ReceiveHost:
         command += [] if wanted.cache is None else ["--cache", str(wanted.cache)]
         for option in wanted.mount_options:
             command += ["-o", option]
+        command += [] if maybe_candidates is None else ["--candidates", str(maybe_candidates.folder)]
         if wanted.tls is not None and isinstance(endpoint, TcpEndpoint):
             command += tls_words(wanted.tls)
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode:
             raise MountError(done.stderr.strip().removeprefix("lazymem-mount: ") or "lazymem-mount failed")
+        if maybe_candidates is not None:
+            maybe_candidates.forget_name()
 
     def make_sockets(self) -> Path:
         """A folder for the emulator's sockets, by whose name it is found, too."""

@@ -21,14 +21,16 @@ from lazymem.cli import handoverend
 from lazymem.cli.groups import cause_of
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.handoverserver import HandoverServer
-from lazymem.errors import BusyError, IdentityError, MonitorError, UsageError
+from lazymem.errors import BusyError, IdentityError, MonitorError, RamFileError, UsageError
 from lazymem.handover import requests
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.departure import Leaving, Outcome
 from lazymem.handover.journal import Journal, default_folder
 from lazymem.handover.leaving import LeavingGuest
+from lazymem.handover.messages import MAX_WARM_SECONDS
 from lazymem.handover.sending import Sender
 from lazymem.handover.states import Source
+from lazymem.residency import may_ask
 from lazymem.timeslice import ask_for_short_slices
 from lazymem.tls.options import add_tls_options, maybe_tls
 
@@ -45,6 +47,7 @@ _EPILOG = """examples:
   lazymem send --qmp /run/vm/qmp.sock --listen 10.0.0.1:7412 --allow host-b \
       --tls-cert host-a.crt --tls-key host-a.key --tls-ca ca.crt                (lazymem pki --help: the files)
       then there: lazymem receive 10.0.0.1:7412 /mnt/ram --tls-cert host-b.crt --tls-key host-b.key --tls-ca ca.crt
+  lazymem send --qmp /run/vm/qmp.sock --warm 60                 most of its pages go first, while it runs here
   lazymem send --qmp /run/vm/qmp.sock                           again, after it was killed: it goes on where it was
   lazymem send --qmp /run/vm/qmp.sock --reclaim                 the other host is dead, and took its decision along
 """
@@ -55,7 +58,10 @@ say = partial(handoverend.say, PROGRAM)
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    found = _parser().parse_args(arguments)
+    parser = _parser()
+    found = parser.parse_args(arguments)
+    if not 0 <= found.warm <= MAX_WARM_SECONDS:
+        parser.error(f"--warm {found.warm:g}: from 0 to {MAX_WARM_SECONDS:.0f} seconds")
     found.qmp = Path(os.path.abspath(str(found.qmp).removeprefix("unix:")))
     # By its real name: under each of two, the decision of the other would not be found.
     folder = found.journal or default_folder("send", os.path.realpath(found.qmp))
@@ -89,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--disks-handled", action="store_true", help="the guest's writable disks are at the destination, too"
+    )
+    parser.add_argument(
+        "--warm",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="let the guest run on for so long at most while its pages go ahead of it (default: its RAM follows it)",
     )
     parser.add_argument(
         "--reclaim",
@@ -190,7 +203,7 @@ async def _send(
         before = await trio.to_thread.run_sync(_look, found, guest, server.address)
     else:
         maybe_look = partial(_look, found, guest, server.address, came_back=True)
-    sender = Sender(journal, guest, before, server, say, maybe_look=maybe_look)
+    sender = Sender(journal, guest, before, server, say, maybe_look=maybe_look, warm_seconds=found.warm)
     server.receivers = sender.receivers
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
@@ -216,6 +229,11 @@ def _look(found: argparse.Namespace, guest: LeavingGuest | None, address: str, *
     assert guest is not None, "nobody comes this far without one that is here"
     look = guest.look(disks_handled=found.disks_handled, came_back=came_back)
     ram = look.ram
+    if found.warm and not may_ask(ram.path):
+        raise RamFileError(
+            f"--warm: which pages of {ram.path} are in memory is told to those only who may write to it; without "
+            "--warm the guest can go all the same"
+        )
     return Leaving(
         address, str(found.qmp), str(ram.path), ram.size_bytes, look.emulator, look.was_running, boot_id(), guest.pid
     )

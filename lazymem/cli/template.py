@@ -32,7 +32,7 @@ _EPILOG = """examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     found = _parser().parse_args(arguments)
-    found.state, found.reserve, found.template = None, None, True
+    found.state, found.reserve, found.candidates, found.template = None, None, None, True
     folder = Path(found.server)
     try:
         if not os.path.isdir(folder):

@@ -19,19 +19,19 @@ from lazymem.digests import DIGEST_BYTES, TreeShape
 from lazymem.errors import LazymemError, RemoteProtocolError, ServerRefusedError, ServerUnreachableError
 from lazymem.fetch.backoff import Backoff
 from lazymem.fetch.lane import Lane, Turn
-from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest, StoreRequest
+from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest, LeafRequest, StoreRequest
 from lazymem.fetch.servers import DialAddress, Servers, dial_endpoint
 from lazymem.fetch.session import Session
 from lazymem.fetch.starter import OnFetched, OnHere
 from lazymem.fetch.stats import LinkCounters, LinkStatistics
 from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
 from lazymem.settings import LinkSettings, ServerAddress
-from lazymem.wire.messages import PublishedFile, Welcome
+from lazymem.wire.messages import Capability, PublishedFile, Welcome
 
 INLINE_DECODE_PAGES = 32
 """zstd gives back 128 KiB in about 80 us; the way to a thread and back costs as much. Larger answers go there."""
 
-R = TypeVar("R", DigestRequest, FileRequest, StoreRequest)
+R = TypeVar("R", DigestRequest, FileRequest, LeafRequest, StoreRequest)
 
 FILE_PIECE_BYTES = 1 << 20
 """One READ_FILE: the wire's largest answer."""
@@ -237,6 +237,28 @@ class Client:
             raise RemoteProtocolError(f"the server sent {len(request.data)} bytes of leaf digests for {leaves} leaves")
         return bytes(request.data)
 
+    @property
+    def tells_leaves(self) -> bool:
+        """Whether the server tells leaves of an unhashed snapshot (`leaf_digests`)."""
+        return not self.welcome.hashed and bool(self.welcome.capabilities & Capability.VOUCH)
+
+    async def leaf_digests(self, leaf: int) -> bytes:
+        """What the server of an unhashed snapshot vouches for of a leaf: 16 bytes a page, zeros where it does not say.
+        Behind every demand, and waits without limit for a lost server.
+
+        Raises:
+            VerificationError: the server itself says that the bytes changed.
+            RemoteProtocolError: not as many digests as the leaf has pages.
+            ServerRefusedError, LocalProtocolError: the server refuses the request for good.
+        """
+        count = TreeShape(self.welcome.ram_bytes).leaf_pages(leaf)
+        request = await self._complete(lambda on_done: LeafRequest(leaf, on_done))
+        if len(request.data) == DIGEST_BYTES:
+            return request.data * count
+        if len(request.data) != count * DIGEST_BYTES:
+            raise RemoteProtocolError(f"the server sent {len(request.data)} bytes of digests for {count} pages")
+        return request.data
+
     async def read_file(self, file: PublishedFile, size_limit: int) -> bytes:
         """A whole published file, at most `size_limit` bytes.
 
@@ -286,11 +308,12 @@ class Client:
             done.set()
 
         request = make(on_done)
-        self._demand.submit(request)
+        lane = self._background if request.background else self._demand
+        lane.submit(request)
         try:
             await done.wait()
         finally:
-            self._demand.cancel(request)
+            lane.cancel(request)
         if errors:
             raise errors[0]
         return request

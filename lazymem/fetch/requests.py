@@ -216,6 +216,32 @@ class DigestRequest:
         self._on_done(maybe_error)
 
 
+class LeafRequest:
+    """The page digests of one leaf that an unhashed snapshot's server vouches for, as they came; a guess."""
+
+    background = True
+
+    def __init__(self, leaf: int, on_done: Callable[[LazymemError | None], None]) -> None:
+        self.open_parts = 0
+        self.data = b""
+        self._leaf = leaf
+        self._on_done = on_done
+
+    def parts(self, limits: Limits) -> list[Part]:
+        return [(PageRange(self._leaf, 1),)]
+
+    def message(self, request_id: int, part: Part, welcome: Welcome) -> Message:
+        return FetchDigests(request_id, Level.LEAF, self._leaf, 1)
+
+    def take(self, answer: Message) -> bool:
+        assert type(answer) is Digests
+        self.data = answer.data
+        return True
+
+    def end(self, maybe_error: LazymemError | None) -> None:
+        self._on_done(maybe_error)
+
+
 _UPPER_LEAVES = 65536
 """1 MiB of leaf digests: the wire's largest frame of them."""
 

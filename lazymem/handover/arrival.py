@@ -42,8 +42,9 @@ class Host(Protocol):
 class Arriving(Struct):
     """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
     the guest was let run, and whoever stops it since has reasons. `began`: when the hand-over did (monotonic, which all
-    processes of a boot share, and no guest outlives one). `boot_id`: of which boot that is; empty in a record of an
-    earlier lazymem."""
+    processes of a boot share, and no guest outlives one), `ran_at`: when the guest was let run. `boot_id`: of which boot
+    that is; empty in a record of an earlier lazymem. `candidates`: a folder that a killed process may have left;
+    `warmed_bytes`, `warmed_seconds`: of the pages that came ahead of the guest."""
 
     source: str
     mountpoint: str
@@ -59,6 +60,10 @@ class Arriving(Struct):
     downtime_seconds: float | None = None
     over: bool = False
     boot_id: str = ""
+    ran_at: float | None = None
+    candidates: str = ""
+    warmed_bytes: int = 0
+    warmed_seconds: float = 0.0
 
 
 def after_restart(found: Arriving, state: Destination) -> Arriving | None:

@@ -1,7 +1,7 @@
 """What sender and receiver say to each other: bytes to messages and back. Pure; no sockets, no clocks.
 
-A connection begins with 8 bytes that say what it is (`CONTROL`, or `STATE` and the hand-over's 16-byte id; a page
-client's HELLO begins with another second byte). On a control connection each message is a length (4 bytes, little-
+A connection begins with 8 bytes that say what it is (`CONTROL`, or `STATE` or `WARM` and the hand-over's 16-byte id; a
+page client's HELLO begins with another second byte). On a control connection each message is a length (4 bytes, little-
 endian) and so many bytes of JSON: {"say": WORD, ...}. Words and fields that are not known are refused; everything is
 bounded, since whoever can connect can send.
 """
@@ -19,11 +19,15 @@ VERSION = 2
 
 CONTROL = b"lazyhand"
 STATE = b"lazystat"
+WARM = b"lazywarm"
 MAGIC_BYTES = 8
 ID_BYTES = 16
 
 MAX_MESSAGE_BYTES = 64 * 1024
 """The longest one names an emulator's options, some KiB."""
+
+MAX_WARM_SECONDS = 3600.0
+"""Both sides are only pinged meanwhile, and what is longer under way is no hand-over."""
 
 MAX_TEXT = 4000
 """Characters of a reason: the last lines of an emulator's complaint."""
@@ -41,8 +45,9 @@ class Hello(Message, frozen=True, tag="hello"):
     handover: str = ""
 
 
-class Offer(Message, frozen=True, tag="offer"):
-    """The answer: the guest, and the hand-over's id, under which its RAM is served. Sizes in bytes."""
+class Offer(Message, frozen=True, tag="offer", omit_defaults=True):
+    """The answer: the guest, and the hand-over's id, under which its RAM is served. Sizes in bytes. `warm_seconds`: for
+    so long pages of the running guest may be had as candidates, over a `WARM` connection, before READY is said."""
 
     version: int
     handover: str
@@ -51,6 +56,7 @@ class Offer(Message, frozen=True, tag="offer"):
     boot_id: str
     ram_path: str
     running: bool
+    warm_seconds: float = 0.0
 
 
 class No(Message, frozen=True, tag="no"):

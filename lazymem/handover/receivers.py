@@ -41,6 +41,10 @@ class Door(Protocol):
 
     async def offer(self) -> messages.Offer: ...
 
+    async def warm(self, stream: Stream) -> None:
+        """Send what may be had before the receiver is ready."""
+        ...
+
     @property
     def handover(self) -> str: ...
 
@@ -118,6 +122,13 @@ class Receivers:
             await peer.wait_heard()
             return True
         return False
+
+    # ---- the connection that takes candidates
+
+    async def warm(self, stream: Stream, handover: str) -> None:
+        """To its end."""
+        if self.peer is not None and handover == self._door.handover:
+            await self._door.warm(stream)
 
     # ---- the connection that takes the device state
 

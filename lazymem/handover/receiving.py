@@ -342,6 +342,9 @@ class Receiver:
         self._report = {
             "downtime_seconds": self._arriving.downtime_seconds,
             "total_seconds": time.monotonic() - self._arriving.began,
+            "rest_seconds": None if self._arriving.ran_at is None else time.monotonic() - self._arriving.ran_at,
+            "warm_seconds": self._arriving.warmed_seconds,
+            "warmed_bytes": self._arriving.warmed_bytes,
             "ram_bytes": self._arriving.ram_bytes,
             "state_bytes": self._arriving.state_bytes,
             **figures,
@@ -415,7 +418,7 @@ class Receiver:
             return True
         if self._stopped and not self._restarted:  # else when it began, and the other clock, are not known
             self._arriving.downtime_seconds = max(0.0, began + self._link.clock_ahead_seconds - self._stopped)
-        self._arriving.ran = True
+        self._arriving.ran, self._arriving.ran_at = True, time.monotonic()
         await self._record(self.state)
         return True
 

@@ -28,6 +28,7 @@ from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
 from lazymem.handover.reclaiming import Reclaiming
 from lazymem.handover.states import SAID, Effect, Event, Source, source
+from lazymem.handover.warming import Warming
 from lazymem.snapshot.liveram import Served
 
 _LINGER_SECONDS = 3.0
@@ -55,9 +56,12 @@ class Sender:
         say: Say,
         *,
         maybe_look: Callable[[], Leaving] | None = None,
+        warm_seconds: float = 0.0,
     ) -> None:
         """`guest` None: its emulator is gone, only its RAM is left to serve. `maybe_look`: go on as the journal says;
-        looks at a guest that is still here once more, and raises what speaks against offering it again."""
+        looks at a guest that is still here once more, and raises what speaks against offering it again.
+        `warm_seconds`: for so long its pages go ahead of it."""
+        self._warming = Warming(warm_seconds, say)
         self._journal = journal
         self._guest = guest
         self._leaving = leaving
@@ -179,7 +183,13 @@ class Sender:
             found.boot_id,
             found.ram_path,
             found.was_running,
+            self._warming.seconds if self.state is Source.OURS else 0.0,
         )
+
+    async def warm(self, stream: Stream) -> None:
+        """As `receivers.Door`. While the guest is here, and nothing was begun."""
+        if self.state is Source.OURS and self._offers.are_open:
+            await self._warming.send(Path(self._leaving.ram_path), stream, self.handover)
 
     def _open_ram(self) -> None:
         self._ram.publish(Path(self._leaving.ram_path), self.handover)
@@ -288,6 +298,7 @@ class Sender:
     async def _act(self, effect: Effect) -> None:
         if effect is Effect.MIGRATE:
             self._offers.are_open = False
+            self._warming.cut()
             self._device_state.begin()
             self._nursery.start_soon(self._migrate)
         elif effect is Effect.SERVE:

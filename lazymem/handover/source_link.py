@@ -106,6 +106,14 @@ class SourceLink:
         """
         return await dial(self.endpoint, messages.STATE + bytes.fromhex(self.handover), self._tls)
 
+    async def open_warm(self) -> Stream:
+        """The connection that brings candidates.
+
+        Raises:
+            ServerUnreachableError: nobody is there any more.
+        """
+        return await dial(self.endpoint, messages.WARM + bytes.fromhex(self.handover), self._tls)
+
     async def say(self, message: messages.Message) -> None:
         """To the source, if it is there; else it asks when it is."""
         if self._channel is not None:
@@ -194,5 +202,7 @@ class SourceLink:
 def _makes_sense(offer: messages.Offer) -> bool:
     """Its id goes into names and its path to the system."""
     if offer.version != messages.VERSION or offer.ram_bytes <= 0 or "\0" in offer.ram_path:
+        return False
+    if not 0 <= offer.warm_seconds <= messages.MAX_WARM_SECONDS:
         return False
     return re.fullmatch(f"[0-9a-f]{{{2 * messages.ID_BYTES}}}", offer.handover) is not None

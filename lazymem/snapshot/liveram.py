@@ -12,9 +12,15 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lazymem.digests import DIGEST_BYTES, LEAF_PAGES
 from lazymem.errors import RamFileError
+from lazymem.pages import PageRange
+from lazymem.residency import may_ask, runs_of_ones
 from lazymem.snapshot.publishedfile import PublishedFile
 from lazymem.snapshot.reader import SnapshotReader
+
+UNTOLD = bytes(DIGEST_BYTES)
+"""Of a page whose digest is not told."""
 
 
 class Served(enum.IntEnum):
@@ -41,10 +47,43 @@ class LiveRam(SnapshotReader):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise RamFileError(f"cannot read the RAM file {path}: {error.strerror}") from error
-        super().__init__(path.parent, PublishedFile(descriptor), None, b"", None, ram_alone=True)
+        self._file = PublishedFile(descriptor)
+        self._may_ask = may_ask(path)
+        super().__init__(path.parent, self._file, None, b"", None, ram_alone=True)
 
     def _make_identity(self) -> bytes:
         return self._given_identity
+
+    @property
+    def vouches(self) -> bool:
+        return self._may_ask
+
+    def leaf_nowait(self, leaf: int) -> bytes | None:
+        """Never: a megabyte may have to be read for it."""
+        return None
+
+    def leaf(self, leaf: int) -> bytes:
+        """The page digests of a leaf that are vouched for from now on, `UNTOLD` for pages that are not in this host's
+        memory: on a mount they would have to be fetched. One digest alone where all are the same.
+
+        Raises:
+            VerificationError: the file was changed.
+            OSError: the disk failed.
+        """
+        pages = PageRange(leaf * LEAF_PAGES, self.shape.leaf_pages(leaf))
+        found = b"".join([self._vouched_in(piece, is_data) for piece, is_data in self._file.segments(pages)])
+        first = found[:DIGEST_BYTES]
+        return first if found == first * pages.count else found
+
+    def _vouched_in(self, pages: PageRange, is_data: bool) -> bytes:
+        if not is_data:
+            return self._read_segment(pages, False)[0].digests
+        found = bytearray(UNTOLD * pages.count)
+        for run in runs_of_ones(pages.start, self._file.resident(pages)):
+            for vouched in self._read_segment(run, True):
+                at = (vouched.pages.start - pages.start) * DIGEST_BYTES
+                found[at : at + len(vouched.digests)] = vouched.digests
+        return bytes(found)
 
     def freeze(self) -> list[int]:
         """The guest stands: what the file is now, it has to stay. Returns its stat signature."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from lazymem.errors import VerificationError
 from lazymem.nowait import nowait_flags
 from lazymem.pages import PAGE_SHIFT, PageRange
+from lazymem.residency import resident
 
 _WOULD_WAIT = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -76,6 +77,14 @@ class PublishedFile:
             end = pages.end if hole is None else min(pages.end, max(start + 1, -(-hole >> PAGE_SHIFT)))
             yield PageRange(start, end - start), True
             start = end
+
+    def resident(self, pages: PageRange) -> bytes:
+        """One byte a page, 1: it is in memory.
+
+        Raises:
+            OSError: nobody can tell.
+        """
+        return resident(self._fd, pages)
 
     def _seek(self, offset: int, whence: int) -> int | None:
         try:

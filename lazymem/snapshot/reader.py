@@ -155,6 +155,11 @@ class SnapshotReader:
         return self.manifest is not None
 
     @property
+    def vouches(self) -> bool:
+        """Whether `leaf` tells what is vouched for of a snapshot that nobody hashed."""
+        return False
+
+    @property
     def total_pages(self) -> int:
         return self.ram_bytes >> PAGE_SHIFT
 

@@ -109,6 +109,7 @@ class GuestRam:
         return self._pristine.next_missing(0, 1) is None
 
     def statistics(self) -> StoreStatistics:
+        candidates = self._pristine.maybe_candidates
         return StoreStatistics(
             total_pages=self.total_pages,
             held_pages=self.held_pages,
@@ -122,6 +123,8 @@ class GuestRam:
             shed_pages=self._maybe_room.shed_pages if self._maybe_room else 0,
             waiting_writes=self._maybe_room.waiting_writes if self._maybe_room else 0,
             reserved_bytes=self._state.reserve.bytes_left if self._state and self._state.reserve else 0,
+            candidates_used=candidates.used_pages if candidates else 0,
+            candidates_refused=candidates.refused_pages if candidates else 0,
         )
 
     def read_soon(self, offset: int, length: int, done: OnRead) -> bytes | bool:

@@ -112,7 +112,7 @@ class PageFile:
         Otherwise as `write`."""
 
         def work() -> None:
-            _leave_room(self._fd)
+            leave_room(self._fd)
             _pwrite_pieces(self._fd, pieces)
 
         try:
@@ -183,10 +183,12 @@ def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         done += os.pwrite(fd, memoryview(data)[done:], offset + done)
 
 
-def _leave_room(fd: int) -> None:
+def leave_room(fd: int, times: int = 1) -> None:
+    """Blocking. OSError (ENOSPC) where what can be had again would take the last of the disk below the open file;
+    `times`: so many times as much has to be left."""
     found = os.fstatvfs(fd)
     left = min(LEFT_FREE_BYTES, found.f_blocks * found.f_frsize // LEFT_FREE_SHARE)
-    if found.f_bavail * found.f_frsize < left:  # where all is 0, there is no limit
+    if found.f_bavail * found.f_frsize < left * times:  # where all is 0, there is no limit
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} (but for what guests write)")
 
 

@@ -25,6 +25,7 @@ from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShap
 from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
+from lazymem.store.candidates import Candidates
 from lazymem.store.equalpages import EqualPages
 from lazymem.store.mendable import is_short
 from lazymem.store.origin import RamOrigin
@@ -72,9 +73,16 @@ class PristinePages:
     """
 
     def __init__(
-        self, origin: RamOrigin, cache: CacheFolder, upper: bytes = b"", written: PageMap | None = None
+        self,
+        origin: RamOrigin,
+        cache: CacheFolder,
+        upper: bytes = b"",
+        written: PageMap | None = None,
+        maybe_candidates: Candidates | None = None,
     ) -> None:
+        """`maybe_candidates`: of an unhashed snapshot; taken over."""
         self._origin = origin
+        self.maybe_candidates = maybe_candidates
         self._written = written
         self._cache = cache
         self._verifier: Verifier
@@ -309,7 +317,9 @@ class PristinePages:
 
     def worth_fetching(self, pages: PageRange) -> list[PageRange]:
         """The parts of missing `pages` to guess. What is equal to a held page is copied instead (`copy_equal`), what is
-        equal to one that was let through here when that one is held."""
+        equal to one that was let through here when that one is held; what has a candidate waits for its digest."""
+        if self.maybe_candidates is not None:
+            return self.maybe_candidates.decided_parts(pages)
         if self._maybe_equal is None or not self.copies_pay:
             return [pages]
         passed: set[int] = set()
@@ -399,8 +409,37 @@ class PristinePages:
             self._dropped_pages += run.count
         return wrong
 
+    # ---- candidates
+
+    def vouch(self, first_page: int, digests: bytes) -> None:
+        """The server of an unhashed snapshot vouches for pages that it did not send: 16 bytes a page, `NO_DIGEST` where
+        it does not. What it says is zero is held from now on.
+
+        Raises:
+            VerificationError: it vouched for something else before; nothing was learnt.
+            StoreError: the disk refused.
+        """
+        assert isinstance(self._verifier, UnhashedVerifier), "the digests of a hashed snapshot hang together"
+        self._verifier.vouch(first_page, digests)
+        self._mark_zeros(zero_runs(first_page, digests))
+
+    def right_parts(self, run: PageRun) -> list[PageRun]:
+        """The parts of a run, from wherever it is, that have the digests that are known by now."""
+        wrong = set(wrong_pages(run.pages, run.data, self._verifier.digests_of(run.pages)))
+        return [run] if not wrong else _without(run, wrong)
+
     def close(self) -> None:
         self._cache.close()
+        if self.maybe_candidates is not None:
+            self.maybe_candidates.close()
+
+
+def _without(run: PageRun, wrong: set[int]) -> list[PageRun]:
+    parts = runs(page for page in range(run.pages.start, run.pages.end) if page not in wrong)
+    if run.data is None:
+        return [PageRun(part, None) for part in parts]
+    view, first = memoryview(run.data), run.pages.offset_bytes
+    return [PageRun(part, view[part.offset_bytes - first :][: part.length_bytes]) for part in parts]
 
 
 def _split_zeros(run: PageRun, digests: bytes) -> Iterator[tuple[PageRange, bytes | memoryview | None]]:

@@ -12,7 +12,8 @@ class StoreStatistics(Struct, frozen=True):
     it. `reads_at_hand`: reads answered without waiting for disk or source. `dropped_pages`: cached pages that did not
     have their digest, dropped and fetched again. `shed_pages`: cached pages given up for room on the disk.
     `waiting_writes`: of the guest's, now, for room or for a disk that refuses them. `reserved_bytes`: room beside the
-    written pages that is still theirs to take.
+    written pages that is still theirs to take. `candidates_used`, `candidates_refused`: of pages that came before the
+    guest stood, those that turned out to be right, and those that were fetched after all.
     """
 
     total_pages: int
@@ -27,3 +28,5 @@ class StoreStatistics(Struct, frozen=True):
     shed_pages: int = 0
     waiting_writes: int = 0
     reserved_bytes: int = 0
+    candidates_used: int = 0
+    candidates_refused: int = 0

@@ -301,10 +301,13 @@ class ServerConnection(Connection):
     def __init__(self) -> None:
         super().__init__(Role.SERVER)
 
-    def capabilities(self, offered: Capability, *, learns: bool = False) -> Capability:
-        """Those of a HELLO's capabilities that this side has too. `learns`: it takes a working set of the snapshot."""
+    def capabilities(self, offered: Capability, *, learns: bool = False, vouches: bool = False) -> Capability:
+        """Those of a HELLO's capabilities that this side has too. `learns`: it takes a working set of the snapshot;
+        `vouches`: it tells digests of an unhashed one."""
         ours = Capability.ZSTD | Capability.PACKED
-        return offered & (ours | Capability.LEARN if learns else ours)
+        ours |= Capability.LEARN if learns else 0
+        ours |= Capability.VOUCH if vouches else 0
+        return offered & ours
 
     def lone_fetch(self, data: bytes) -> tuple[int, int, int, int] | None:
         """Id, flags, first page and count, if `data` is a FETCH of one range, all that was received, and legal now.

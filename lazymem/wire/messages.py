@@ -26,6 +26,8 @@ class Capability(enum.IntFlag):
     """The client can send a working set; from the server: it takes one for this snapshot, which has none."""
     PACKED = 4
     """A FETCH may allow `Packed` answers."""
+    VOUCH = 8
+    """Of an unhashed snapshot, leaves may be asked for: from the server, it gives the digests that it vouches for."""
 
 
 class FetchFlag(enum.IntFlag):
@@ -86,7 +88,7 @@ class Hello(Struct, frozen=True):
     name: str
     version_min: int = WIRE_VERSION
     version_max: int = WIRE_VERSION
-    capabilities: Capability = Capability.ZSTD | Capability.LEARN | Capability.PACKED
+    capabilities: Capability = Capability.ZSTD | Capability.LEARN | Capability.PACKED | Capability.VOUCH
 
 
 class Limits(Struct, frozen=True):
@@ -148,7 +150,8 @@ class Packed(Struct, frozen=True):
 
 
 class FetchDigests(Struct, frozen=True):
-    """Ask for digests without pages: `count` leaves from `first` on, of one level."""
+    """Ask for digests without pages: `count` leaves from `first` on, of one level. Of an unhashed snapshot only
+    leaves, and only with `Capability.VOUCH`."""
 
     id: int
     level: Level
@@ -157,6 +160,9 @@ class FetchDigests(Struct, frozen=True):
 
 
 class Digests(Struct, frozen=True):
+    """Of an unhashed snapshot's leaf: a page that the server does not have at hand has a digest of 16 zero bytes, and
+    a leaf whose pages all have the same one is told by that one alone."""
+
     id: int
     level: Level
     index: int

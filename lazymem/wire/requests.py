@@ -164,6 +164,7 @@ class OpenRequests:
         self._hashed = welcome.hashed
         self._learns = bool(welcome.capabilities & Capability.LEARN)
         self._packs = welcome.hashed and bool(welcome.capabilities & Capability.PACKED)
+        self._vouches = not welcome.hashed and bool(welcome.capabilities & Capability.VOUCH)
         self._total_pages = welcome.ram_bytes >> 12
         self._open: dict[int, _OpenFetch | _OpenDigests | _OpenRead | _OpenStore] = {}
 
@@ -207,7 +208,8 @@ class OpenRequests:
             self._open[request.id] = _OpenFetch(request, self._hashed)
         elif type(request) is FetchDigests:
             leaves = -(-self._total_pages // LEAF_PAGES)
-            if not self._hashed or request.first + request.count > leaves:
+            told = self._hashed or (self._vouches and request.level == Level.LEAF)
+            if not told or request.first + request.count > leaves:
                 return f"a request for digests that the snapshot does not have ({leaves} leaves)"
             self._open[request.id] = _OpenDigests(request)
         elif type(request) is StoreFile:

@@ -9,7 +9,7 @@ import trio
 from msgspec import msgpack
 
 from lazymem.handover import messages
-from lazymem.handover.channel import Channel
+from lazymem.handover.channel import Channel, Stream
 from lazymem.handover.receivers import Receivers
 from lazymem.handover.states import Event
 
@@ -53,6 +53,9 @@ class Door:
     async def offer(self) -> messages.Offer:
         await trio.lowlevel.checkpoint()
         return messages.Offer(messages.VERSION, self.handover, 4096, {}, "", "/ram", running=True)
+
+    async def warm(self, stream: Stream) -> None:
+        raise AssertionError("nobody who is no receiver gets so far")
 
 
 @pytest.mark.parametrize("name", STRANGERS)

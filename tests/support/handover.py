@@ -105,8 +105,10 @@ class Pair:
         there: Path | None = None,
         maybe_forks: ForkServer | None = None,
         hosts: tuple[NetworkHost, NetworkHost] | None = None,
+        warm: float = 0.0,
     ) -> None:
-        """`there`: the destination emulator's monitor, a short path. `hosts`: where the two commands run."""
+        """`there`: the destination emulator's monitor, a short path. `hosts`: where the two commands run. `warm`:
+        seconds."""
         self.folder = folder
         self.monitor, self.there = monitor, there or folder / "there.qmp"
         self._shared_monitor = there is None
@@ -119,6 +121,7 @@ class Pair:
         listen = "127.0.0.1:0" if hosts is None else f"{hosts[0].address}:0"
         insecure = () if hosts is None else ("--insecure",)
         words = (*insecure, "--qmp", monitor, "--listen", listen, "--journal", journals[0], "--json")
+        words += ("--warm", f"{warm:g}") if warm else ()
         self.send = Command(folder, "send", environment, *words, maybe_forks=maybe_forks, on=on[0])
         more = ("--json", "--journal", journals[1])
         self.receive = Command(folder, "receive", environment, *more, maybe_forks=maybe_forks, on=on[1])
@@ -209,8 +212,9 @@ def pair(
     *vm_options: object,
     there: Path | None = None,
     hosts: tuple[NetworkHost, NetworkHost] | None = None,
+    warm: float = 0.0,
 ) -> Iterator[Pair]:
-    made = Pair(folder, monitor, *vm_options, there=there, hosts=hosts)
+    made = Pair(folder, monitor, *vm_options, there=there, hosts=hosts, warm=warm)
     try:
         yield made
     finally:
