@@ -24,9 +24,12 @@ from lazymem.vm.qmpclient import QmpClient
 RELEASE_SECONDS = 300.0
 
 
-def handed_over(link: Link, image: Image, folder: Path, *, screen: bool = False, tls: bool = False) -> dict[str, Any]:
+def handed_over(
+    link: Link, image: Image, folder: Path, *, screen: bool = False, tls: bool = False, warm: float = 0.0
+) -> dict[str, Any]:
     """The report of a hand-over that ended: the guest is at the destination, with all of its RAM. `screen`: the guest
-    has one, and writes it all the time. `tls`: both sides have certificates.
+    has one, and writes it all the time. `tls`: both sides have certificates. `warm`: for so many seconds its pages go
+    ahead of it.
 
     Raises:
         WayError: it is not.
@@ -46,6 +49,7 @@ def handed_over(link: Link, image: Image, folder: Path, *, screen: bool = False,
         if tls:
             make_certificates(folder)
             send += server_tls(folder)
+        send += ["--warm", f"{warm:g}"] if warm else []
         sending = stack.enter_context(_piped(send))
         assert sending.stdout is not None
         seen = stack.enter_context(through(link, json.loads(sending.stdout.readline())["listening"]))

@@ -134,6 +134,7 @@ QSD = Way("qsd", "qemu-storage-daemon", serve_nbdkit, mount_qsd)
 COPY = Way("copy", "copy, then start", serve_nbdkit, mount_copied)
 LOCAL = Way("local", "local", serve_nothing, mount_local)
 
+LAZYMEM_WARM = Way("lazymem-warm", "lazymem, --warm", serve_nothing, mount_nothing)
 POSTCOPY = Way("postcopy", "QEMU post-copy", serve_nothing, mount_nothing)
 
-WAYS = {way.name: way for way in (*LAZYMEM_WAYS, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)}
+WAYS = {way.name: way for way in (*LAZYMEM_WAYS, LAZYMEM_WARM, NBDFUSE, QSD, POSTCOPY, COPY, LOCAL)}

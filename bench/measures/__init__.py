@@ -30,6 +30,7 @@ MEASURES: dict[str, Measure] = {
         stream.MEASURE,
         handover.MEASURE,
         handover.SCREEN_MEASURE,
+        handover.WARM_MEASURE,
         background.MEASURE,
         writes.MEASURE,
         memory.MEASURE,
