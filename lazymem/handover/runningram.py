@@ -1,7 +1,8 @@
 """Pages of a guest that runs, read over and over, as long as they change: candidates for whoever takes the guest over.
 
-A process of its own (`python -m lazymem.handover.runningram PATH SECONDS`), so that it has its own, lowest priority: it
-gets what processors have left over from the guest. It reads no page that is not in this host's memory: what a mount
+A process of its own (`python -m lazymem.handover.runningram PATH SECONDS`), so that it has its own priority, the lowest
+niceness: beside a guest that wants the same processor it gets a 70th of it. (SCHED_IDLE would be a 340th, and on a busy
+host nothing would ever go ahead.) It reads no page that is not in this host's memory: what a mount
 would have to fetch, or a disk to bring, stays where it is. PAGES frames of the page protocol go to its stdout, whose
 reader sets the pace.
 
@@ -10,7 +11,6 @@ A page may change while it is read. Nobody minds: what is sent is believed only 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import sys
@@ -37,7 +37,7 @@ FEW_SHARE = 1024
 """A pass that found no more than 1 MiB changed, or a 1024th part of the RAM, was good enough: the next is no better."""
 
 PAUSE_SECONDS = 0.2
-"""At least, between two passes; a pass that takes longer is followed by as long a pause."""
+"""At least, between two passes; and as long as the pass has kept a processor."""
 
 REQUEST_ID = 1
 """PAGES frames have one; here it means nothing."""
@@ -109,12 +109,12 @@ def send(ram: RunningRam, write: Callable[[bytes], None], seconds: float) -> Non
     """Pass after pass, for so long at most."""
     ends = time.monotonic() + seconds
     while not ram.is_steady:
-        began = time.monotonic()
+        began = time.process_time()
         for frame in ram.frames():
             if time.monotonic() > ends:
                 return
             write(frame)
-        pause = max(PAUSE_SECONDS, time.monotonic() - began)
+        pause = max(PAUSE_SECONDS, time.process_time() - began)
         if time.monotonic() + pause > ends:
             return
         time.sleep(pause)
@@ -122,10 +122,7 @@ def send(ram: RunningRam, write: Callable[[bytes], None], seconds: float) -> Non
 
 def main(arguments: list[str]) -> int:
     path, seconds = Path(arguments[0]), float(arguments[1])
-    with contextlib.suppress(OSError):  # a host that does not allow it has us as we are
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    with contextlib.suppress(OSError):
-        os.nice(19)  # where another policy is the guest's neighbour
+    os.nice(19)  # not before all is imported
     try:
         with path.open("rb") as file, os.fdopen(1, "wb", buffering=0, closefd=False) as out:
             ram = RunningRam(file.fileno(), os.fstat(file.fileno()).st_size)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from blake3 import blake3
 from msgspec import Struct
@@ -336,7 +337,7 @@ class SnapshotReader:
         """Close all files. Nothing may be read afterwards."""
         self._files.close()
 
-    def __enter__(self) -> SnapshotReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -105,9 +105,7 @@ def test_only_what_has_its_digest_is_held(
         trio.run(_held, Path(folder), came, later, fetched, untold)
 
 
-async def _held(
-    folder: Path, came: dict[int, int], later: dict[int, int], fetched: set[int], untold: set[int]
-) -> None:
+async def _held(folder: Path, came: dict[int, int], later: dict[int, int], fetched: set[int], untold: set[int]) -> None:
     async with place(folder) as here:
         for kinds in (came, later):
             here.writer.write([PageRun(PageRange(page, 1), candidate(page, kind)) for page, kind in kinds.items()])
@@ -143,7 +141,7 @@ async def keep(here: Place, pages: set[int]) -> None:
 
 
 async def test_what_was_vouched_for_stays(tmp_path: Path) -> None:
-    """A source that tells a candidate's digest and later sends another page is not believed, and the other way round."""
+    """A source that tells a digest and later sends another page is not believed, nor the other way round."""
     async with place(tmp_path) as here:
         here.writer.write([PageRun(PageRange(1, 1), OTHER)])
         await here.adoption.begin()

@@ -4,7 +4,8 @@ Started as ``python -m tests.support.dyingcommand FILE STEPS send|receive ARGUME
 line, as they are reached: ``EVENT NAME`` before an event is taken, ``AT STATE`` when all is done that it led to,
 ``RECORD STATE`` and ``RECORDED STATE`` around a write to the journal, and an effect's name before it is carried out.
 Before anything moves it, a source has ``OFFER`` and ``OFFERED``, around that write, and a destination ``CHECKED``,
-``MOUNTED`` and ``STARTED``.
+``MOUNTED`` and ``STARTED``. With --warm a source has ``WENT`` when some pages went ahead of the guest, a destination
+``MADE`` when it has a place for them, and ``CAME`` when some are in it.
 
 STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before it,
 and then the process dies, or what stands in front of STEPS with a ``:``. ``emulator:`` and ``daemon:`` (the mount's, of
@@ -32,8 +33,10 @@ from lazymem.handover import messages, sending, source_link
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.sending import Sender
 from lazymem.handover.states import Destination, Effect, Source
+from lazymem.handover.warming import Warming
 from lazymem.pages import PageRange
 from lazymem.snapshot.liveram import LiveRam
+from lazymem.store.candidatewriter import CandidateWriter
 
 _HALF_PAGES = 512
 
@@ -124,6 +127,34 @@ def _watch_host(steps: _Steps) -> None:
     patched.check, patched.mount, patched._wait_waiting = watched_check, watched_mount, watched_wait
 
 
+def _watch_warm(steps: _Steps) -> None:
+    patched_writer: Any = CandidateWriter
+    patched_warming: Any = Warming
+    make, write, send_ahead = patched_writer.__init__, patched_writer.write, patched_warming.send
+
+    def watched_make(*arguments: Any) -> None:
+        make(*arguments)
+        steps.reached_alone("MADE")
+
+    def watched_write(*arguments: Any) -> Any:
+        done = write(*arguments)
+        steps.reached_alone("CAME")
+        return done
+
+    class Watched:
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+
+        async def send_all(self, data: bytes) -> None:
+            await self._stream.send_all(data)
+            await steps.reached("WENT", None)
+
+    async def watched_send(self: Any, ram: Path, stream: Any, handover: str) -> None:
+        await send_ahead(self, ram, Watched(stream), handover)
+
+    patched_writer.__init__, patched_writer.write, patched_warming.send = watched_make, watched_write, watched_send
+
+
 def _load_late() -> None:
     patched: Any = Receiver
     wait_loaded = patched._wait_loaded
@@ -193,6 +224,7 @@ def run(words: Sequence[str]) -> int:
         _load_early()
     steps = _Steps(Path(path), fatal.removeprefix("late;").removeprefix("early;"))
     _watch_host(steps)
+    _watch_warm(steps)
     _watch(Sender if command == "send" else Receiver, steps)
     return send.main(arguments) if command == "send" else receive.main(arguments)
 

@@ -329,6 +329,23 @@ def test_no_digests_of_an_unhashed_snapshot() -> None:
     refused(server, FetchDigests(1, Level.UPPER, 0, 1), "does not have")
 
 
+@pytest.mark.parametrize("digests", [bytes(DIGEST_BYTES), bytes(DIGEST_BYTES * LEAF_PAGES)])
+def test_leaves_of_an_unhashed_snapshot_whose_server_tells_them(digests: bytes) -> None:
+    client, server = opened(replace(UNHASHED, capabilities=Capability.VOUCH))
+    carry(client, FetchDigests(1, Level.LEAF, 0, 1), server)
+    carry(server, Digests(1, Level.LEAF, 0, digests, final=True), client)
+    not_sent(client, FetchDigests(2, Level.UPPER, 0, 1), "does not have")
+    refused(server, FetchDigests(2, Level.UPPER, 0, 1), "does not have")
+
+
+def test_a_hashed_snapshots_server_says_nothing_of_vouching() -> None:
+    server = ServerConnection()
+    every = Capability.ZSTD | Capability.PACKED | Capability.LEARN | Capability.VOUCH
+    assert Capability.VOUCH not in server.capabilities(every)
+    assert Capability.VOUCH in server.capabilities(every, vouches=True)
+    assert Capability.VOUCH not in server.capabilities(Capability.ZSTD, vouches=True)
+
+
 # ---- cancel
 
 
