@@ -49,7 +49,7 @@ def test_linux_goes_on_elsewhere(
     guest: BootedGuest, tmp_path: Path, sockets: Path, maybe_hosts: tuple[NetworkHost, NetworkHost] | None
 ) -> None:
     """First a destination with other hardware: QEMU's own words reach both ends, and the guest goes on where it is.
-    Then with its pages ahead of it."""
+    Then with its pages ahead of it, and from there on without."""
     (tmp_path / "other").mkdir()
     with pair(tmp_path / "other", guest.qemu.monitor, there=sockets / "other") as two:
         two.begin()
@@ -78,5 +78,23 @@ def test_linux_goes_on_elsewhere(
         assert report["downtime_seconds"] > 0
         assert report["candidates_used"] > 0
         assert maybe_hosts is None or maybe_hosts[1].received_bytes > report["wire_received_bytes"] > 0
-        assert line.ask("write here", "written") != guest.checksum
+        changed = line.ask("write here", "written")
+        assert changed != guest.checksum
         assert line.ask("tick", "tick") == "3"
+        _goes_on_again(sockets, tmp_path / "again", changed)
+
+
+def _goes_on_again(sockets: Path, folder: Path, changed: str) -> None:
+    """From the mount that it was moved to, without pages ahead of it."""
+    folder.mkdir()
+    more = ("--", "-device", "virtio-rng-pci", "-serial", f"unix:{sockets}/again.serial")
+    with (
+        SerialLine(sockets / "again.serial") as line,
+        pair(folder, sockets / "there", *more, there=sockets / "again") as two,
+    ):
+        two.begin()
+        assert two.wait_settled() == (False, True)
+        assert line.ask("sum", "sum") == changed
+        assert line.ask("tick", "tick") == "4"
+        assert two.send.wait() == 0, two.tell()
+        assert two.report()["candidates_used"] == two.report()["warmed_bytes"] == 0
