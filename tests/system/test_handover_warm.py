@@ -15,6 +15,7 @@ import pytest
 from lazymem.demo.serialline import SerialLine
 from lazymem.vm.guests import build_guest
 from tests.support.handover import Pair, pair
+from tests.support.smalldisks import small_disk
 from tests.support.vmprocess import Start, starting, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -151,17 +152,42 @@ def _again(two: Pair) -> None:
     two.receive.start()
 
 
-def test_it_is_interrupted_meanwhile(guest: Guest, tmp_path: Path, sockets: Path) -> None:
-    """At the source: both ends go, and nothing has happened."""
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_it_is_interrupted_meanwhile(side: str, guest: Guest, tmp_path: Path, sockets: Path) -> None:
+    """Nothing has happened."""
     with pair(tmp_path, guest.monitor, "-serial", f"unix:{sockets}/there", warm=WARM_SECONDS) as two:
         two.begin(source_dies="hold:WENT")
         two.send.wait_at("WENT")
-        two.send.process.terminate()  # type: ignore[union-attr]
-        assert two.send.wait() == 130
-        assert two.receive.wait() != 0
+        command, other = (two.send, two.receive) if side == "source" else (two.receive, two.send)
+        command.process.terminate()  # type: ignore[union-attr]
+        assert command.wait() == 130
+        if side == "source":
+            assert two.receive.wait() != 0
+        else:
+            assert other.code() is None  # for another receiver
         assert two.runs() == (True, False)
         assert left_over(two) == []
         assert not os.path.ismount(two.mountpoint)
+
+
+@pytest.mark.needs_root("a disk of its own, which gets full")
+def test_a_disk_that_gets_full(guest: Guest, tmp_path: Path, sockets: Path, request: pytest.FixtureRequest) -> None:
+    """No more pages come ahead, and those that did are used."""
+    with small_disk(tmp_path / "small", 48 << 20, request.node) as disk:
+        found = os.statvfs(disk)
+        with (disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - (7 << 20))
+        more = ("--cache", disk / "cache", "--force", "-serial", f"unix:{sockets}/there")
+        with pair(tmp_path, guest.monitor, *more, warm=WARM_SECONDS) as two:
+            two.begin(destination_dies="hold:RECORD asked")
+            two.receive.wait_at("RECORD asked")
+            assert "no more pages are kept ahead of the guest" in two.receive.said()
+            (disk / "filler").unlink()
+            two.receive.let_go_on()
+            assert two.wait_settled() == (False, True)
+            assert two.send.wait() == 0, two.tell()
+            assert 0 < two.report()["candidates_used"] < guest.filled
+            is_right_there(sockets / "there", "rewrite 50 3")
 
 
 def test_a_chain_fetches_nothing_for_it(guest: Guest, tmp_path: Path, sockets: Path) -> None:
