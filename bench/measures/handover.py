@@ -48,7 +48,7 @@ def _run_warm(context: Context) -> Sample:
     image = linux_image(context.work)
     with context.folder() as folder:
         warm = _WARM_SECONDS if context.way.name == "lazymem-warm" else 0.0
-        report = handed_over(context.link, image, folder, warm=warm)
+        report = handed_over(context.link, image, folder, tls=context.way.variant.tls, warm=warm)
     names = (*_NAMES, *_REST_NAMES)
     return context.sample({name: float(report[name]) for name in names if report.get(name) is not None})
 

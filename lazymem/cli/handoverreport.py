@@ -26,9 +26,10 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _warmed(report: dict[str, Any]) -> str:
-    """Of pages whose bytes the guest had changed since, only the digests were right to fetch."""
     if not report.get("warmed_bytes"):
         return ""
+    if report.get("mount_restarts"):  # the next daemon knows nothing of candidates
+        return _mib(report["warmed_bytes"])
     used, refused = report.get("candidates_used") or 0, report.get("candidates_refused") or 0
     used_mib, refused_mib = _mib(used * PAGE_SIZE), _mib(refused * PAGE_SIZE)
     return f"{_mib(report['warmed_bytes'])}: {used_mib} of RAM were right, {refused_mib} had changed since"

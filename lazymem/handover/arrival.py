@@ -42,8 +42,8 @@ class Host(Protocol):
 class Arriving(Struct):
     """What stands in a destination's journal. `runs`: it did at its source, and else is left standing here, too. `ran`:
     the guest was let run, and whoever stops it since has reasons. `began`: when the hand-over did (monotonic, which all
-    processes of a boot share, and no guest outlives one), `ran_at`: when the guest was let run. `boot_id`: of which boot
-    that is; empty in a record of an earlier lazymem. `candidates`: a folder that a killed process may have left;
+    processes of a boot share, and no guest outlives one), `ran_at`: when the guest was let run. `boot_id`: of which
+    boot that is; empty in a record of an earlier lazymem. `candidates`: a folder that a killed process may have left;
     `warmed_bytes`, `warmed_seconds`: of the pages that came ahead of the guest."""
 
     source: str

@@ -29,7 +29,7 @@ class Door:
         raise AssertionError("nobody is let in here")
 
     async def warm(self, stream: Stream) -> None:
-        raise AssertionError("nobody is let in here")
+        raise AssertionError("nor gets so far")
 
 
 async def _put(event: Event, channel: Channel | None, what: object) -> None:

@@ -140,9 +140,18 @@ def _named(word: str) -> Iterator[subprocess.Popen[bytes]]:
         yield process
 
 
+def test_what_came_ahead_is_told_in_a_line() -> None:
+    """Of which much is still right. A mount's next daemon does not know what the one before used."""
+    report = {"warmed_bytes": 3 << 20, "candidates_used": 512, "candidates_refused": 256, "mount_restarts": 0}
+    assert as_text(report) == "came ahead of it  3.0 MiB: 2.0 MiB of RAM were right, 1.0 MiB had changed since"
+    assert as_text(report | {"mount_restarts": 1}) == "came ahead of it  3.0 MiB"
+    assert as_text(report | {"warmed_bytes": 0}) == ""
+
+
 def test_every_figure_is_one_of_the_mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"wire_received_bytes", "demand_faults", "demand_wait_p50_seconds", "demand_wait_p99_seconds"}
     known |= {"pages_demanded", "pages_prefetched", "pages_written", "pages_total"}
+    known |= {"candidates_used", "candidates_refused"}
     status: dict[str, Any] = dict.fromkeys(known, 1)
     monkeypatch.setattr(receivehost, "read_status", lambda _: status | {"survival": {"restarts": 1}})
     assert set(ReceiveHost(tmp_path, tmp_path).figures().values()) == {1}
