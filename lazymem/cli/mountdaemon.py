@@ -130,7 +130,7 @@ async def _serve(
     maybe_prepager = None
     if settings.prefetch is not Prefetch.NONE:
         maybe_prepager = prepager(
-            pristine.next_missing,
+            pristine.next_to_guess,
             origin.pages,
             recorded=recorded if maybe_filler is None else (),
             sweep=everything and maybe_filler is None,

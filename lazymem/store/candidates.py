@@ -89,6 +89,13 @@ class Candidates:
             return []
         return [run for run, state in self._runs(pages) if state == NONE]
 
+    def first_decided(self, start: int, end: int) -> int:
+        """First page in ``start ... end - 1`` of which no candidate may still be right, or `end`."""
+        if self._is_over:
+            return start
+        found = -1 if self._map is None else self._map.find(NONE, start, end)
+        return end if found < 0 else found
+
     def in_leaf(self, leaf: int) -> list[tuple[PageRange, bool]]:
         """The runs of candidates in a leaf, in order, each with whether it has bytes."""
         pages = self._leaf(leaf)

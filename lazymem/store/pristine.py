@@ -167,6 +167,18 @@ class PristinePages:
             start = unwritten
         return None
 
+    def next_to_guess(self, start: int, limit: int) -> PageRange | None:
+        """As `next_missing`, of pages that may be asked for without being waited for: a candidate that is not decided
+        may turn out right."""
+        found = self.next_missing(start, limit)
+        candidates, end = self.maybe_candidates, self.total_pages
+        while found is not None and candidates is not None:
+            decided = candidates.first_decided(found.start, end)
+            if decided == found.start:
+                return candidates.decided_parts(found)[0]
+            found = self.next_missing(decided, limit) if decided < end else None
+        return found
+
     def missing_leaves(self, pages: PageRange) -> bool:
         return self._verifier.missing_leaves(pages)
 

@@ -96,7 +96,7 @@ def candidate(page: int, kind: int) -> bytes | None:
     fetched=st.sets(st.integers(0, PAGES - 1), max_size=20),
     untold=st.sets(st.integers(0, PAGES - 1), max_size=20),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_only_what_has_its_digest_is_held(
     came: dict[int, int], later: dict[int, int], fetched: set[int], untold: set[int]
 ) -> None:
@@ -111,6 +111,7 @@ async def _held(folder: Path, came: dict[int, int], later: dict[int, int], fetch
             here.writer.write([PageRun(PageRange(page, 1), candidate(page, kind)) for page, kind in kinds.items()])
         assert here.candidates.decided_parts(PageRange(0, PAGES)) == []
         assert here.missing() == set(range(PAGES))
+        assert here.pristine.next_to_guess(0, 1) is None
         await keep(here, fetched)
         leaves = await here.adoption.begin()
         expected = came | later
@@ -119,6 +120,7 @@ async def _held(folder: Path, came: dict[int, int], later: dict[int, int], fetch
             page for run in here.candidates.decided_parts(PageRange(0, PAGES)) for page in range(run.start, run.end)
         }
         assert undecided == set(expected)
+        assert to_guess(here) == set(range(PAGES)) - fetched - undecided
         refused = [run for leaf in leaves for run in await here.adoption.adopt(leaf, told(leaf, untold))]
 
         right = {page for page, kind in expected.items() if (candidate(page, kind) or ZERO_PAGE) == FROZEN[page]}
@@ -129,7 +131,17 @@ async def _held(folder: Path, came: dict[int, int], later: dict[int, int], fetch
             assert await here.read(page) == FROZEN[page]
         assert {page for run in refused for page in range(run.start, run.end)} == set(expected) - held
         assert here.candidates.refused_pages == len(set(expected) - held)
+        assert to_guess(here) == here.missing()
         assert here.candidates.decided_parts(PageRange(0, PAGES)) == [PageRange(0, PAGES)]
+
+
+def to_guess(here: Place) -> set[int]:
+    found: set[int] = set()
+    start = 0
+    while (run := here.pristine.next_to_guess(start, 50)) is not None:
+        found |= set(range(run.start, run.end))
+        start = run.end
+    return found
 
 
 async def keep(here: Place, pages: set[int]) -> None:
