@@ -53,16 +53,17 @@ def ticks(path: Path) -> list[int]:
     return [int(line.split()[1]) for line in text.split("\n")[:-1] if line.startswith("tick ")]
 
 
-@pytest.mark.parametrize("step", ["", "RECORDED given"])
-def test_a_guest_goes_on_elsewhere(guest: Process, pki: Pki, tmp_path: Path, step: str) -> None:
-    """Also where the source is killed in the midst of it, and comes back."""
-    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+@pytest.mark.parametrize(("step", "warm"), [("", 60.0), ("RECORDED given", 0.0)])
+def test_a_guest_goes_on_elsewhere(guest: Process, pki: Pki, tmp_path: Path, step: str, warm: float) -> None:
+    """Also with its pages ahead of it, and where the source is killed in the midst of it, and comes back."""
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there", warm=warm) as two:
         with_tls(two, pki.server(), pki.client())
         two.begin(source_dies=step)
         assert two.wait_settled() == (False, True)
         assert two.send.wait() == 0, two.tell()
         assert guest.end() == (0, "")
         assert two.report()["state"] == "released"
+        assert bool(two.report()["candidates_used"]) == bool(warm), two.tell()
         wait_until(lambda: bool(ticks(tmp_path / "there")), "the guest to count on")
 
 

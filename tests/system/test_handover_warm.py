@@ -14,6 +14,7 @@ import pytest
 
 from lazymem.demo.serialline import SerialLine
 from lazymem.vm.guests import build_guest
+from tests.support import skips
 from tests.support.handover import Pair, pair
 from tests.support.smalldisks import small_disk
 from tests.support.vmprocess import Start, starting, wait_until
@@ -138,6 +139,19 @@ def test_one_is_killed_meanwhile(
         is_right_there(sockets / "there", "rewrite 50 3")
         assert two.send.wait() == 0, two.tell()
         assert two.report()["candidates_used"] > 0
+
+
+@skips.needs_resend
+def test_the_mounts_daemon_is_killed_before_they_are_used(guest: Guest, tmp_path: Path, sockets: Path) -> None:
+    """The next one does without."""
+    with pair(tmp_path, guest.monitor, "-serial", f"unix:{sockets}/there", warm=WARM_SECONDS) as two:
+        two.begin(destination_dies="daemon:EVENT GIVEN")
+        assert two.wait_settled() == (False, True)
+        assert "!EVENT GIVEN" in two.receive.was_at()
+        is_right_there(sockets / "there", "rewrite 50 3")
+        assert two.send.wait() == 0, two.tell()
+        assert two.report()["mount_restarts"] == 1
+        assert two.report()["candidates_used"] == 0
 
 
 def _again(two: Pair) -> None:
