@@ -1,8 +1,7 @@
 """Pages of a guest that runs, read over and over, as long as they change: candidates for whoever takes the guest over.
 
-A process of its own (`python -m lazymem.handover.runningram PATH SECONDS`), so that it has its own priority, the lowest
-niceness: beside a guest that wants the same processor it gets a 70th of it. (SCHED_IDLE would be a 340th, and on a busy
-host nothing would ever go ahead.) It reads no page that is not in this host's memory: what a mount
+A process of its own (`python -m lazymem.handover.runningram PATH SECONDS NICENESS`), so that it has a priority of its
+own. It reads no page that is not in this host's memory: what a mount
 would have to fetch, or a disk to bring, stays where it is. PAGES frames of the page protocol go to its stdout, whose
 reader sets the pace.
 
@@ -121,8 +120,8 @@ def send(ram: RunningRam, write: Callable[[bytes], None], seconds: float) -> Non
 
 
 def main(arguments: list[str]) -> int:
-    path, seconds = Path(arguments[0]), float(arguments[1])
-    os.nice(19)  # not before all is imported
+    path, seconds, niceness = Path(arguments[0]), float(arguments[1]), int(arguments[2])
+    os.nice(niceness)  # not before all is imported
     try:
         with path.open("rb") as file, os.fdopen(1, "wb", buffering=0, closefd=False) as out:
             ram = RunningRam(file.fileno(), os.fstat(file.fileno()).st_size)

@@ -15,6 +15,10 @@ import trio
 
 from lazymem.handover.channel import Stream
 
+NICENESS = 19
+"""Of who reads the guest's RAM: beside a guest that wants the same processor it gets a 70th of it. (SCHED_IDLE would be
+a 340th, and on a busy host nothing would ever go ahead.)"""
+
 _CHUNK_BYTES = 64 * 1024
 """A pipe's worth."""
 
@@ -25,7 +29,7 @@ _SILENCE_SECONDS = 60.0
 @asynccontextmanager
 async def _reader(ram: Path, seconds: float) -> AsyncIterator[trio.Process]:
     """The process that reads it (`runningram`); killed in the end, which harms nothing."""
-    command = [sys.executable, "-m", "lazymem.handover.runningram", str(ram), f"{seconds:g}"]
+    command = [sys.executable, "-m", "lazymem.handover.runningram", str(ram), f"{seconds:g}", str(NICENESS)]
     process = await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     try:
         yield process

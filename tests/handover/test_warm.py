@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lazymem.errors import StoreError
-from lazymem.handover import runningram
+from lazymem.handover import runningram, warming
 from lazymem.handover.runningram import FEW_SHARE, RunningRam, send
 from lazymem.handover.warmed import Warmed, take
 from lazymem.handover.warming import Warming
@@ -26,6 +26,12 @@ from lazymem.wire.pagedata import decode_pages
 from lazymem.wire.receivebuffer import ReceiveBuffer
 
 PAGES = 700
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no guest that could be in the way."""
+    monkeypatch.setattr(warming, "NICENESS", 0)
 
 
 @pytest.fixture
@@ -208,14 +214,14 @@ def test_whatever_comes_raises_nothing(said: bytes) -> None:
 async def test_it_goes_from_end_to_end(ram: Path) -> None:
     """With the process that reads; and only once a hand-over."""
     said: list[str] = []
-    warming = Warming(60.0, said.append)
+    found = Warming(60.0, said.append)
     writer, warmed = Writer(), Warmed()
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
 
     async def send_all() -> None:
         async with theirs:
-            await warming.send(ram, theirs, "a")
-            await warming.send(ram, theirs, "a")
+            await found.send(ram, theirs, "a")
+            await found.send(ram, theirs, "a")
 
     async with ours, trio.open_nursery() as nursery:
         nursery.start_soon(send_all)
@@ -229,13 +235,13 @@ async def test_it_goes_from_end_to_end(ram: Path) -> None:
 async def test_it_ends_at_once(end: str, tmp_path: Path) -> None:
     """When the receiver is ready, its time over, or the receiver gone; and the process is."""
     (tmp_path / "ram").write_bytes(random.randbytes(64 << 20))
-    warming = Warming(0.5 if end == "time" else 60.0, lambda _: None)
+    found = Warming(0.5 if end == "time" else 60.0, lambda _: None)
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
     done = trio.Event()
 
     async def send_all() -> None:
         async with theirs:
-            await warming.send(tmp_path / "ram", theirs, "a")
+            await found.send(tmp_path / "ram", theirs, "a")
         done.set()
 
     with trio.fail_after(30):
@@ -246,11 +252,11 @@ async def test_it_ends_at_once(end: str, tmp_path: Path) -> None:
             else:
                 await ours.receive_some(1)
                 if end == "cut":
-                    warming.cut()
+                    found.cut()
                 else:
                     await ours.aclose()
                 await done.wait()
-    assert warming._scope is None
+    assert found._scope is None
 
 
 async def test_without_seconds_there_is_none(ram: Path) -> None:

@@ -29,7 +29,7 @@ import trio
 from lazymem.cli import receive, receivehost, send
 from lazymem.cli.receivehost import ReceiveHost
 from lazymem.cli.status import read_status
-from lazymem.handover import messages, sending, source_link
+from lazymem.handover import messages, sending, source_link, warming
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.sending import Sender
 from lazymem.handover.states import Destination, Effect, Source
@@ -205,7 +205,8 @@ def _serve_half(go: Path) -> None:
 
 
 def _hurry() -> None:
-    """Nobody here is far away."""
+    """Nobody here is far away, and no guest is in anybody's way."""
+    warming.NICENESS = 0
     source_link._RETRY_SECONDS = (0.02, 0.1)
     sending._LINGER_SECONDS = 0.3
     patched: Any = receivehost

@@ -163,7 +163,15 @@ def _again(two: Pair) -> None:
     lines = [line for line in two.send.out.read_text().splitlines() if "listening" in line]
     words = two.receive.arguments
     words[words.index(str(two.mountpoint)) - 1] = str(json.loads(lines[-1])["listening"])
-    two.receive.start()
+    offers = two.send.was_at().count("OFFERED")
+
+    def is_offered() -> bool:
+        """A sender that was started again listens a moment before it offers anything."""
+        if two.receive.code() is not None:
+            two.receive.start()
+        return two.send.was_at().count("OFFERED") > offers
+
+    wait_until(is_offered, "an offer")
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
