@@ -56,10 +56,17 @@ class Ahead:
             return
         async with stream, trio.open_nursery() as nursery:
             nursery.start_soon(self._tell, warmed)
+            nursery.start_soon(self._end_with_source, link, warmed, nursery.cancel_scope)
             await take(stream, writer.write, self._offer.warm_seconds, warmed)
             nursery.cancel_scope.cancel()
         arriving.warmed_bytes, arriving.warmed_seconds = warmed.received_bytes, warmed.seconds
         self._say(f"{_figures(warmed)}{': ' if warmed.complaint else ''}{warmed.complaint}")
+
+    async def _end_with_source(self, link: SourceLink, warmed: Warmed, scope: trio.CancelScope) -> None:
+        """A link that breaks says nothing over a connection that only brings, and the time may be an hour."""
+        await link.wait_lost()
+        warmed.complaint = "the source is gone, or silent"
+        scope.cancel()
 
     async def _tell(self, warmed: Warmed) -> None:
         while True:

@@ -248,6 +248,8 @@ class Sender:
             self._report = payload.report
         elif event in (Event.FAILED, Event.LOST) and self.state is Source.MOVING:
             self._reason = str(payload)
+        elif event is Event.LOST:
+            self._warming.cut()  # whoever comes next is to have it all
 
     # ---- taken back by hand
 

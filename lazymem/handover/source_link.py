@@ -12,7 +12,7 @@ import trio
 from lazymem.errors import RemoteProtocolError, ServerRefusedError, ServerUnreachableError, TlsError, UsageError
 from lazymem.handover import messages
 from lazymem.handover.arriving import boot_id
-from lazymem.handover.channel import Channel, Stream, dial
+from lazymem.handover.channel import SILENCE_SECONDS, Channel, Stream, dial
 from lazymem.handover.states import Event
 from lazymem.settings import Endpoint, TlsSettings
 
@@ -124,6 +124,12 @@ class SourceLink:
         """Be heard from while nobody listens yet, until cancelled."""
         if self._channel is not None:
             await self._channel.keep_alive()
+
+    async def wait_lost(self, silence_seconds: float = SILENCE_SECONDS) -> None:
+        """While nobody listens yet: until the source is gone, or silent, or says what it has no reason to say."""
+        if self._channel is not None:
+            with suppress(ServerUnreachableError, RemoteProtocolError, TlsError):
+                await self._channel.receive(silence_seconds)
 
     async def drop(self) -> None:
         """It talks nonsense."""

@@ -302,3 +302,50 @@ async def test_whoever_asks_for_the_guest_is_told_before_the_end(tmp_path: Path,
         assert answers == [requests.Answer(done=True, text="the guest goes on here")]
     with pytest.raises(BusyError, match="has ended meanwhile"):
         requests.ask(tmp_path / "j", "reclaim", 30.0)
+
+
+async def test_pages_go_ahead_of_a_guest_that_is_here_and_offered(tmp_path: Path, leaving: Leaving) -> None:
+    """To the receiver that it is offered to; they end when that is ready, or gone."""
+    went: list[str] = []
+
+    class Ahead:
+        seconds = 7.0
+        cuts = 0
+
+        async def send(self, ram: Path, stream: object, handover: str) -> None:
+            await trio.lowlevel.checkpoint()
+            went.append(handover)
+
+        def cut(self) -> None:
+            self.cuts += 1
+
+    ahead = Ahead()
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found._warming = cast(Any, ahead)
+        assert found.admit(hello(), occupied=False) is None
+        assert (await found.offer()).warm_seconds == 7.0
+        stream = cast(Any, object())
+        await found.receivers.warm(stream, found.handover)
+        assert went == []  # nobody is there
+        found.receivers.peer = cast(Any, object())
+        await found.receivers.warm(stream, OLD)
+        assert went == []
+        await found.receivers.warm(stream, found.handover)
+        assert went == [found.handover]
+        found.receivers.peer = None
+        await found._take(Event.LOST, None, "gone")
+        assert ahead.cuts == 1
+        found.receivers.peer = cast(Any, object())
+        found._offers.are_open = False  # it is ready: its state goes
+        await found.receivers.warm(stream, found.handover)
+        assert len(went) == 1
+
+
+async def test_to_whoever_comes_back_later_no_pages_go_ahead(tmp_path: Path, leaving: Leaving) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "given", to_builtins(leaving))
+    with Journal(tmp_path / "j", "source") as journal:
+        made = cast(Any, Sender)
+        found = made(journal, Guest(), leaving, Pages(), lambda _: None, maybe_look=lambda: leaving, warm_seconds=5.0)
+        assert (await found.offer()).warm_seconds == 0.0

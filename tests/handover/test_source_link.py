@@ -31,7 +31,16 @@ async def _offer(offer: messages.Offer, stream: trio.SocketStream) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"version": 9}, {"handover": "x" * 32}, {"handover": "../etc"}, {"ram_bytes": -1}, {"ram_path": "a\0b"}],
+    [
+        {},
+        {"version": 9},
+        {"handover": "x" * 32},
+        {"handover": "../etc"},
+        {"ram_bytes": -1},
+        {"ram_path": "a\0b"},
+        {"warm_seconds": -1.0},
+        {"warm_seconds": messages.MAX_WARM_SECONDS + 1},
+    ],
 )
 async def test_an_offer(more: dict[str, Any]) -> None:
     async with trio.open_nursery() as nursery:
@@ -45,6 +54,26 @@ async def test_an_offer(more: dict[str, Any]) -> None:
         else:
             assert (await link.first()).handover == link.handover
             await link.drop()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("silent", [True, False])
+async def test_a_source_that_goes_while_nobody_listens(silent: bool) -> None:
+    """It is silent for too long, or closes; pings until then are nothing."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await _offer(GOOD, stream)
+        await Channel(stream).send(messages.Ping())
+        if silent:
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        link = SourceLink(TcpEndpoint("127.0.0.1", listeners[0].socket.getsockname()[1]), lambda _: None)
+        await link.first()
+        with trio.fail_after(30):
+            await link.wait_lost(0.2 if silent else 60.0)
+        await link.drop()
         nursery.cancel_scope.cancel()
 
 
