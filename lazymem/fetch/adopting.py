@@ -27,6 +27,7 @@ LEAF_SECONDS = 0.002
 make a touched leaf wait."""
 
 MAX_ASKED = 16
+"""64 KiB of digests on their way, whatever the round trip: a demand's answer waits for no more."""
 
 
 class LeafSource(Protocol):

@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,19 @@ def sockets() -> Iterator[Path]:
         yield Path(folder)
 
 
+def connected(path: Path) -> SerialLine:
+    """A guest's serial line, once it is listened at."""
+    found: list[SerialLine] = []
+
+    def is_there() -> bool:
+        with suppress(OSError):
+            found.append(SerialLine(path, connect=True))
+        return bool(found)
+
+    wait_until(is_there, "the serial line")
+    return found[0]
+
+
 class Guest:
     """One with all of its RAM in use, at a serial line."""
 
@@ -47,8 +60,7 @@ class Guest:
         os.truncate(ram, RAM_MIB << 20)
         kernel = build_guest("pages", folder)
         self.process = start("--pcram-file", ram, "-kernel", kernel, "-serial", f"unix:{serial}")
-        wait_until(serial.exists, "the serial line")
-        self.line = stack.enter_context(SerialLine(serial, connect=True))
+        self.line = stack.enter_context(connected(serial))
         self.line.expect("tick")
         self.filled = int(self.line.ask("fill 7", "filled"))
 
@@ -65,7 +77,7 @@ def guest(start: Start, tmp_path: Path, sockets: Path) -> Iterator[Guest]:
 
 def is_right_there(path: Path, *commands: str) -> None:
     """All of its memory is what it wrote. What it was last told on the other side it may answer here."""
-    with SerialLine(path, connect=True) as line:
+    with connected(path) as line:
         for command in commands:
             line.ask(command, "rewrote")
         assert " bad 0 " in line.ask("verify", "verified")
