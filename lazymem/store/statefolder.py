@@ -277,7 +277,10 @@ def _bind(path: Path, origin: RamOrigin) -> dict[str, Any]:
         except OSError as error:
             raise StoreError(f"cannot write {meta}: {error.strerror}") from error
         return wanted
-    record = folders.maybe_record(meta)
+    try:
+        record = folders.read_record(meta)
+    except OSError as error:
+        raise StoreError(f"the disk does not give {meta} back: {error.strerror}") from error
     if record is None or record.get("format") != FORMAT:
         raise StoreError(f"{meta} is damaged or not a state folder's")
     if record.get("version") != VERSION:

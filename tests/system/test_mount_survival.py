@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -64,6 +65,15 @@ def is_gone(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     return True
+
+
+def ends_with(mapped: mmap.mmap, page: int) -> int:
+    """The signal that a process ends with which touches `page`."""
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        os._exit(mapped[page * PAGE_SIZE] & 0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
 
 
 @contextlib.contextmanager
@@ -314,11 +324,7 @@ def test_both_killed_is_the_mounts_end(mounts: Stage, snapshot: BuiltSnapshot, t
     os.kill(mount.pid, signal.SIGKILL)
     os.kill(supervisor, signal.SIGKILL)
     mount.wait_ended()
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()
-        os._exit(mapped[100 * PAGE_SIZE] & 0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
+    assert ends_with(mapped, 100) == signal.SIGBUS
     mapped.close()
     with pytest.raises(OSError, match="not connected"):
         os.stat(mount.ram_path)
@@ -398,3 +404,40 @@ def test_without_a_supervisor(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     )
     assert refused.returncode == 3
     assert "started without a supervisor" in refused.stderr
+
+
+OLDER_KERNEL = """
+import os
+now = os.uname()
+os.uname = lambda: os.uname_result((now.sysname, now.nodename, "6.8.0-31-generic", now.version, now.machine))
+"""
+
+
+def test_on_an_older_kernel(
+    mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said at the start, and no upgrade leads into it; the rest is as `test_both_killed_is_the_mounts_end`."""
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older/sitecustomize.py").write_text(OLDER_KERNEL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "older"), prepend=os.pathsep)  # of all commands that are started
+    server = mounts.serve(snapshot.folder)
+    mount = mounts.mount(server.address, *QUIET, "--state", tmp_path / "state")
+    assert "6.8.0-31-generic" in mount.result.stderr
+    survival = mount.status()["survival"]
+    assert (survival["kept_by"], survival["supervisor_pid"]) == (None, None)
+    assert "6.8.0-31-generic" in survival["hindered_by"]
+    words = command("lazymem.cli.mount", "--upgrade", mount.path)
+    refused = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    assert refused.returncode == 3
+    assert "6.8.0-31-generic" in refused.stderr
+    assert mount.status()["pid"] == mount.pid
+    mapped = mount.open_map()
+    mapped[:4] = b"kept"
+    mapped.flush(0, PAGE_SIZE)
+    os.kill(mount.pid, signal.SIGKILL)
+    mount.wait_ended()
+    assert ends_with(mapped, 100) == signal.SIGBUS
+    mapped.close()
+    mount.clean_up()
+    again = mounts.mount(server.address, *QUIET, "--state", tmp_path / "state", name="again")
+    assert again.ram_path.read_bytes() == b"kept" + snapshot.ram[4:]
