@@ -52,7 +52,7 @@ WARM_SECONDS = 60.0
 
 SPARE_SECONDS = 5.0
 """After the mount is ready, which is when the guest resumes and needs the processor, a next daemon is loaded: to load
-one when it is needed would be most of the guest's wait."""
+one when it is needed would be most of the guest's wait. At once after a restart: what killed one may kill more."""
 
 NO_SPARE_SECONDS = 60.0
 """Until the next try, when one died."""
@@ -169,7 +169,7 @@ class Supervisor:
             daemon.is_ready = True
             self._failures = 0
             self._python = self._next_python
-            self._spare_at = time.monotonic() + SPARE_SECONDS
+            self._spare_at = time.monotonic() + (SPARE_SECONDS if daemon.process is None else 0.0)
         elif "WARM" in fields:
             daemon.is_warm = True
         elif "UPGRADE" in fields:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import trio
@@ -187,4 +188,20 @@ def test_a_daemon_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.M
     daemon.wait()
     assert looked_after._daemon.is_dead(), "its pidfd tells"
     control.close()
+    looked_after.close()
+
+
+def test_a_next_daemon_is_loaded_at_once_after_a_restart() -> None:
+    """At the mount's start the guest needs the processor more."""
+    looked_after, control, process = _supervised([])
+    with control:
+        first = looked_after._daemon
+        began = time.monotonic()
+        looked_after._obey(first, descriptorstore.Message({"READY": "1"}))
+        assert looked_after._spare_at >= began + supervisor.SPARE_SECONDS
+        first.process = process  # ours: so a restart
+        looked_after._obey(first, descriptorstore.Message({"READY": "1"}))
+        assert looked_after._spare_at <= time.monotonic()
+    process.kill()
+    process.wait()
     looked_after.close()
