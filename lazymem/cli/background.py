@@ -22,9 +22,11 @@ class Announcer:
 
     def __init__(self, descriptor: int = -1) -> None:
         self._descriptor = descriptor
+        self.was_ready = False
 
     def ready(self, notices: tuple[str, ...] = ()) -> None:
         """`notices`: lines that the user should read although all is well."""
+        self.was_ready = True
         self._say({"ready": True, "notices": notices})
 
     def failed(self, text: str, exit_code: int) -> None:

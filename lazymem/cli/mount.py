@@ -15,6 +15,7 @@ with quick_imports(trio=False):
     from lazymem.cli import logs
     from lazymem.cli.background import Announcer, run_daemon, run_in_background
     from lazymem.cli.groups import cause_of
+    from lazymem.cli.servicemanager import exit_code_of_first_start, is_first_start
     from lazymem.errors import LazymemError, UsageError
     from lazymem.fs import checks, mountinfo
     from lazymem.fs.descriptorstore import LOCK, SUCCESSOR_VARIABLE
@@ -65,26 +66,33 @@ def main(arguments: list[str] | None = None) -> int:
         from lazymem.cli import upgrade
 
         return upgrade.main(arguments)
-    return mount(_parser().parse_args(arguments))
+    try:
+        found = _parser().parse_args(arguments)
+    except SystemExit as end:
+        if isinstance(end.code, int) and is_first_start():
+            raise SystemExit(exit_code_of_first_start(end.code)) from end
+        raise
+    return mount(found)
 
 
 def mount(found: argparse.Namespace) -> int:
     """Mount what the command line, as `_parser` reads it, says; returns the command's exit code."""
+    first, announcer = is_first_start(), Announcer()
     if found.log:
         found.log = found.log.absolute()  # a daemon works in another folder
     try:
         settings = _settings(found)
         if SUCCESSOR_VARIABLE in os.environ:
-            return run_daemon(lambda announcer: _daemon(found, settings, announcer), Announcer())
+            return run_daemon(lambda announcer: _daemon(found, settings, announcer), announcer)
         if found.foreground and "LISTEN_FDS" in os.environ:  # systemd kept a mount for us
-            return _daemon(found, settings, Announcer())
+            return _daemon(found, settings, announcer)
         _check_host(settings)
         if found.foreground:
-            return _daemon(found, settings, Announcer())
+            return _daemon(found, settings, announcer)
         return run_in_background(PROGRAM, lambda announcer: _daemon(found, settings, announcer))
     except LazymemError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code_of_first_start(error.exit_code) if first and not announcer.was_ready else error.exit_code
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; nothing is mounted", file=sys.stderr)
         return 130
@@ -211,6 +219,8 @@ def _check_host(settings: MountSettings) -> None:
 
 def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:
     with quick_imports():
+        import resource
+
         import trio
 
         from lazymem.cli import mountdaemon, supervised
@@ -226,6 +236,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
     options = MountOptions.parse(found.options)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core has pages of the guest in it; all that we start inherits
     again = restart(_parser(), found, settings)
     survival = supervised.begin(again, in_front=found.foreground, wanted=not found.no_supervisor)
     maybe_filler = _maybe_filler(settings)

@@ -5,6 +5,47 @@ from __future__ import annotations
 import os
 import socket
 
+from lazymem.errors import (
+    EnvironmentRefusedError,
+    IdentityError,
+    MountError,
+    ServerRefusedError,
+    SnapshotError,
+    TlsError,
+    UsageError,
+    VerificationError,
+)
+
+MISTAKE_EXIT_CODE = 78
+"""EX_CONFIG, the only one in RestartPreventExitStatus= of deploy/lazymem-mount@.service. Where systemd does not try
+again it drops what it keeps, and with it a guest's RAM. So it must be a code that nothing else ends with: not a version
+without the option that the unit names (2), nor one that cannot be executed."""
+
+_MISTAKES = frozenset(
+    kind.exit_code
+    for kind in (
+        UsageError,
+        EnvironmentRefusedError,
+        SnapshotError,
+        IdentityError,
+        ServerRefusedError,
+        VerificationError,
+        MountError,
+        TlsError,
+    )
+)
+"""That trying again does not mend."""
+
+
+def is_first_start() -> bool:
+    """Of a unit: it has kept nothing for us. To be asked before anybody takes what it kept."""
+    return "NOTIFY_SOCKET" in os.environ and "LISTEN_FDS" not in os.environ
+
+
+def exit_code_of_first_start(exit_code: int) -> int:
+    """For a command that would end with `exit_code` and has not been ready: nobody's RAM is at stake yet."""
+    return MISTAKE_EXIT_CODE if exit_code in _MISTAKES else exit_code
+
 
 def tell_ready() -> None:
     """This process is the service, and does from now on what it was started for."""

@@ -22,6 +22,7 @@ import trio
 from lazymem.cli.restart import Restart
 from lazymem.cli.servicemanager import maybe_notify_socket
 from lazymem.cli.survival import AGAIN_EXIT_CODE, SUPERVISOR, SYSTEMD, KeptBy, Survival
+from lazymem.cli.trial import maybe_objection, own_command
 from lazymem.fs import checks, descriptorstore
 from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
 
@@ -120,12 +121,13 @@ class Supervised:
         self._survival = survival
         self._again = again
         self._drain = drain
+        self._asked = trio.Event()
         self._handed_over = trio.Event()
 
     def upgrade(self, value: bytes) -> bool:
         """Somebody wants a next daemon to go on, of the Python that `value` names; False: there is nobody to start it.
 
-        A supervisor has it load all it needs before we end; systemd starts what the unit says.
+        A supervisor has it load all it needs before we end; systemd starts what the unit says, so that is tried first.
         """
         self._survival.maybe_refusal = None
         maybe_keeper = self._survival.maybe_keeper
@@ -134,13 +136,14 @@ class Supervised:
         if maybe_keeper.name == SUPERVISOR:
             self._survival.say(UPGRADE=os.fsdecode(value))
         else:
-            self._handed_over.set()
+            self._asked.set()
         return True
 
     async def run(self) -> None:
         """Until cancelled, or this process ends for a next one."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_when_handed_over)
+            nursery.start_soon(self._upgrade_under_systemd)
             while True:
                 maybe_keeper = self._survival.maybe_keeper
                 if maybe_keeper is None or maybe_keeper.name != SUPERVISOR:
@@ -181,6 +184,18 @@ class Supervised:
         self._survival.kept_by(new)
         self._survival.ready()
         await trio.sleep(RESPAWN_SECONDS)
+
+    async def _upgrade_under_systemd(self) -> None:
+        """Who asks while one is tried gets the same answer."""
+        while True:
+            await self._asked.wait()
+            maybe_refusal = await maybe_objection(own_command())
+            if maybe_refusal is None:
+                self._handed_over.set()
+                return
+            self._survival.maybe_refusal = maybe_refusal
+            log.error("no upgrade: %s", maybe_refusal)
+            self._asked = trio.Event()
 
     async def _end_when_handed_over(self) -> None:
         await self._handed_over.wait()

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.cli.servicemanager import MISTAKE_EXIT_CODE
+from lazymem.cli.survival import AGAIN_EXIT_CODE
+from lazymem.errors import LazymemError
+
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 MOUNT_UNIT = DEPLOY / "lazymem-mount@.service"
 UNITS = sorted(path.name for path in DEPLOY.iterdir() if path.suffix in (".service", ".socket"))
@@ -144,10 +148,67 @@ def test_only_a_mount_that_answers_nobody_is_cleared_away(tmp_path: Path, answer
         mountpoint.mkdir()
     cleans = value("lazymem-mount@.service", "ExecStopPost")
     assert ("ExecStartPre", cleans) in options(MOUNT_UNIT)
-    line = cleans.removeprefix("-").replace("/run/lazymem/%i", str(mountpoint))
+    line = cleans.removeprefix("-").replace("/run/lazymem/%i", str(mountpoint)).replace("$$", "$")
     path = f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(shlex.split(line), check=True, env={"PATH": path})
     assert (tmp_path / "called").exists() is not answers
+
+
+FAKE_SYSTEMCTL = """#!/bin/sh
+case "$1" in
+show) echo "$KEPT" ;;
+list-jobs) echo "$JOBS" ;;
+is-active) ;;
+stop) echo "$@" >>"$DID" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "end", "jobs", "left"),
+    [
+        (4, {"SERVICE_RESULT": "signal", "EXIT_CODE": "killed", "EXIT_STATUS": "KILL"}, "", True),
+        (4, {"SERVICE_RESULT": "exit-code", "EXIT_CODE": "exited", "EXIT_STATUS": "75"}, "", True),
+        (4, {"SERVICE_RESULT": "exit-code", "EXIT_CODE": "exited", "EXIT_STATUS": "2"}, "", True),
+        (4, {"SERVICE_RESULT": "protocol", "EXIT_CODE": "exited", "EXIT_STATUS": "0"}, "7 x restart waiting", True),
+        (4, {}, "", True),  # before a start
+        (4, {"SERVICE_RESULT": "exit-code", "EXIT_CODE": "exited", "EXIT_STATUS": "2"}, "7 x stop running", False),
+        (4, {"SERVICE_RESULT": "exit-code", "EXIT_CODE": "exited", "EXIT_STATUS": "78"}, "", False),
+        (4, {"SERVICE_RESULT": "success", "EXIT_CODE": "exited", "EXIT_STATUS": "0"}, "", False),
+        (0, {"SERVICE_RESULT": "signal", "EXIT_CODE": "killed", "EXIT_STATUS": "KILL"}, "", False),
+    ],
+)
+def test_a_mount_that_goes_on_is_left_as_it_is(
+    tmp_path: Path, kept: int, end: dict[str, str], jobs: str, left: bool
+) -> None:
+    """Else nobody is to ask a mount that may answer nobody, and its guest ends."""
+    for name, text in (
+        ("systemctl", FAKE_SYSTEMCTL),
+        ("umount", '#!/bin/sh\necho umount "$@" >>"$DID"\n'),
+        ("ls", '#!/bin/sh\necho ls >>"$DID"\nexit 1\n'),
+        ("sleep", "#!/bin/sh\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    line = value("lazymem-mount@.service", "ExecStopPost").removeprefix("-").replace("$$", "$").replace("%i", "web")
+    did = tmp_path / "did"
+    did.touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KEPT": str(kept), "JOBS": jobs, "DID": str(did), **end}
+    subprocess.run(shlex.split(line), check=True, env=environment)
+    ended = ["umount --lazy --quiet /run/lazymem/web", "stop --no-block lazymem-vm@web.service"]
+    assert did.read_text().splitlines() == ([] if left else ended if kept else ["ls", *ended])
+
+
+def test_only_one_code_ends_a_unit_and_with_it_what_it_keeps() -> None:
+    assert value("lazymem-mount@.service", "RestartPreventExitStatus") == str(MISTAKE_EXIT_CODE)
+    assert MISTAKE_EXIT_CODE not in {kind.exit_code for kind in LazymemError.__subclasses__()}
+    assert MISTAKE_EXIT_CODE != AGAIN_EXIT_CODE
+
+
+def test_nothing_dumps_a_core() -> None:
+    for name in UNITS:
+        if name.endswith(".service"):
+            assert value(name, "LimitCORE") == "0"
 
 
 def test_guest_is_bound_to_its_mount_and_in_another_cgroup() -> None:
@@ -203,13 +264,32 @@ def test_systemd_would_have_complained(installed: Path) -> None:
     assert "Restrat" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["lazymem-serve-7411.service", "lazymem-vm-web.service"])
-def test_server_and_emulator_are_hardened(installed: Path, name: str) -> None:
-    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=100", str(installed / name)]
+SCORES = (
+    ("lazymem-serve-7411.service", r"`systemd-analyze security`: ([0-9.]+)\)"),
+    ("lazymem-vm-web.service", r"emulator is another user and shut in \(([0-9.]+)\)"),
+    ("lazymem-mount-web.service", r"its unit may not be shut in \(([0-9.]+)\)"),
+)
+"""What SECURITY.md says of each."""
+
+
+def exposure(unit: Path) -> float:
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=100", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
     assert found is not None, f"an offline security review, which systemd has from 250 on: {done.stderr}"
-    assert float(found[1]) < 2.0
+    return float(found[1])
+
+
+@pytest.mark.parametrize("name", ["lazymem-serve-7411.service", "lazymem-vm-web.service"])
+def test_server_and_emulator_are_hardened(installed: Path, name: str) -> None:
+    assert exposure(installed / name) < 2.0
+
+
+@pytest.mark.parametrize(("name", "told"), SCORES)
+def test_scores_are_those_that_are_written_down(installed: Path, name: str, told: str) -> None:
+    """Versions of systemd look for a little more, or less."""
+    found = re.findall(told, (DEPLOY.parent / "SECURITY.md").read_text())
+    assert [float(score) for score in found] == [pytest.approx(exposure(installed / name), abs=0.3)]
 
 
 def test_configuration_examples_set_what_the_units_use() -> None:

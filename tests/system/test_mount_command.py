@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -196,3 +198,13 @@ def test_disks_that_the_snapshot_lacks_are_spoken_of_at_each_mount(mounts: Stage
         assert mount.result.stderr.count("\n") == (1 if checks.maybe_no_resend() is None else 2)  # of that, too
         assert "does not cover the guest's writable disks" in mount.log.read_text()
         mount.unmount()
+
+
+def test_nobody_of_a_mount_leaves_a_core(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """It would have pages in it. Also whom the daemon starts."""
+    daemon = mounts.mount(mounts.serve(snapshot.folder).address).pid
+    started = Path(f"/proc/{daemon}/task/{daemon}/children").read_text().split()
+    assert started
+    for pid in (daemon, *started):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the filling process ends when all is here
+            assert re.search(r"^Max core file size +0 +0 ", Path(f"/proc/{pid}/limits").read_text(), re.MULTILINE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from lazymem.cli.main import main as lazymem
 from lazymem.vm.guests import build_guest
 from tests.support.mounts import wait_until
-from tests.support.systemdmachine import CHECKOUT, SystemdMachine, install_programs, started
+from tests.support.systemdmachine import CHECKOUT, PROGRAMS, SystemdMachine, install_programs, started
 from tests.support.vmprocess import starting
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
@@ -190,6 +190,88 @@ def test_a_killed_mount_goes_on_and_so_does_its_guest(machine: SystemdMachine) -
     assert machine.show(MOUNT, "NFileDescriptorStore") == "0"
     assert not mounted(machine)
     assert not machine.shell("find /var/cache/lazymem -name 'run-*'")
+
+
+@pytest.fixture
+def program(machine: SystemdMachine) -> Iterator[Callable[[str], None]]:
+    """Puts a shell script in the place of the mount's program; "": the program again, as after the test."""
+    installed = PROGRAMS / "bin/lazymem-mount"
+    machine.shell(f"cp {installed} {installed}.good")
+
+    def put(script: str) -> None:
+        if script:
+            machine.shell(f"printf '#!/bin/sh\\n{script}\\n' >{installed}.new; chmod +x {installed}.new")
+        else:
+            machine.shell(f"cp {installed}.good {installed}.new")
+        machine.shell(f"mv {installed}.new {installed}")
+
+    yield put
+    put("")
+
+
+def restarts(machine: SystemdMachine) -> int:
+    return int(machine.show(MOUNT, "NRestarts"))
+
+
+def test_a_next_version_that_does_not_start_costs_no_guest(
+    machine: SystemdMachine, program: Callable[[str], None]
+) -> None:
+    """2 is a wrong command line: an option that it does not know. An upgrade changes nothing; a kill is waited out."""
+    machine.shell(commands("start"))
+    guest, daemon, before = machine.show(VM, "MainPID"), machine.show(MOUNT, "MainPID"), tick(machine)
+    program("exit 2")
+    done = machine.run("lazymem", "mount", "--upgrade", "/run/lazymem/web", check=False)
+    assert (done.returncode, machine.show(MOUNT, "MainPID")) == (3, daemon), done.stderr
+    assert f"daemon {daemon} goes on: the new version's daemon does not start" in done.stderr
+    assert restarts(machine) == 0
+    assert tick(machine) > before
+    machine.run("kill", "-KILL", daemon)
+    for script in ("exit 2", "exit 0"):
+        program(script)
+        tried = restarts(machine)
+        wait_until(lambda tried=tried: restarts(machine) >= tried + 2, "it is tried again")  # type: ignore[misc]
+    assert machine.show(VM, "ActiveState") == "active"
+    program("")
+    machine.wait_shown(MOUNT, "ActiveState", "active")
+    machine.shell("cksum /run/lazymem/web/pc.ram")
+    after = tick(machine)
+    assert after > before
+    machine.shell("lazymem mount --upgrade /run/lazymem/web")
+    assert tick(machine) > after
+    assert machine.show(VM, "MainPID") == guest
+
+
+def test_a_mount_that_waits_for_its_next_daemon_can_be_given_up(
+    machine: SystemdMachine, program: Callable[[str], None]
+) -> None:
+    """Nothing of it is left, and the guest ends too."""
+    machine.shell(commands("start"))
+    program("exec sleep 1000")
+    daemon = machine.show(MOUNT, "MainPID")
+    machine.run("kill", "-KILL", daemon)
+    wait_until(lambda: machine.show(MOUNT, "SubState") == "start", "the next one is started")
+    machine.run("systemctl", "stop", MOUNT)
+    assert not mounted(machine)
+    assert machine.show(MOUNT, "NFileDescriptorStore") == "0"
+    wait_until(lambda: machine.show(VM, "ActiveState") in ENDED, "the guest ends")
+    program("")
+    machine.run("systemctl", "reset-failed", check=False)
+    machine.shell(commands("start"))
+    assert tick(machine)
+
+
+def test_a_mistake_at_a_first_start_is_not_tried_again(machine: SystemdMachine) -> None:
+    machine.shell("cp /etc/lazymem/mount-web.conf /root/mount-web.conf")
+    try:
+        for mistake in ("--nonsense", "--deadline=-1", "-o nonsense"):
+            machine.shell(f"sed -i 's/^LAZYMEM_MOUNT_OPTIONS=\"/&{mistake} /' /etc/lazymem/mount-web.conf")
+            assert machine.run("systemctl", "start", MOUNT, check=False).returncode == 1
+            found = [machine.show(MOUNT, name) for name in ("ActiveState", "ExecMainStatus", "NRestarts")]
+            assert found == ["failed", "78", "0"], mistake
+            machine.shell("cp /root/mount-web.conf /etc/lazymem/mount-web.conf")
+            machine.run("systemctl", "reset-failed", MOUNT)
+    finally:
+        machine.shell("cp /root/mount-web.conf /etc/lazymem/mount-web.conf")
 
 
 @pytest.mark.parametrize("whole", [False, True])
