@@ -252,7 +252,7 @@ def test_a_mount_that_waits_for_its_next_daemon_can_be_given_up(
     wait_until(lambda: machine.show(MOUNT, "SubState") == "start", "the next one is started")
     machine.run("systemctl", "stop", MOUNT)
     assert not mounted(machine)
-    assert machine.show(MOUNT, "NFileDescriptorStore") == "0"
+    machine.wait_shown(MOUNT, "NFileDescriptorStore", "0")
     wait_until(lambda: machine.show(VM, "ActiveState") in ENDED, "the guest ends")
     program("")
     machine.run("systemctl", "reset-failed", check=False)
