@@ -19,13 +19,18 @@ from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
 LOAD_SECONDS = 60.0
 """For it to load what it needs."""
 
+REAP_LOOK_SECONDS = 0.005
+
 _SYSTEMDS = frozenset(["NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"])
 """In the environment, and for the service itself only."""
 
 
 async def maybe_objection(command: list[str]) -> str | None:
-    """Why a next daemon, which `command` starts, would not; None: it would."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """Why a next daemon, which `command` starts, would not; None: it would. A lack of something ends nobody."""
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        return f"no next daemon can be tried: {error.strerror}"
     with ours:
         try:
             with theirs:
@@ -40,9 +45,15 @@ async def maybe_objection(command: list[str]) -> str | None:
                 return None if _is_warm(ours) else f"the new version's daemon does not start: {' '.join(command)}"
             return f"the new version's daemon was not loaded within {LOAD_SECONDS:g} s"
         finally:
-            process.kill()
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(process.wait)
+                await _end(process)
+
+
+async def _end(process: subprocess.Popen[bytes]) -> None:
+    """Without a thread, of which there may be none."""
+    process.kill()
+    while process.poll() is None:  # noqa: ASYNC110  # nothing tells of it that would not be one more thing to lack
+        await trio.sleep(REAP_LOOK_SECONDS)
 
 
 def own_command() -> list[str]:

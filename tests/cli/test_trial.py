@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import sys
 from pathlib import Path
 
@@ -44,6 +46,28 @@ def test_one_that_is_not_there_is_one(tmp_path: Path) -> None:
 def test_one_that_says_nothing_is_one_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "LOAD_SECONDS", 0.01)
     assert objection("/bin/sleep", "1000") == "the new version's daemon was not loaded within 0.01 s"
+
+
+def test_no_lack_of_descriptors_or_threads_ends_the_present_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def no_thread(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trio.to_thread, "run_sync", no_thread)
+        assert objection("/bin/false") == "/bin/false cannot be started: can't start new thread"
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "_start", refuse)
+        assert objection("/bin/false") == "/bin/false cannot be started: Too many open files"
+
+    async def without_sockets() -> str | None:
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "socketpair", refuse)
+            return await trial.maybe_objection(["/bin/false"])
+
+    assert trio.run(without_sockets) == "no next daemon can be tried: Too many open files"
 
 
 def test_its_command_is_what_started_us(monkeypatch: pytest.MonkeyPatch) -> None:
