@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"errors", "pages", "digests", "settings", "nowait", "residency", "timeslice"}
+BASE = {"errors", "pages", "digests", "settings", "nowait", "residency", "timeslice", "capabilities"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "wire": BASE,

@@ -224,6 +224,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         import trio
 
         from lazymem.cli import mountdaemon, supervised
+        from lazymem.cli.confinement import bound_daemon
         from lazymem.cli.restart import restart
         from lazymem.cli.servicemanager import tell_ready
         from lazymem.fs import tuning
@@ -235,6 +236,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
             from lazymem.fetch import tlstransport  # noqa: F401
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
+    bound_daemon()
     options = MountOptions.parse(found.options)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core has pages of the guest in it; all that we start inherits
     again = restart(_parser(), found, settings)

@@ -8,6 +8,7 @@ import msgspec
 import trio
 from msgspec import structs
 
+from lazymem.cli.confinement import confine_filler
 from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
 from lazymem.cli.groups import cause_of
 from lazymem.errors import StoreError
@@ -66,6 +67,7 @@ async def _fill(
     else:
         maybe_written = PageMap(written_fd, origin.pages)
     cache = open_cache(settings.cache_dir, origin)
+    confine_filler(settings)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
         welcome = msgspec.msgpack.decode(order.welcome, type=Welcome)

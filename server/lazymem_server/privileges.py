@@ -18,6 +18,7 @@ from pathlib import Path
 
 from msgspec import structs
 
+from lazymem.capabilities import keep_only, no_new_privileges
 from lazymem.errors import UsageError
 from lazymem.settings import TlsSettings
 from lazymem.tls.contexts import make_context
@@ -31,12 +32,7 @@ ACCOUNTS = ("lazymem-serve", "nobody")
 NOBODY = 65534
 """Where no user of that name is known (an image without a passwd file): the kernel's own overflow user."""
 
-_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 2, 24, 38
-
-_MAX_CAPABILITIES = 64
-"""Bits of a capability set; the kernel knows 41, and refuses the others."""
-
-_CAPABILITY_VERSION_3 = 0x20080522
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +189,7 @@ def give_up_root(maybe_account: Account | None) -> None:
     """
     if maybe_account is not None:
         _become(maybe_account)
-        ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        no_new_privileges()
 
 
 def _become(account: Account) -> None:
@@ -213,17 +209,14 @@ def _become(account: Account) -> None:
 
 
 def _give_up_capabilities() -> None:
-    """All sets of this thread, the only one so far; those that it starts have no more.
+    """All of this thread, the only one so far; those that it starts have no more.
 
     Raises:
         UsageError: the kernel refuses; a server does not run as root.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    for capability in range(_MAX_CAPABILITIES):
-        libc.prctl(
-            _PR_CAPBSET_DROP, capability, 0, 0, 0
-        )  # refused without CAP_SETPCAP: then no_new_privs is what keeps exec from regaining them
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    if libc.capset(header, (ctypes.c_uint32 * 6)()):
-        problem = os.strerror(ctypes.get_errno())
-        raise UsageError(f"runs as root, and cannot give that up ({problem}): start it as another user")
+    try:
+        keep_only(())
+    except OSError as error:
+        raise UsageError(
+            f"runs as root, and cannot give that up ({error.strerror}): start it as another user"
+        ) from error
