@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+from lazymem.cli.landlock import landlock_version
 from lazymem.fs import checks
 from tests.support import disks, privileges
 
@@ -21,6 +22,7 @@ OTHERS = "root here is a user namespace's, which knows nobody else"
 NAMESPACES = "no user namespaces"
 MOUNTS = "root may not mount or make control groups"
 DISK = "no file system lets go of what it caches"
+LANDLOCK = "the kernel has no Landlock"
 RESEND = "the kernel ends a mount with its daemon"
 
 MISSING: dict[str, Callable[[], bool]] = {
@@ -30,6 +32,7 @@ MISSING: dict[str, Callable[[], bool]] = {
     NAMESPACES: lambda: not privileges.user_namespaces(),
     MOUNTS: lambda: not privileges.root_may_mount(),
     DISK: lambda: disks.maybe_place() is None,
+    LANDLOCK: lambda: not landlock_version(),
     RESEND: lambda: checks.maybe_no_resend() is not None,
 }
 """What may be missing, and whether it is."""

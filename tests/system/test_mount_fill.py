@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.cli.confinement import DAEMONS
 from tests.support.mounts import Mounted, Stage, wait_until
+from tests.support.privileges import NOBODY, root_may_become_nobody
+from tests.support.processstatus import status_of, threads_of
+from tests.support.skips import OTHERS, skip_without
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = pytest.mark.system
@@ -112,6 +116,39 @@ def test_it_gives_way_and_hears_no_ctrl_c(mounts: Stage, slow: str) -> None:
     held = mounted.status()["pages_held"]
     wait_until(lambda: mounted.status()["pages_held"] > held, "it to go on")
     assert not gone(filler)
+
+
+def test_it_has_no_capability_and_root_daemon_only_its_units(mounts: Stage, slow: str) -> None:
+    """It takes a server's bytes apart: in no thread has it what root has."""
+    mounted = mounts.mount(slow)
+    filler = filler_of(mounted)
+    wait_until(lambda: status_of(filler)["NoNewPrivs"] == "1", "it to give up what it had")
+    held = mounted.status()["pages_held"]
+    wait_until(lambda: mounted.status()["pages_held"] > held, "it to go on")
+    for status in threads_of(filler):
+        assert {status[name].strip("0") for name in ("CapEff", "CapPrm", "CapInh", "CapAmb")} == {""}
+        assert status["NoNewPrivs"] == "1"
+    if os.geteuid() == 0:
+        allowed = sum(1 << capability for capability in DAEMONS)
+        maybe_supervisor = mounted.status()["survival"]["supervisor_pid"]
+        for pid in filter(None, (mounted.pid, maybe_supervisor)):
+            for status in threads_of(pid):
+                assert not int(status["CapEff"], 16) & ~allowed
+
+
+@pytest.mark.needs_root
+def test_it_reaches_another_users_socket(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """Which only its owner may connect to, and who has the one capability that overrides that."""
+    if not root_may_become_nobody():
+        skip_without(OTHERS, "no other user's socket")
+    path = tmp_path / "socket"
+    mounts.serve(snapshot.folder, arguments=("--listen", f"unix:{path}"))
+    os.chown(path, NOBODY, NOBODY)
+    path.chmod(0o600)
+    mounted = mounts.mount(f"unix:{path}")
+    wait_until(lambda: mounted.status()["pages_held"] == PAGES, "all pages")
+    assert "going on without it" not in mounted.log.read_text()
+    assert mounted.status()["wire_received_bytes"] > PAGES * 1000
 
 
 def test_pages_that_the_guest_wrote_are_not_asked_for(mounts: Stage, snapshot: BuiltSnapshot) -> None:
