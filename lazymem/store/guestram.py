@@ -31,6 +31,7 @@ from lazymem.store.runfiles import RunFiles
 from lazymem.store.source import PageDemand
 from lazymem.store.statefiles import StateFolder
 from lazymem.store.stats import StoreStatistics
+from lazymem.store.threads import in_thread_at_last
 
 log = logging.getLogger(__name__)
 
@@ -283,11 +284,11 @@ class GuestRam:
             try:
                 if self._state is not None and not self._state.private:
                     await self.sync()
-                    await trio.to_thread.run_sync(self._state.note_whole, limiter=self._syncers)
+                    await in_thread_at_last(self._syncers, self._state.note_whole)
             finally:
                 self._pristine.close()
                 if self._state is not None:
-                    await trio.to_thread.run_sync(self._state.close)
+                    await in_thread_at_last(self._syncers, self._state.close)
 
     def _plan(self, pages: PageRange) -> list[tuple[Place, PageRange]]:
         written = self._state.written.states(pages) if self._state else bytes(pages.count)

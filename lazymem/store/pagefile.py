@@ -10,7 +10,6 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
-from typing import TypeVar, TypeVarTuple
 
 import trio
 
@@ -19,6 +18,7 @@ from lazymem.nowait import nowait_flags
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.store.fallocate import punch
 from lazymem.store.secondcopy import SecondCopy
+from lazymem.store.threads import in_thread, in_thread_at_last
 
 READ_THREADS = 8
 """Reads that wait for the disk at a time. A disk gains little beyond; reads have their own threads, apart from writes,
@@ -37,9 +37,6 @@ LEFT_FREE_SHARE = 20
 its cache, in another process maybe, takes at once what was given up for a guest's writes."""
 
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-
-A = TypeVarTuple("A")
-R = TypeVar("R")
 
 
 class PageFile:
@@ -146,7 +143,7 @@ class PageFile:
     async def sync(self) -> None:
         """Bytes reach the disk; afterwards the kernel's second copy of them goes."""
         try:
-            await in_thread(self._writers, _fsync_and_drop, self._fd)
+            await in_thread_at_last(self._writers, _fsync_and_drop, self._fd)
         except OSError as error:
             raise StoreError(f"cannot sync {self._name}: {error}") from error
 
@@ -155,14 +152,6 @@ class PageFile:
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
-
-
-async def in_thread(limiter: trio.CapacityLimiter, work: Callable[[*A], R], *arguments: *A) -> R:
-    """Blocking `work`, in a thread. OSError, also where the host has no thread for us (a limit on tasks)."""
-    try:
-        return await trio.to_thread.run_sync(work, *arguments, limiter=limiter)
-    except RuntimeError as error:  # threading's word for it
-        raise OSError(errno.EAGAIN, str(error)) from error
 
 
 def pread_all(fd: int, length: int, offset: int) -> bytes:

@@ -18,9 +18,9 @@ from lazymem.errors import DeadlineError, StoreError
 from lazymem.pages import PageRange
 from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.mendable import is_mendable, is_out_of_room, what_to_do
-from lazymem.store.pagefile import in_thread
 from lazymem.store.shedding import Shedder
 from lazymem.store.statefiles import StateFolder
+from lazymem.store.threads import in_thread
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import SET, UNSET, PageMap
 from lazymem.store.reserve import RESERVE_NAME, Reserve
 from lazymem.store.syncedmap import SyncedMap
+from lazymem.store.threads import in_thread_at_last
 
 RAM_NAME = "pc.ram"
 MAP_NAME = "written"
@@ -60,7 +61,8 @@ class StateFolder(Struct):
         self.written.count_in(unset)
 
     async def sync(self, limiter: trio.CapacityLimiter) -> None:
-        """What was stored before the call reaches the disk, the map behind its pages. One call at a time.
+        """What was stored before the call reaches the disk, the map behind its pages. One call at a time. Waits for a
+        thread where the host has none just now: that says nothing of the pages.
 
         Raises:
             StoreError: the disk refused.
@@ -69,15 +71,15 @@ class StateFolder(Struct):
             await self.ram.sync()
             return
         if self.maybe_synced.has_lost:  # what no disk took note of then may be noted now
-            await trio.to_thread.run_sync(self._note_lost, limiter=limiter)
-        changes = await trio.to_thread.run_sync(self.maybe_synced.changes, self.written, limiter=limiter)
+            await in_thread_at_last(limiter, self._note_lost)
+        changes = await in_thread_at_last(limiter, self.maybe_synced.changes, self.written)
         try:
             await self.ram.sync()
         except StoreError:
             self.maybe_synced.pages_lost()
-            await trio.to_thread.run_sync(self._note_lost, limiter=limiter)
+            await in_thread_at_last(limiter, self._note_lost)
             raise
-        await trio.to_thread.run_sync(self.maybe_synced.apply, changes, limiter=limiter)
+        await in_thread_at_last(limiter, self.maybe_synced.apply, changes)
 
     def sync_now(self) -> None:
         """As `sync`, blocking, for a run that nobody serves any more."""

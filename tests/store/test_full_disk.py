@@ -19,7 +19,7 @@ import trio
 
 from lazymem.errors import DeadlineError, StoreError
 from lazymem.pages import PAGE_SIZE, PageRange
-from lazymem.store import guestram, pagefile, room
+from lazymem.store import guestram, pagefile, room, threads
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.pagemap import PageMap
 from tests.support.snapshots import BuiltSnapshot
@@ -270,6 +270,41 @@ async def test_a_host_without_threads_loses_no_write_and_fails_no_read(
             monkeypatch.setattr(trio.to_thread, "run_sync", real)
             monkeypatch.undo()
         assert await store.ram.read(0, PAGE_SIZE) == b"w" * PAGE_SIZE
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+async def test_a_sync_waits_for_a_thread_and_takes_nothing_for_lost(
+    snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Wherever in it there is none: the kernel would tell the guest that its pages are not on the disk."""
+    async with opened_store(snapshot, tmp_path / "cache", tmp_path / "state") as store:
+        real = trio.to_thread.run_sync
+        ended = trio.Event()
+        calls = 0
+
+        async def every_other(*arguments: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls % 2:
+                raise error
+            return await real(*arguments, **options)  # type: ignore[call-overload]
+
+        async def sync() -> None:
+            await store.ram.sync()
+            ended.set()
+
+        await store.ram.write(0, b"w" * PAGE_SIZE)
+        monkeypatch.setattr(threads, "RETRY_SECONDS", 0.001)
+        monkeypatch.setattr(trio.to_thread, "run_sync", every_other)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sync)
+            with trio.fail_after(60):
+                await ended.wait()
+        assert calls >= 6, "what changed, the pages, the map"
+        assert store.state is not None
+        assert store.state.maybe_synced is not None
+        assert not store.state.maybe_synced.has_lost
+        assert not store.state.maybe_synced.changes(store.state.written), "all is noted"
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.EIO])

@@ -1,4 +1,4 @@
-"""A memory control group of its own for a process under test: either version of control groups, removed at the end."""
+"""A control group of its own for a process under test: either version of them, removed at the end."""
 
 from __future__ import annotations
 
@@ -53,13 +53,20 @@ class MemoryGroup:
 @contextmanager
 def memory_group(name: str) -> Iterator[MemoryGroup | str]:
     """A new group directly below the root of what is or can be mounted here; a text where there can be none: why."""
+    with control_group(name, "memory") as made:
+        yield made if isinstance(made, str) else MemoryGroup(made[0], legacy=made[1])
+
+
+@contextmanager
+def control_group(name: str, controller: str) -> Iterator[tuple[Path, bool] | str]:
+    """As `memory_group`, of any controller: the group's folder, and whether it is version 1's."""
     with ExitStack() as stack:
-        reason = "no memory control group is mounted, and none can be"
-        for root, legacy in chain(_mounted(), _mountable(stack)):
+        reason = f"no {controller} control group is mounted, and none can be"
+        for root, legacy in chain(_mounted(controller), _mountable(stack, controller)):
             folder = root / f"{name}-{os.getpid()}"
             try:
                 if not legacy:
-                    (root / "cgroup.subtree_control").write_text("+memory")
+                    (root / "cgroup.subtree_control").write_text(f"+{controller}")
                 folder.mkdir()
                 stack.callback(_remove, folder)
                 break
@@ -68,28 +75,28 @@ def memory_group(name: str) -> Iterator[MemoryGroup | str]:
         else:
             yield reason
             return
-        yield MemoryGroup(folder, legacy=legacy)
+        yield folder, legacy
 
 
-def _mounted() -> Iterator[tuple[Path, bool]]:
-    """Roots that have memory groups, and whether they are version 1's."""
+def _mounted(controller: str) -> Iterator[tuple[Path, bool]]:
+    """Roots that have such groups, and whether they are version 1's."""
     for mount in mountinfo.current():
         root = Path(mount.path)
-        if mount.fs_type == "cgroup" and "memory" in root.name.split(","):
+        if mount.fs_type == "cgroup" and controller in root.name.split(","):
             yield root, True
-        elif mount.fs_type == "cgroup2" and "memory" in (root / "cgroup.controllers").read_text():
+        elif mount.fs_type == "cgroup2" and controller in (root / "cgroup.controllers").read_text():
             yield root, False
 
 
-def _mountable(stack: ExitStack) -> Iterator[tuple[Path, bool]]:
+def _mountable(stack: ExitStack, controller: str) -> Iterator[tuple[Path, bool]]:
     """The same, mounted for as long as `stack` stands: in a container the others are often read-only."""
     folder = stack.enter_context(TemporaryDirectory(prefix="lazymem-cgroup-"))
-    for words in (("cgroup", "-o", "memory"), ("cgroup2",)):
+    for words in (("cgroup", "-o", controller), ("cgroup2",)):
         if subprocess.run(["mount", "-t", *words, "cgroup", folder], capture_output=True, check=False).returncode:
             continue
         stack.callback(subprocess.run, ["umount", folder], check=True)
         legacy = len(words) > 1
-        if legacy or "memory" in (Path(folder) / "cgroup.controllers").read_text():
+        if legacy or controller in (Path(folder) / "cgroup.controllers").read_text():
             yield Path(folder), legacy
 
 
