@@ -10,6 +10,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def settings(server: str = "127.0.0.1:1") -> MountSettings:
     return MountSettings(servers=(parse_server(server),), mountpoint=Path("/mnt"), cache_dir=Path("/nowhere"))
 
 
-def in_child(work: Callable[[], object]) -> object:
+def in_child(work: Callable[[], object]) -> Any:
     """What `work` returns, in a forked process."""
     read_end, write_end = os.pipe()
     child = os.fork()
@@ -96,7 +97,7 @@ def test_it_has_no_capability_and_gets_none_back(monkeypatch: pytest.MonkeyPatch
         ]
 
     before = status_of(os.getpid())
-    asked, mounted, have, no_new, bound = in_child(work)  # type: ignore[misc]
+    asked, mounted, have, no_new, bound = in_child(work)
     assert (asked, mounted) == (errno.EPERM, errno.EPERM)
     assert have == [0, 0]
     assert no_new == ["1", "1"]
@@ -173,7 +174,7 @@ def test_the_daemon_keeps_what_the_unit_names_and_dumps_no_core() -> None:
 
     before = status_of(os.getpid())
     allowed = sum(1 << capability for capability in DAEMONS)
-    effective, bound, core = in_child(work)  # type: ignore[misc]
+    effective, bound, core = in_child(work)
     assert core == 0
     assert effective == int(before["CapEff"], 16) & (allowed if os.geteuid() == 0 else -1)
     if os.geteuid() == 0 and int(before["CapEff"], 16) >> 8 & 1:

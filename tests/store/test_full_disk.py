@@ -278,7 +278,7 @@ async def test_a_sync_waits_for_a_thread_and_takes_nothing_for_lost(
 ) -> None:
     """Wherever in it there is none: the kernel would tell the guest that its pages are not on the disk."""
     async with opened_store(snapshot, tmp_path / "cache", tmp_path / "state") as store:
-        real = trio.to_thread.run_sync
+        real: Any = trio.to_thread.run_sync
         ended = trio.Event()
         calls = 0
 
@@ -287,7 +287,7 @@ async def test_a_sync_waits_for_a_thread_and_takes_nothing_for_lost(
             calls += 1
             if calls % 2:
                 raise error
-            return await real(*arguments, **options)  # type: ignore[call-overload]
+            return await real(*arguments, **options)
 
         async def sync() -> None:
             await store.ram.sync()

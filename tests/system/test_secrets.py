@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,11 +16,14 @@ import pytest
 from lazymem.cli import verify
 from lazymem.pages import PAGE_SIZE
 from lazymem.store import cachefolder
-from tests.support.mounts import Mounted, Stage, drop_kernel_cache, kill_daemon, wait_until
+from lazymem.vm.guests import build_guest
+from tests.support.handover import pair
+from tests.support.mounts import Mounted, Stage, command, drop_kernel_cache, kill_daemon, wait_until
 from tests.support.patientreader import PatientReaders
 from tests.support.privileges import NOBODY, root_may_become_nobody
 from tests.support.skips import stood_in
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
+from tests.support.vmprocess import starting
 
 pytestmark = pytest.mark.system
 
@@ -136,5 +140,75 @@ def test_no_log_and_no_error_has_anything_of_a_page(
     out, err = capfd.readouterr()
     told = said + mount.log.read_text() + mount.result.stdout + mount.result.stderr + out + err
     assert "page 4 " in told, "it says which"
+    assert_no_secret(told)
+
+
+def assert_no_secret(told: str) -> None:
     for part in (SECRET, SECRET[::-1], SECRET[:12], SECRET.hex().encode(), SECRET[5:20]):
         assert part.decode() not in told
+
+
+RAM_MIB = 8
+SECRET_AT = 4 << 20
+SECRET_BYTES = SECRET * ((2 << 20) // len(SECRET))
+
+
+def kept_by_commands(folder: Path) -> str:
+    """All that they wrote for people and for each other: logs, outputs, journals; not what holds pages."""
+    held = ("ram", "pc.ram", "pages", "vmstate")
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not os.path.ismount(Path(parent, name))]
+        files += [Path(parent, name) for name in names if name not in held]
+    return "".join(file.read_bytes().decode(errors="replace") for file in files if file.is_file())
+
+
+@pytest.mark.timeout(180)
+def test_no_log_of_a_hand_over_has_anything_of_a_page(tmp_path: Path) -> None:
+    """A guest is saved by `lazymem snapshot` and given by `lazymem send` to `lazymem receive`, which takes it with an
+    emulator of its own. In between: a name that is taken, a killed source, a damaged state, one who comes too late."""
+    ram = tmp_path / "ram"
+    ram.write_bytes(bytes(SECRET_AT) + SECRET_BYTES)
+    os.truncate(ram, RAM_MIB << 20)
+    with starting(tmp_path, RAM_MIB) as start:
+        guest = start("--pcram-file", ram, "-kernel", build_guest("heartbeat", tmp_path))
+        guest.wait_ticks(2)
+        saved = [command("lazymem.cli.main", "snapshot", guest.monitor, tmp_path / "saved", "--resume")] * 2
+        taken = [subprocess.run(words, capture_output=True, text=True, timeout=120, check=False) for words in saved]
+        assert [done.returncode == 0 for done in taken] == [True, False], taken
+        damaged = start("--pcram-file", copy_of(ram, tmp_path), "-incoming", f"file:{damaged_state(tmp_path)}")
+        code, complaint = damaged.end()
+        assert code != 0
+        with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+            two.begin(source_dies="RECORDED given")
+            assert two.wait_settled() == (False, True)
+            assert two.receive.run("--journal", tmp_path / "late.journal").returncode != 0
+            assert two.send.wait() == 0, two.tell()
+            with open(two.mountpoint / "pc.ram", "rb") as file:
+                file.seek(SECRET_AT)
+                assert file.read(len(SECRET)) == SECRET, "it went along"
+            told = [two.tell(), json.dumps(two.report()), kept_by_commands(tmp_path)]
+        told += [said for done in taken for said in (done.stdout, done.stderr)]
+        told += [complaint, guest.end()[1]]
+    text = "\n".join(told)
+    for part in (
+        "!RECORDED given",
+        "lazymem-mount[",
+        "runs at the destination",
+        "lazymem-vm: ",
+        str(tmp_path / "saved"),
+    ):
+        assert part in text
+    assert_no_secret(text)
+
+
+def copy_of(ram: Path, folder: Path) -> Path:
+    return Path(shutil.copy(ram, folder / "pc.ram"))
+
+
+def damaged_state(folder: Path) -> Path:
+    """The saved one with a secret in the midst of it, where one page too many in a stream would be."""
+    state = (folder / "saved" / "vmstate").read_bytes()
+    damaged = folder / "vmstate"
+    damaged.write_bytes(state[: len(state) // 2] + SECRET_BYTES + state[len(state) // 2 :])
+    return damaged
