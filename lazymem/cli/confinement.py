@@ -6,7 +6,6 @@ import codecs
 import contextlib
 import logging
 import os
-import resource
 
 from lazymem.capabilities import Capability, keep_only, no_new_privileges
 from lazymem.cli.landlock import shut_out_of_files
@@ -34,9 +33,7 @@ Supervisor and next daemons inherit them."""
 
 
 def bound_daemon() -> None:
-    """Once, before there are threads and children. A core dump has pages of the guest in it, so none is written."""
-    with contextlib.suppress(OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    """Once, before there are threads and children."""
     if os.geteuid() == 0:  # to others, fusermount3 would no longer be root
         try:
             keep_only(DAEMONS)

@@ -236,10 +236,10 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
             from lazymem.fetch import tlstransport  # noqa: F401
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
-    bound_daemon()
     options = MountOptions.parse(found.options)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core has pages of the guest in it; all that we start inherits
     again = restart(_parser(), found, settings)
+    bound_daemon()
     survival = supervised.begin(again, in_front=found.foreground, wanted=not found.no_supervisor)
     maybe_filler = _maybe_filler(settings)
     lock = MountLock(str(settings.mountpoint))
