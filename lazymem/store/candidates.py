@@ -23,7 +23,8 @@ from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SHIFT, PageRange, PageRun
 from lazymem.store import folders
 from lazymem.store.fallocate import punch
-from lazymem.store.pagefile import in_thread, pread_all
+from lazymem.store.pagefile import pread_all
+from lazymem.store.threads import in_thread
 
 PAGES_NAME = "pages"
 MAP_NAME = "map"

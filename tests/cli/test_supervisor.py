@@ -14,36 +14,36 @@ import time
 import pytest
 import trio
 
-from lazymem.cli import supervisor
+from lazymem.cli import daemonprocess, patience, supervisor
+from lazymem.cli.daemonprocess import Daemon, Starter
 from lazymem.cli.supervised import end_child
-from lazymem.cli.supervisor import Daemon, Supervisor
 from lazymem.fs import descriptorstore
 from lazymem.fs.descriptorstore import FUSE, RECORD
 from lazymem.fs.sessionrecord import SessionRecord
 
 
-def _supervised(command: list[str]) -> tuple[Supervisor, socket.socket, subprocess.Popen[bytes]]:
+def _supervised(command: list[str]) -> tuple[supervisor.Supervisor, socket.socket, subprocess.Popen[bytes]]:
     """A supervisor in this process, and the daemon that it looks after."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     daemon = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     pidfd = os.pidfd_open(daemon.pid)
     descriptorstore.send(ours, {"DAEMON": daemon.pid, "COMMAND": json.dumps(command), "LOG": ""}, pidfd)
     os.close(pidfd)
-    return Supervisor(theirs), ours, daemon
+    return supervisor.Supervisor(theirs), ours, daemon
 
 
 def test_daemons_that_do_not_start_are_tried_until_the_mount_is_over(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Some cannot even be started, and some end; the log is not filled with it, and says what one can do."""
-    monkeypatch.setattr(supervisor, "MAX_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(supervisor, "LOUD_FAILURES", 4)
+    monkeypatch.setattr(patience, "MAX_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(patience, "LOUD_FAILURES", 4)
     looked_after, control, daemon = _supervised([])
     looked_after._python = "/bin/false"
-    real_start, tries = Supervisor._start, 0
+    real_start, tries = Starter.start, 0
     tried_enough = threading.Event()
 
-    def start(self: Supervisor, python: str) -> Daemon:
+    def start(self: Starter, python: str) -> Daemon:
         nonlocal tries
         tries += 1
         if tries == 20:
@@ -52,7 +52,7 @@ def test_daemons_that_do_not_start_are_tried_until_the_mount_is_over(
             raise OSError(errno.EMFILE, "Too many open files")
         return real_start(self, python)
 
-    monkeypatch.setattr(Supervisor, "_start", start)
+    monkeypatch.setattr(Starter, "start", start)
     read_end, connection = os.pipe()
     with control:
         descriptorstore.put(control, RECORD, SessionRecord.create().descriptor)
@@ -75,12 +75,12 @@ def test_daemons_that_do_not_start_are_tried_until_the_mount_is_over(
 
 def test_what_kept_daemons_from_starting_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """After more failures than one would believe in, the next one gets everything and goes on."""
-    monkeypatch.setattr(supervisor, "MAX_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(patience, "MAX_PAUSE_SECONDS", 0.001)
     looked_after, control, daemon = _supervised([])
     good: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
     tries = 0
 
-    def start(self: Supervisor, python: str) -> Daemon:
+    def start(self: Starter, python: str) -> Daemon:
         nonlocal tries
         tries += 1
         if tries < 30:
@@ -90,7 +90,7 @@ def test_what_kept_daemons_from_starting_passes(monkeypatch: pytest.MonkeyPatch)
         good.append((process, theirs))
         return Daemon(process.pid, os.pidfd_open(process.pid), ours, process)
 
-    monkeypatch.setattr(Supervisor, "_start", start)
+    monkeypatch.setattr(Starter, "start", start)
     read_end, connection = os.pipe()
     with control:
         descriptorstore.put(control, FUSE, connection)
@@ -135,7 +135,7 @@ def test_a_daemon_is_told_of_all_before_it_that_have_not_ended(monkeypatch: pyte
     looked_after, control, first = _supervised([])
     started: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
 
-    def start(self: Supervisor, python: str) -> Daemon:
+    def start(self: Starter, python: str) -> Daemon:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         started.append((process, theirs))
@@ -143,7 +143,7 @@ def test_a_daemon_is_told_of_all_before_it_that_have_not_ended(monkeypatch: pyte
         daemon.is_ready = True
         return daemon
 
-    monkeypatch.setattr(Supervisor, "_start", start)
+    monkeypatch.setattr(Starter, "start", start)
     looked_after._daemon.is_ready = True
     read_end, looked_after._held[FUSE] = os.pipe()
     with control:
@@ -182,7 +182,7 @@ def test_a_daemon_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.M
         raise OSError(errno.ENFILE, "no descriptor")
 
     looked_after, control, daemon = _supervised([])
-    monkeypatch.setattr(supervisor, "open", no_descriptor, raising=False)
+    monkeypatch.setattr(daemonprocess, "open", no_descriptor, raising=False)
     assert not looked_after._daemon.is_dead()
     daemon.kill()
     daemon.wait()
