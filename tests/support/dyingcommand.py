@@ -13,6 +13,8 @@ a destination) are killed; ``cut:`` is the connection to the other side; ``hold:
 a sibling with the ending .go. Several of these may stand with a ``;`` between. ``half``: of the guesses only the first
 2 MiB are served until then. ``late;`` before all: the destination takes its emulator for not yet loaded until it has
 the source's word. ``early;``: it lets the source wait until its emulator is.
+
+FILE's sibling with the ending .read says of each step how many bytes the process has read of files until then.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class _Steps:
         kind = self._fatal.pop(word, None)
         with self._path.open("a") as file:
             file.write(f"{word}\n" + (f"!{word}\n" if kind is not None else ""))
+        with self._path.with_suffix(".read").open("a") as file:
+            file.write(f"{_read_bytes()} {word}\n")
         return kind
 
     def reached_alone(self, word: str) -> None:
@@ -73,6 +77,11 @@ class _Steps:
             os.kill(status["pid"], signal.SIGKILL)
         elif kind is not None:
             os.kill(_emulator(side) if kind == "emulator" else os.getpid(), signal.SIGKILL)
+
+
+def _read_bytes() -> int:
+    """By read and its kin; what came over sockets is not among them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def _emulator(side: Any) -> int:

@@ -107,6 +107,7 @@ class Pairs:
         while self._steps.left:
             pair = self.next_pair(guest)
             Attempts(pair, self._steps, guest).run()
+            pair.never_both()
             if not pair.runs()[1]:
                 return
             guest.moved(pair.folder, pair.there)

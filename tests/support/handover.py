@@ -20,7 +20,7 @@ from lazymem.cli.umount import end_mount
 from lazymem.errors import LazymemError
 from lazymem.fs import mountinfo
 from lazymem.handover.journal import read
-from lazymem.vm.qmpclient import QmpClient
+from tests.support.emulatorwatch import EmulatorWatch, both_ran, downtime_seconds
 from tests.support.forkedcommands import Forked, ForkServer
 from tests.support.networkhosts import NetworkHost
 from tests.support.vmprocess import WAIT_SECONDS, wait_until
@@ -88,6 +88,11 @@ class Command:
     def was_at(self) -> list[str]:
         return self.steps.read_text().splitlines() if self.steps.exists() else []
 
+    def read_until(self, step: str) -> int:
+        """Bytes of files that it had read when it came to that step, the last time."""
+        lines = self.steps.with_suffix(".read").read_text().splitlines()
+        return next(int(words[0]) for words in (line.split(" ", 1) for line in reversed(lines)) if words[1] == step)
+
     def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
@@ -111,8 +116,9 @@ class Pair:
         seconds."""
         self.folder = folder
         self.monitor, self.there = monitor, there or folder / "there.qmp"
-        self._shared_monitor = there is None
-        """QEMU's serves one client, and lazymem send is that."""
+        self._watches = EmulatorWatch(self.monitor), EmulatorWatch(self.there)
+        self._shares = there is None
+        """The emulators' monitors have room for a watch."""
         self.mountpoint = folder / "mnt"
         self.mountpoint.mkdir()
         environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
@@ -128,11 +134,23 @@ class Pair:
         self.vm_options = ("-qmp", f"unix:{self.there}", *map(str, vm_options))
         self.journals = journals
 
+    def watch_at(self, here: Path, there: Path) -> None:
+        """With QEMU: monitors of the two emulators that nobody else uses, as one of its serves one client."""
+        self._watches, self._shares = (EmulatorWatch(here), EmulatorWatch(there)), True
+
+    def stop_watching(self) -> None:
+        """Somebody else is to have those monitors. What was told until now stays known."""
+        self.never_both()
+        for watch in self._watches:
+            watch.close()
+        self._shares = False
+
     def begin(self, *, source_dies: str = "", destination_dies: str = "") -> None:
         """When the source, and when the destination, comes to that step, it dies."""
         self.begin_at(self.mountpoint, source_dies, destination_dies)
 
     def begin_at(self, mountpoint: Path, source_dies: str = "", destination_dies: str = "") -> None:
+        self.runs()  # from here on it tells when its guest stops
         self.send.start(die_at=source_dies)
         address = self.address()
         self.receive.arguments = [*self.receive.arguments, address, str(mountpoint), *self.vm_options]
@@ -148,8 +166,27 @@ class Pair:
         return None if here is None else here.state, None if there is None else there.state
 
     def runs(self) -> tuple[bool, bool]:
-        """Whether the guest runs here, and there."""
-        return self._shared_monitor and _runs(self.monitor), _runs(self.there)
+        """Whether the guest runs here, and there, as far as the emulators answer."""
+        there = self._watches[1].runs()  # first: what stops here meanwhile may run there a moment later
+        if not self._shares:
+            self._watches[1].close()
+            return False, there
+        return self._watches[0].runs(), there
+
+    def never_both(self) -> None:
+        """By the times that both emulators tell, it never ran on both sides at once."""
+        if self._shares:
+            self.runs()
+        assert not both_ran(*self._watches), f"{both_ran(*self._watches)}; {self.tell()}"
+
+    def downtime_seconds(self) -> float:
+        """As both emulators tell it; the destination's has to have been asked whether it runs before it did."""
+        self.runs()
+        return downtime_seconds(*self._watches)
+
+    def events_here(self) -> list[str]:
+        """The names of what the source's emulator told, in that order."""
+        return self._watches[0].names()
 
     def restart_the_dead(self) -> None:
         for command in (self.send, self.receive):
@@ -163,6 +200,7 @@ class Pair:
             runs = self.runs()
             assert runs != (True, True), f"both run; {self.tell()}"
             if any(runs) and self._is_decided(runs):
+                self.never_both()
                 return runs
             assert time.monotonic() < give_up, self.tell()
             self.restart_the_dead()
@@ -180,6 +218,8 @@ class Pair:
         return found
 
     def clean_up(self) -> None:
+        for watch in self._watches:
+            watch.close()
         for command in (self.send, self.receive):
             command.kill()
         record = read(self.journals[1])
@@ -197,14 +237,6 @@ class Pair:
                 end_mount(path, force=True)
 
 
-def _runs(monitor: Path) -> bool:
-    try:
-        with QmpClient(monitor, timeout_seconds=10) as qmp:
-            return str(qmp.command("query-status")["status"]) == "running"
-    except LazymemError:
-        return False
-
-
 @contextlib.contextmanager
 def pair(
     folder: Path,
@@ -217,5 +249,6 @@ def pair(
     made = Pair(folder, monitor, *vm_options, there=there, hosts=hosts, warm=warm)
     try:
         yield made
+        made.never_both()
     finally:
         made.clean_up()

@@ -58,12 +58,15 @@ def handed_over(pair: Pair, guest: Process) -> None:
 
 def test_a_guest_goes_on_elsewhere(guest: Process, tmp_path: Path) -> None:
     with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
-        two.begin()
+        two.begin(destination_dies="hold:RECORD asked")
+        two.receive.wait_at("RECORD asked")
+        assert two.runs() == (True, False)
+        two.receive.let_go_on()
         assert two.wait_settled() == (False, True)
         handed_over(two, guest)
         report = two.report()
         assert report["state"] == "released"
-        assert report["downtime_seconds"] > 0
+        assert report["downtime_seconds"] == pytest.approx(two.downtime_seconds(), abs=1e-3)
         assert report["wire_received_bytes"] > 0
         assert two.states()[1] in ("whole", "done")
         two.receive.process.terminate()  # type: ignore[union-attr]
