@@ -33,7 +33,7 @@ from lazymem.errors import (
     StoreError,
     UsageError,
 )
-from lazymem.fs import mountinfo
+from lazymem.fs import hostmemory, mountinfo
 from lazymem.handover.arriving import WAITS, ArrivingGuest, boot_id
 from lazymem.handover.messages import Offer
 from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir, escaped_server
@@ -124,8 +124,8 @@ class ReceiveHost:
             )
         if available < offer.ram_bytes:
             raise EnvironmentRefusedError(
-                f"the guest has {offer.ram_bytes >> 20} MiB of RAM and this host {available >> 20} MiB to spare; with "
-                "--force it runs from the disk"
+                f"the guest has {offer.ram_bytes >> 20} MiB of RAM and this host, or this process's control group, "
+                f"{max(0, int(available)) >> 20} MiB to spare; with --force it runs from the disk"
             )
 
     # ---- the mount and the emulator
@@ -377,10 +377,6 @@ def _free_bytes(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def _available_bytes() -> int:
-    """Memory that the kernel would give without swapping; without a bound where it does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return 1 << 62
+def _available_bytes() -> float:
+    """Memory that this host, and each control group that this process is in, would still give."""
+    return hostmemory.room_bytes(0)

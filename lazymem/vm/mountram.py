@@ -116,13 +116,18 @@ class MountRam:
         Raises:
             RamFileError: they do not come.
         """
-        try:
-            data = os.pread(self._source, length, offset)
-        except OSError as error:
-            raise self.failed(error) from error
-        if len(data) != length:
-            raise RamFileError(f"{self.path} ended at {offset + len(data)} bytes while it was read")
-        return data
+        data = bytearray()
+        while len(data) < length:  # a read ends before a page that does not come; the next one says why
+            try:
+                piece = os.pread(self._source, length - len(data), offset + len(data))
+            except OSError as error:
+                raise self.failed(error) from error
+            if not piece:
+                raise RamFileError(f"{self.path} ended at {offset + len(data)} bytes while it was read")
+            if len(piece) == length:
+                return piece
+            data += piece
+        return bytes(data)
 
     def failed(self, error: OSError) -> RamFileError:
         """What to say of a mount that refused something."""

@@ -16,9 +16,11 @@ from lazymem.cli import handoverend, receivehost
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.receivehost import ReceiveHost, Wanted, command_line
 from lazymem.errors import EnvironmentRefusedError, LazymemError, MountError, ServerRefusedError, StoreError, UsageError
-from lazymem.fs import mountinfo
+from lazymem.fs import hostmemory, mountinfo
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.messages import VERSION, Offer
+from tests.support import skips
+from tests.support.memorygroup import memory_group
 
 OURS: dict[str, Any] = {"name": "lazymem-vm", "version": "0.1"}
 QEMU: dict[str, Any] = {"name": "qemu", "version": "7.2", "machine": "pc-i440fx-7.2", "cpu": "qemu64", "options": []}
@@ -49,6 +51,28 @@ def test_too_little_disk_or_memory(
     with pytest.raises(error, match=reason):
         host.check(offer(), wanted(tmp_path))
     host.check(offer(), replace(wanted(tmp_path), force=True))
+
+
+_SPARE = """
+from lazymem.cli import receivehost
+print(int(receivehost._available_bytes()))
+"""
+
+
+@pytest.mark.needs_root("a control group")
+def test_what_its_control_group_gives_counts_too(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with memory_group("lazymem-test") as group:
+        if isinstance(group, str):
+            skips.stood_in(request.node, f"a number, for what a memory control group gives: {group}")
+            monkeypatch.setattr(hostmemory, "room_bytes", lambda _: 4096.0)
+            assert receivehost._available_bytes() == 4096
+            return
+        group.limit(96 << 20)
+        command = group.command(sys.executable, "-c", _SPARE)
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        assert int(said) < 96 << 20
 
 
 def test_the_same_file_on_the_same_host(tmp_path: Path) -> None:

@@ -133,6 +133,10 @@ class TestRefusals:
         assert "named twice" in refused(RamFileError, *run, "--pcram-file", ram, "--mem-file", f"pc.ram={ram}")
         assert "no RAM block pc.bios" in refused(RamFileError, *run, "--mem-file", f"pc.bios={ram}")
         assert "cannot open" in refused(RamFileError, *run, "--pcram-file", f"{ram}-none")
+        os.mkfifo(f"{ram}.fifo")
+        for no_file in (ram.parent, f"{ram}.fifo"):
+            said = refused(RamFileError, *run, "--pcram-file", no_file)
+            assert f"cannot open {no_file} for RAM block pc.ram: not a regular file" in said
         os.truncate(ram, 4096)
         assert "needs exactly 16777216" in refused(RamFileError, *run, "--pcram-file", ram)
         assert ram.stat().st_size == 4096
@@ -209,6 +213,39 @@ class TestPrint:
         assert line[line.index("-machine") + 1].startswith("pc-i440fx-9.9,")
         assert "-nodefaults" in line
         assert f"mem-path={ram}".replace(",", ",,") in line[line.index("-object") + 1]
+
+    @pytest.mark.parametrize(
+        ("made_with", "maybe_reason", "accel", "said"),
+        [
+            (None, None, "kvm", "a probe guest ran"),
+            (None, "no KVM in tests", "tcg", "(no KVM in tests)"),
+            ("kvm", None, "kvm", "a probe guest ran"),
+            ("kvm", "no KVM in tests", "tcg", "the snapshot was made with kvm, whose state may not load"),
+            ("tcg", None, "tcg", "as the snapshot was made"),
+        ],
+    )
+    def test_kvm_where_a_guest_runs_under_it(
+        self,
+        snapshot: Path,
+        fake: FakeQemu,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        made_with: str | None,
+        maybe_reason: str | None,
+        accel: str,
+        said: str,
+    ) -> None:
+        monkeypatch.setattr(qemukvm, "why_not", lambda: maybe_reason)
+        options = () if made_with is None else ("-accel", made_with, "-m", "16M")
+        write_manifest(snapshot, Emulator("qemu", "9.9.0", "pc-i440fx-9.9", "qemu64", options))
+        words = ["--engine", "qemu", "-m", "16", "--qemu", str(fake.program), *resume(snapshot)]
+        assert main([*words, "--print"]) == 0
+        line = shlex.split(capsys.readouterr().out)
+        assert line[line.index("-accel") + 1] == accel
+        FakeQemu(tmp_path, "refuses")  # the same program, which ends at once
+        main(words)
+        assert said in capsys.readouterr().err
 
 
 class TestChild:

@@ -115,6 +115,17 @@ def receiver(
         yield made(journal, link, guest, arriving, host, lambda _: None, lambda _: None, state=state), link, host
 
 
+@pytest.mark.parametrize(("ahead", "stopped", "down"), [(0.0, 98.0, 2.0), (5.0, 103.0, 2.0), (-5.0, 93.0, 2.0)])
+async def test_the_downtime_is_told_by_one_clock(tmp_path: Path, ahead: float, stopped: float, down: float) -> None:
+    """The guest ran at 100 by the clock here, and stopped at `stopped` by the source's, which is that much ahead."""
+    with receiver(tmp_path, Guest()) as (found, link, _):
+        link.clock_ahead_seconds = ahead
+        found._stopped = stopped
+        await found._step(Event.LOADED)
+        await found._step(Event.GIVEN)
+        assert messages.Mine(down) in link.said
+
+
 @pytest.mark.parametrize("guest", [Guest(CommandError("cont", "GenericError", "a disk is locked")), Guest(gone=True)])
 async def test_a_guest_that_could_not_be_let_run_is_refused(tmp_path: Path, guest: Guest) -> None:
     """The source has it as it was, and takes it back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,32 @@ async def test_a_source_that_goes_while_nobody_listens(silent: bool) -> None:
             await link.wait_lost(0.2 if silent else 60.0)
         await link.drop()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("boot", "ahead"), [("another boot", 5.0), ("another boot", -5.0), (boot_id(), 0.0)])
+async def test_the_clock_of_another_host_is_asked_for(boot: str, ahead: float) -> None:
+    """By questions that take some milliseconds each, the first of them far more: the quickest one counts."""
+    asked = 0
+
+    async def serve(stream: trio.SocketStream) -> None:
+        nonlocal asked
+        await _offer(replace(GOOD, boot_id=boot), stream)
+        channel = Channel(stream)
+        while boot != boot_id():
+            assert isinstance(await channel.receive(), messages.Clock)
+            told = time.time() + ahead
+            asked += 1
+            await trio.sleep(2.0 if asked == 1 else 0.0)
+            await channel.send(messages.Clock(told))
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        link = SourceLink(TcpEndpoint("127.0.0.1", listeners[0].socket.getsockname()[1]), lambda _: None)
+        await link.first()
+        await link.drop()
+        nursery.cancel_scope.cancel()
+    assert link.clock_ahead_seconds == pytest.approx(ahead, abs=0.5 if ahead else 0.0)
+    assert asked == (5 if ahead else 0)
 
 
 NO = messages.No("this sender knows nothing of that hand-over", unknown=True)

@@ -165,7 +165,9 @@ def test_whoever_dies_at_most_one_qemu_runs_it(guest: BootedGuest, tmp_path: Pat
         assert not json.loads(os.getxattr(first.mountpoint, "user.lazymem.run"))["whole"]
         first.send.let_go_on()
         assert line.ask("sum", "sum") == guest.checksum
-        assert [first.send.wait(), last.send.wait(), first.receive.wait()] == [0, 0, 0], (first.tell(), last.tell())
+        assert [first.send.wait(), last.send.wait()] == [0, 0], (first.tell(), last.tell())
+        first.receive.wait()  # what its emulator ended with, it cannot know: that was started by the one that died
+        assert not os.path.ismount(first.mountpoint)
 
 
 def _other(sockets: Path, name: str) -> tuple[str, ...]:
@@ -185,6 +187,9 @@ def _falls_silent(two: Pair) -> None:
         assert two.runs() == (True, False), two.tell()
     finally:
         os.kill(two.receive.process.pid, signal.SIGCONT)
+    two.send.start()  # who asks is told then
     assert two.receive.wait() == ServerRefusedError.exit_code, two.tell()
     assert two.runs() == (True, False), two.tell()
->>>>>>> 032d8bb (Hand-over tests: that no two sides run is read off both emulators' STOP and RESUME, and so is the downtime)
+    assert two.send.process is not None
+    two.send.process.terminate()
+    two.send.wait()

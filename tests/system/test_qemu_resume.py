@@ -80,12 +80,15 @@ def test_resumed_twice_each_begins_where_the_snapshot_does(saved: Saved, tmp_pat
 def test_snapshot_of_a_guest_whose_ram_is_on_a_mount(saved: Saved, tmp_path: Path) -> None:
     """A second generation: resumed from a mount, changed, saved again, and resumed from that."""
     (tmp_path / "mnt").mkdir()
+    options = ("--cache", str(tmp_path / "cache"), "--prefetch", "none")
     with (
         served([saved.folder], tmp_path / "serve.log") as address,
-        mounted(f"{address}", tmp_path / "mnt", tmp_path / "log", "--cache", str(tmp_path / "cache")) as here,
+        mounted(f"{address}", tmp_path / "mnt", tmp_path / "log", *options) as here,
         resumed(here.ram, here.vmstate, tmp_path / "qemu.log") as qemu,
     ):
         changed = qemu.serial.ask("write generation", "written")
+        status = here.status()
+        assert status["pages_held"] < status["pages_total"] // 2
         assert snapshot.main([str(qemu.monitor), str(tmp_path / "second"), "--resume"]) == 0
         assert qemu.serial.ask("tick", "tick") == "3"
     shutil.copy(tmp_path / "second" / "pc.ram", tmp_path / "copy")
