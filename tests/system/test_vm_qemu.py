@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
+from qemu.qmp import QMPClient
 
 from lazymem.cli import snapshot
 from lazymem.cli.vm import main
@@ -25,6 +27,7 @@ from lazymem.demo.linuxguest import build
 from lazymem.demo.processes import child, open_monitor, tail
 from lazymem.demo.serialline import SerialLine
 from lazymem.demo.serving import mounted, served, unmount
+from lazymem.demo.streamscan import scan
 from lazymem.errors import IdentityError
 from tests.support.qemu import RAM_BYTES
 from tests.support.vmprocess import wait_until
@@ -146,12 +149,54 @@ def test_resumes_from_a_mount_and_only_once(
             said = tail(guest.log)
             assert "machine pc-i440fx-" in said
             assert "tcg as the snapshot was made" in said
+            no_huge_pages_asked_for(guest, here.ram)
+            assert asyncio.run(stopped_by_qemus_own_client(guest.monitor)) == ["STOP", "RESUME"]
+            sent_by_hand_without_its_ram(guest, sockets / "sent")
             guest.process.send_signal(signal.SIGTERM)
             assert guest.process.wait(60) == 0
         assert here.status()["demand_faults"] > 0
         words = ["--engine", "qemu", "-m", "256", "--pcram-file", str(here.ram), "-qmp", f"unix:{tmp_path}/q"]
         assert main([*words, "-incoming", "defer"]) == IdentityError.exit_code
         assert "mount the snapshot anew" in capfd.readouterr().err
+
+
+def no_huge_pages_asked_for(guest: Vm, ram: Path) -> None:
+    """QEMU's own call is answered by a filter: the kernel would read 2 MiB ahead of each touch."""
+    with open_monitor(guest.monitor, guest.process, guest.log) as qmp:
+        qemu = Path(f"/proc/{qmp.peer_pid}")
+    maps = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", (qemu / "smaps").read_text(), flags=re.MULTILINE)
+    found = [part for part in maps if part.splitlines()[:1] and part.splitlines()[0].endswith(f" {ram}")]
+    assert found
+    flags = [line.split()[1:] for part in found for line in part.splitlines() if line.startswith("VmFlags:")]
+    assert not [one for one in flags if "hg" in one], flags
+    assert re.search(r"^Seccomp:\s+2$", (qemu / "status").read_text(), re.MULTILINE)
+
+
+async def stopped_by_qemus_own_client(monitor: Path) -> list[str]:
+    """And let go on; the names of what QEMU told of that."""
+    client = QMPClient("test")
+    await client.connect(str(monitor))
+    try:
+        status = await client.execute("query-status")
+        assert isinstance(status, dict)
+        assert status["status"] == "running"
+        with client.listener(["STOP", "RESUME"]) as events:
+            await client.execute("stop")
+            await client.execute("cont")
+            return [str((await events.get())["event"]) for _ in range(2)]
+    finally:
+        await client.disconnect()
+
+
+def sent_by_hand_without_its_ram(guest: Vm, stream: Path) -> None:
+    """By a user's own `migrate`, without a word of capabilities; the guest stands after it."""
+    with open_monitor(guest.monitor, guest.process, guest.log) as qmp:
+        qmp.command("migrate", uri=f"exec:cat > {stream}")
+        wait_until(lambda: qmp.command("query-migrate")["status"] in ("completed", "failed"), "the state to be sent")
+        assert qmp.command("query-migrate")["status"] == "completed"
+    sent = scan(stream.read_bytes())
+    assert sent.of_block("pc.ram") == 0
+    assert sum(sent.page_bytes.values()) > 0
 
 
 def test_a_delta_of_what_it_wrote_is_resumed_elsewhere(saved: Saved, tmp_path: Path, sockets: Path) -> None:
