@@ -6,8 +6,9 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 from tests.support.vmprocess import wait_until
 
@@ -32,6 +33,14 @@ class NetworkHost:
     def received_bytes(self) -> int:
         """Over the cable."""
         return int(self.run("cat", "/proc/net/dev").partition(f"{_CABLE}:")[2].split()[0])
+
+
+def booted_by_itself(host: NetworkHost, folder: Path) -> NetworkHost:
+    """The same for commands that need see no mount made later: with a boot id of its own, as another machine has."""
+    path = folder / f"boot-{host.address}"
+    path.write_text(f"{uuid4()}\n")
+    script = 'mount --bind "$1" /proc/sys/kernel/random/boot_id && shift && exec "$@"'
+    return replace(host, on=(*host.on, "unshare", "--mount", "sh", "-c", script, "sh", str(path)))
 
 
 @contextmanager

@@ -14,9 +14,10 @@ import pytest
 
 from lazymem.errors import BusyError, MountError, ServerRefusedError
 from lazymem.handover import messages
+from lazymem.handover.journal import read
 from lazymem.vm.guests import build_guest
 from tests.support.handover import Pair, pair
-from tests.support.networkhosts import two_hosts
+from tests.support.networkhosts import booted_by_itself, two_hosts
 from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, starting, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -96,9 +97,18 @@ def test_between_two_hosts_whose_cable_is_pulled(guest: Process, tmp_path: Path)
     """Nothing tells either end of that. The guest has no more than its first pages then, and its rest follows."""
     with (
         two_hosts() as hosts,
-        pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there", hosts=hosts) as two,
+        pair(
+            tmp_path,
+            guest.monitor,
+            "-serial",
+            f"file:{tmp_path}/there",
+            hosts=(booted_by_itself(hosts[0], tmp_path), hosts[1]),
+        ) as two,
     ):
-        two.begin(source_dies="half")
+        two.begin(source_dies="half", destination_dies="hold:RECORD asked")
+        two.receive.wait_at("RECORD asked")
+        assert two.runs() == (True, False)
+        two.receive.let_go_on()
         assert two.wait_settled() == (False, True)
         wait_until(lambda: len(ticks(tmp_path / "there")) > 1, "the guest to have what it runs on")
         hosts[1].cable("down")
@@ -109,6 +119,10 @@ def test_between_two_hosts_whose_cable_is_pulled(guest: Process, tmp_path: Path)
         hosts[1].cable("up")
         handed_over(two, guest)
         assert two.report()["wire_received_bytes"] > 0
+        boots = {record.details["boot_id"] for record in map(read, two.journals) if record is not None}
+        assert len(boots) == 2
+        # Two clocks as far as the commands know: right to half of the quickest question for the other one.
+        assert two.report()["downtime_seconds"] == pytest.approx(two.downtime_seconds(), abs=1.0)
         assert hosts[1].received_bytes > two.report()["wire_received_bytes"]
 
 
