@@ -52,7 +52,7 @@ class EmulatorWatch:
         except CommandError:
             raise
         except MonitorError as error:
-            self._take_events()
+            self._read_what_is_left()
             if not isinstance(error.__cause__, TimeoutError):
                 self._end()
             return False
@@ -69,13 +69,23 @@ class EmulatorWatch:
 
     def _take_events(self) -> None:
         for event in [] if self._maybe_client is None else self._maybe_client.take_events():
-            self.events.append(event)
-            if event.name == "RESUME":
-                self.spans.append(Span(event.seconds, event.seconds))
-            elif event.name == "STOP":
-                if not self.spans or self.spans[-1].ended:
-                    self.spans.append(Span(min(self._connected_at, event.seconds), event.seconds))
-                self.spans[-1].known, self.spans[-1].ended = event.seconds, True
+            self._take(event)
+
+    def _read_what_is_left(self) -> None:
+        """What an emulator that is gone told before."""
+        if self._maybe_client is not None:
+            with suppress(MonitorError):
+                while (event := self._maybe_client.next_event(0.0)) is not None:
+                    self._take(event)
+
+    def _take(self, event: Event) -> None:
+        self.events.append(event)
+        if event.name == "RESUME":
+            self.spans.append(Span(event.seconds, event.seconds))
+        elif event.name == "STOP":
+            if not self.spans or self.spans[-1].ended:
+                self.spans.append(Span(min(self._connected_at, event.seconds), event.seconds))
+            self.spans[-1].known, self.spans[-1].ended = event.seconds, True
 
     def _end(self) -> None:
         """The emulator is gone; nothing is known of its last moments."""

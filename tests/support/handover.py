@@ -195,6 +195,7 @@ class Pair:
 
     def wait_settled(self) -> tuple[bool, bool]:
         """Until exactly one side runs, and never both; which."""
+        assert self._shares, "with QEMU, this needs watch_at"
         give_up = time.monotonic() + WAIT_SECONDS
         while True:
             runs = self.runs()
