@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from lazymem.errors import BusyError, MountError, ServerRefusedError
+from lazymem.errors import BusyError, MountError, ServerRefusedError, StoreError
 from lazymem.handover import messages
 from lazymem.handover.journal import read
 from lazymem.vm.guests import build_guest
 from tests.support.handover import Pair, pair
 from tests.support.networkhosts import booted_by_itself, two_hosts
+from tests.support.smalldisks import small_disk
 from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, starting, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -275,6 +276,22 @@ def test_an_emulator_that_does_not_start_begins_nothing(guest: Process, tmp_path
         assert not os.path.ismount(two.mountpoint)
         two.send.process.terminate()  # type: ignore[union-attr]
         assert two.send.wait() == 130
+
+
+@pytest.mark.needs_root("a small disk")
+def test_a_destination_without_room_begins_nothing(
+    guest: Process, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with (
+        small_disk(tmp_path / "small", (RAM_MIB - 1) << 20, request.node) as disk,
+        pair(tmp_path, guest.monitor, "--cache", disk / "cache") as two,
+    ):
+        two.begin()
+        assert two.receive.wait() == StoreError.exit_code, two.tell()
+        assert f"the guest has {RAM_MIB} MiB of RAM and {disk}/cache has room for" in two.receive.said()
+        assert two.send.code() is None
+        assert two.runs() == (True, False)
+        assert not os.path.ismount(two.mountpoint)
 
 
 def test_both_ends_on_one_file_are_refused(guest: Process, tmp_path: Path) -> None:
