@@ -308,6 +308,11 @@ class TestChild:
             assert b"READY=1" in manager.recv(4096)
 
 
+def _hear_hangups() -> None:
+    """Whoever runs the tests may do so by nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.fixture
 def running(ram: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Starts the command with a stand-in that stays until it is ended."""
@@ -317,7 +322,10 @@ def running(ram: Path, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen
     def begin() -> subprocess.Popen[str]:
         words = ["--engine", "qemu", "--qemu", str(fake.program), "-m", "16", "--pcram-file", str(ram), "-kernel", "k"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "lazymem.cli.vm", *words], stderr=subprocess.DEVNULL, text=True
+            [sys.executable, "-m", "lazymem.cli.vm", *words],
+            stderr=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=_hear_hangups,
         )
         started.append(process)
         wait_until(lambda: fake.ready.exists() or process.poll() is not None, "the stand-in to be asked for all")
