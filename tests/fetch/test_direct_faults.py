@@ -85,6 +85,16 @@ class Fault:
             scheduler.receive_nowait()
 
 
+async def assert_right_in_the_end(whole: Stack, snapshot: BuiltSnapshot, fault: Fault, page: int) -> None:
+    """The reader of `page` has its bytes, on whichever way."""
+    with trio.fail_after(PATIENCE_SECONDS):
+        if fault.begun is True:
+            await fault.arrived.wait()
+            assert fault.answers == [bytes_of(snapshot, page)]
+        else:
+            assert await whole.ram.read(page * PAGE_SIZE, PAGE_SIZE) == bytes_of(snapshot, page)
+
+
 async def test_an_answer_is_given_before_anything_is_entered(whole: Stack, snapshot: BuiltSnapshot) -> None:
     page = data_pages(snapshot)[1]
     before = whole.scheduler.statistics()
@@ -181,12 +191,7 @@ async def test_a_connection_lost_under_a_fault_costs_time_only(
         if page % 2:
             whole.scheduler.receive_nowait()
         whole.scheduler.unwatch()
-        with trio.fail_after(PATIENCE_SECONDS):
-            if fault.begun is True:
-                await fault.arrived.wait()
-                assert fault.answers == [bytes_of(snapshot, page)]
-            else:
-                assert await whole.ram.read(page * PAGE_SIZE, PAGE_SIZE) == bytes_of(snapshot, page)
+        await assert_right_in_the_end(whole, snapshot, fault, page)
     await whole.scheduler.wait_kept()
     assert not len(whole.scheduler._table)
 
@@ -284,12 +289,7 @@ async def test_a_goodbye_under_a_fault_costs_time_only(whole: Stack, serving: Se
             assert select.select([whole.scheduler.fileno()], [], [], PATIENCE_SECONDS)[0]
             whole.scheduler.receive_nowait()
         whole.scheduler.unwatch()
-        with trio.fail_after(PATIENCE_SECONDS):
-            if fault.begun is True:
-                await fault.arrived.wait()
-                assert fault.answers == [bytes_of(snapshot, page)]
-            else:
-                assert await whole.ram.read(page * PAGE_SIZE, PAGE_SIZE) == bytes_of(snapshot, page)
+        await assert_right_in_the_end(whole, snapshot, fault, page)
     await whole.scheduler.wait_kept()
     assert not len(whole.scheduler._table)
     assert not whole.scheduler.demands_wait
