@@ -3,7 +3,7 @@
 The thread alone touches the connection, the job queue and the output. A turn of its loop waits for the socket, reads
 what came, takes one step of one job (demands first), and hands the socket what it takes. Nothing in it waits for a
 disk: steps that would go to the server's pool, a few at a time. A demand of a few pages that nothing is before is
-answered between two system calls, by `_answer_lone`.
+answered between two system calls (`shortway`).
 
 A thread each because a fault waits for it: a scheduler of tasks costs more than all the rest of an answer, and the
 kernel is as fair between clients as we could be. `stop` and `cut` are for other threads.
@@ -17,21 +17,16 @@ import os
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 
-from lazymem.digests import LEAF_PAGES
-from lazymem.errors import RemoteProtocolError, VerificationError
-from lazymem.pages import PAGE_SIZE
+from lazymem.errors import RemoteProtocolError
 from lazymem.snapshot.reader import SmallFile, SnapshotReader
-from lazymem.wire.codec import encode, raw_head, zero_frame
 from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ServerConnection
 from lazymem.wire.messages import (
     Cancel,
     Cancelled,
-    Digests,
     Error,
     ErrorCode,
     Fetch,
@@ -40,7 +35,6 @@ from lazymem.wire.messages import (
     FileStored,
     Goodbye,
     Hello,
-    Level,
     Message,
     Ping,
     Pong,
@@ -52,19 +46,19 @@ from lazymem_server.counters import Counters
 from lazymem_server.ending import SessionEnd
 from lazymem_server.gate import TLS_BEGINS
 from lazymem_server.greeting import find_published, welcome_to
-from lazymem_server.jobs import Answer, Job, JobQueue, failure, make_job
+from lazymem_server.jobs import Answer, make_job
 from lazymem_server.learning import Learning, Upload
 from lazymem_server.limits import ServerLimits
 from lazymem_server.linger import Linger
 from lazymem_server.outlet import Outlet
 from lazymem_server.output import Lane, Piece
 from lazymem_server.pace import Pace
+from lazymem_server.shortway import RecentDemands, ShortWay
+from lazymem_server.steps import Steps
 
 log = logging.getLogger("lazymem.server")
 
 _REQUESTS = (Fetch, FetchDigests, ReadFile, StoreFile)
-_WANT_DIGESTS = int(FetchFlag.WANT_DIGESTS)
-_BACKGROUND = int(FetchFlag.BACKGROUND)
 
 RECEIVE_BYTES = 16 * 1024
 """Read from the socket at a time: the largest frame of a client, hundreds of ordinary ones."""
@@ -74,9 +68,6 @@ BULK_BYTES = 64 * 1024
 
 LONE_PATIENCE_MS = 1000
 """So long a session that answers faults only may not look at its clock."""
-
-REMEMBERED_DEMANDS = 1024
-"""Whoever demands again what it had so few demands ago did not like what it got."""
 
 NO_TLS = "this server speaks no TLS"
 
@@ -112,7 +103,6 @@ class Session:
         self._fd = fd
         self._catalog = catalog
         self._limits = limits
-        self._disks = disks
         self._peer = peer
         self._pace = pace
         self._bulk_turns = bulk_turns
@@ -123,16 +113,13 @@ class Session:
         self._working_set: SmallFile | bytes = b""
         self._connection = ServerConnection()
         self._outlet = Outlet(fd, limits, self.counters, writev)
-        self._queue = JobQueue()
-        self._cold: dict[int, Job] = {}
-        self._at_disk: dict[int, Future[None]] = {}
-        self._cancelled: set[int] = set()
-        self._demanded: dict[int, None] = {}
+        self._steps = Steps(limits, disks, pace, bulk_turns, self._say, self._wake)
+        self._demands = RecentDemands()
+        self._short_way = ShortWay(
+            self._connection, self._outlet, self.counters, pace, self._demands, limits.demand_frame_pages
+        )
         self._reader: SnapshotReader | None = None
         self._linger = Linger(maybe_linger_turn or threading.Lock())
-        self._lone_pages = limits.demand_frame_pages
-        self._buffer = memoryview(bytearray(self._lone_pages * PAGE_SIZE))
-        self._one_page = self._buffer[:PAGE_SIZE]
         self._heard = False
         self._unhandled = False  # messages may stand in the connection's buffer
         now = time.monotonic()
@@ -144,7 +131,6 @@ class Session:
         self._woken = False
         self._stop_reason: str | None = None
         self._is_cut = False
-        self._warmed: deque[tuple[Job, list[Answer] | None]] = deque()
         self._poll = select.poll()
         self._poll.register(self._wake_fd, select.POLLIN)
         self._interest = 0
@@ -195,14 +181,18 @@ class Session:
             reason = f"the connection broke: {error.strerror}"
         finally:
             log.info("%s: %s", self._peer, reason)
-            wait(self._at_disk.values())
+            self._steps.wait()
         return farewell
 
     def _is_quiet(self) -> bool:
         """Nothing is open, unsent or said by other threads."""
-        if self._woken or self._unhandled or self._leaving or self._cold or self._outlet.stuck_at is not None:
+        if self._woken or self._unhandled or self._leaving or self._outlet.stuck_at is not None:
             return False
-        return not self._queue and not self._outlet.unsent_bytes and self._interest == select.POLLIN
+        return self._steps.is_idle and not self._outlet.unsent_bytes and self._interest == select.POLLIN
+
+    def _may_go_short(self) -> bool:
+        """Nothing is before a demand that comes now."""
+        return not (self._outlet.unsent_bytes or self._leaving or self._steps.has_waiting)
 
     def _answer_faults(self) -> None:
         """A guest's faults come one after the other: as long as there is nothing else, wait, read, answer, no more.
@@ -210,7 +200,9 @@ class Session:
         Returns when a request takes the common way (it is then in the connection's buffer, or handled), when something
         else is to be looked at, and when nothing comes for as long as the clock may go unseen.
         """
-        linger, poll, read, fd = self._linger, self._poll.poll, self._read_socket, self._fd
+        poll, read, fd, answer = self._poll.poll, self._read_socket, self._fd, self._short_way.answer
+        linger, reader = self._linger, self._reader
+        assert reader is not None, "there is no request before the greeting"
         asked = [(fd, select.POLLIN)]
         while linger.poll(poll, LONE_PATIENCE_MS) == asked:
             try:
@@ -218,7 +210,7 @@ class Session:
             except BlockingIOError:
                 return
             self._heard = True
-            if not self._answer_lone(data):
+            if not answer(data, reader):
                 self._connection.receive_data(data)
                 self._handle_all()
                 break
@@ -236,7 +228,7 @@ class Session:
         if interest != self._interest:
             self._poll.modify(self._fd, interest)
             self._interest = interest
-        busy = self._woken or (readable and self._unhandled) or (bool(self._queue) and any(self._may_step()))
+        busy = self._woken or (readable and self._unhandled) or (self._steps.has_waiting and any(self._may_step()))
         found = self._poll.poll(0 if busy else self._patience_ms())
         flags = 0
         for fd, what in found:
@@ -252,8 +244,9 @@ class Session:
             self._read()
         elif self._unhandled and readable:
             self._handle_all()
-        if self._queue:
-            self._step()
+        if self._steps.has_waiting:
+            assert self._reader is not None, "there is no request before the greeting"
+            self._steps.step(self._reader, output.unsent_bytes)
         if output.unsent_bytes >= BULK_BYTES:
             with self._bulk_turns:
                 output.flush()
@@ -264,6 +257,10 @@ class Session:
         if not found or self._reader is None:
             self._look_at_clock()
 
+    def _may_step(self) -> tuple[bool, bool]:
+        assert self._reader is not None, "there is no request before the greeting"
+        return self._steps.may_step(self._reader, self._outlet.unsent_bytes)
+
     def _take_word(self) -> None:
         """What other threads said."""
         self._woken = False
@@ -271,9 +268,7 @@ class Session:
             os.eventfd_read(self._wake_fd)
         if self._is_cut:
             raise SessionEnd("the server ended at once")
-        while self._warmed:
-            job, answers = self._warmed.popleft()
-            self._cold_done(job, answers)
+        self._steps.take_warmed()
         if self._stop_reason is not None and not self._leaving:
             if self._reader is None:
                 raise SessionEnd("the server is ending")
@@ -320,7 +315,7 @@ class Session:
         if self._reader is not None:
             self._asked = False
             self._ask_at = time.monotonic() + self._limits.idle_seconds
-            if self._answer_lone(data):
+            if self._may_go_short() and self._short_way.answer(data, self._reader):
                 return
         elif data.startswith(TLS_BEGINS):
             raise SessionEnd(
@@ -328,42 +323,6 @@ class Session:
             )
         self._connection.receive_data(data)
         self._handle_all()
-
-    def _answer_lone(self, data: bytes) -> bool:
-        """Answer a demand of a few pages that the host has in memory and nothing is before; whether it was one."""
-        lone = self._connection.lone_fetch(data)
-        if lone is None or self._outlet.unsent_bytes or self._leaving or self._queue:
-            return False
-        request_id, flags, start, count = lone
-        if count > self._lone_pages or start % LEAF_PAGES + count > LEAF_PAGES:
-            return False
-        if flags & _BACKGROUND or start in self._demanded or self._pace.slow:
-            return False
-        reader = self._reader
-        assert reader is not None
-        buffer = self._one_page if count == 1 else self._buffer[: count * PAGE_SIZE]
-        held = reader.read_into_nowait(start, count, buffer)
-        if held is None:
-            return False
-        frame = (raw_head(request_id, start, count), buffer) if held else (zero_frame(request_id, start, count),)
-        if flags & _WANT_DIGESTS:
-            leaf = start // LEAF_PAGES
-            frame = (encode(Digests(request_id, Level.LEAF, leaf, reader.leaf(leaf))), *frame)
-        self._remember(start)
-        counters = self.counters
-        counters.requests += 1
-        counters.answered += 1
-        sent = self._outlet.write(frame)
-        if sent < sum(map(len, frame)):
-            rest = b"".join(frame)[sent:]  # a copy: the buffer is the next answer's
-            self._put((rest,), Lane.CONTROL if sent else Lane.DEMAND)
-        return True
-
-    def _remember(self, page: int) -> None:
-        demanded = self._demanded
-        demanded[page] = None
-        if len(demanded) > REMEMBERED_DEMANDS:
-            del demanded[next(iter(demanded))]
 
     def _handle_all(self) -> None:
         """Act on what was received, while the answers that this makes at once are few enough."""
@@ -389,7 +348,7 @@ class Session:
         if isinstance(message, _REQUESTS):
             self._take_request(message)
         elif isinstance(message, Cancel):
-            self._cancel(message.id)
+            self._steps.cancel(message.id)
         elif isinstance(message, Ping):
             self._put(self._connection.send_parts(Pong(message.id)), Lane.CONTROL)
         elif isinstance(message, Hello):
@@ -437,7 +396,7 @@ class Session:
         if isinstance(job, Error):
             self._say([job], Lane.DEMAND)
         else:
-            self._queue.put(job)
+            self._steps.put(job)
 
     def _is_repeated(self, request: Fetch | FetchDigests | ReadFile) -> bool:
         """Whether it demands what was demanded a moment ago. Notes what it demands."""
@@ -445,80 +404,9 @@ class Session:
             return False
         repeated = False
         for pages in request.ranges:
-            repeated |= pages.start in self._demanded
-            self._remember(pages.start)
+            repeated |= pages.start in self._demands
+            self._demands.note(pages.start)
         return repeated
-
-    def _cancel(self, request_id: int) -> None:
-        job = self._queue.maybe_remove(request_id)
-        if job is not None:
-            self._say([Cancelled(request_id)], _lane(job))
-        elif request_id in self._cold:
-            self._cancelled.add(request_id)
-        # else: the last answer crossed the CANCEL, and is the last word
-
-    # ---- jobs
-
-    def _may_step(self) -> tuple[bool, bool]:
-        """Whether there is a step of a demand, or of a guess, that the bounds allow now."""
-        unsent, cold, limits = self._outlet.unsent_bytes, self._cold, self._limits
-        if unsent >= limits.max_unsent_bytes or len(cold) >= limits.max_cold_reads:
-            return False, False
-        reader = self._reader
-        assert reader is not None, "there is no request before the greeting"
-        demand = self._queue.has_demand and reader.serves(background=False)
-        if unsent >= limits.max_background_unsent_bytes or not reader.serves(background=True):
-            return demand, False
-        return demand, self._queue.has_background and not any(job.background for job in cold.values())
-
-    def _step(self) -> None:
-        """One step of the job whose turn it is."""
-        demand, background = self._may_step()
-        job = self._queue.maybe_next(demand=demand, background=background)
-        if job is None:
-            return
-        if job.background:
-            with self._bulk_turns:
-                started = time.monotonic()
-                self._take_step(job)
-                self._note_pace(job, started)
-        else:
-            self._take_step(job)
-
-    def _note_pace(self, job: Job, started: float) -> None:
-        if job.data_bytes and job.id not in self._cold:
-            now = time.monotonic()
-            self._pace.note(now, job.data_bytes, job.wire_bytes, now - started)
-            job.data_bytes = 0
-
-    def _take_step(self, job: Job) -> None:
-        answers = _guarded(job, job.step_nowait)
-        if answers is not None:
-            self._give(job, answers)
-            return
-        self._cold[job.id] = job
-        self._at_disk[job.id] = self._disks.submit(self._cold_step, job)
-
-    def _cold_step(self, job: Job) -> None:
-        """In a thread of the pool."""
-        self._warmed.append((job, _guarded(job, job.step)))
-        self._wake()
-
-    def _cold_done(self, job: Job, answers: list[Answer] | None) -> None:
-        del self._cold[job.id], self._at_disk[job.id]
-        if job.background:
-            self._note_pace(job, time.monotonic())
-        if job.id in self._cancelled:
-            self._cancelled.discard(job.id)
-            self._say([Cancelled(job.id)], _lane(job))
-        else:
-            assert answers is not None
-            self._give(job, answers)
-
-    def _give(self, job: Job, answers: Sequence[Answer]) -> None:
-        self._say(answers, _lane(job))
-        if not job.done:
-            self._queue.put(job)
 
     # ---- out
 
@@ -536,15 +424,3 @@ class Session:
 
     def _put(self, frame: Sequence[Piece], lane: Lane) -> None:
         self._outlet.put(frame, lane)
-
-
-def _guarded(job: Job, step: Callable[[], list[Answer] | None]) -> list[Answer] | None:
-    """A step whose failure is the last answer."""
-    try:
-        return step()
-    except (VerificationError, OSError) as error:
-        return [failure(job, error)]
-
-
-def _lane(job: Job) -> Lane:
-    return Lane.BACKGROUND if job.background else Lane.DEMAND

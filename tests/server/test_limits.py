@@ -179,7 +179,7 @@ async def test_max_background_unsent_bytes(snapshot: BuiltSnapshot) -> None:
     """With the one frame that came last: of guesses no more is made."""
     async with served(snapshot, ServerLimits(max_background_unsent_bytes=4096)) as serving, deaf_client(serving):
         with trio.fail_after(30):
-            while not (unsent := [session._outlet.unsent_bytes for session in serving._sessions if session._queue]):
+            while not (unsent := [each._outlet.unsent_bytes for each in serving._sessions if each._steps.has_waiting]):
                 await trio.lowlevel.checkpoint()
             before = -1
             while unsent != [before]:
