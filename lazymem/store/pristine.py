@@ -26,7 +26,7 @@ from lazymem.errors import StoreError
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.candidates import Candidates
-from lazymem.store.equalpages import EqualPages
+from lazymem.store.copies import Copies
 from lazymem.store.mendable import is_short
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagefile import BLOCK_PAGES
@@ -42,15 +42,6 @@ RUNS_A_TURN = 32
 COPIES_PAY_BELOW_BYTES_PER_SECOND = 150e6
 """A copy (look, read, verify, write) costs 25 us, which is a page's time on a wire this fast; and a wire leaves the
 processor alone meanwhile."""
-
-COPIES_A_TURN = 32
-"""Equal pages that are read and verified before others get a turn: a third of a millisecond."""
-
-COPIES_A_WRITE = 256
-"""And all that a `keep` adds of them: pages that wait to be kept hold up faults in the end."""
-
-MAX_COPIES = 1 << 16
-"""Pages that wait to be copied, and pages that wait for their like: some 10 MB each. Beyond, they are asked for too."""
 
 MAX_GIVEN_EARLY = 1024
 """Readers' ranges whose pages are not kept yet; of more, the oldest stay cached twice until the kernel wants room."""
@@ -86,11 +77,12 @@ class PristinePages:
         self._written = written
         self._cache = cache
         self._verifier: Verifier
-        self._maybe_equal = None if origin.root is None else EqualPages()
+        self._maybe_copies: Copies | None = None
         if origin.root is None:
             self._verifier = UnhashedVerifier(origin.shape, cache.digests)
         else:
             self._verifier = HashedVerifier(origin.shape, origin.root, upper, cache.digests)
+            self._maybe_copies = Copies(cache.held, written, self._verifier.digests_of, self._maybe_read_one)
             if cache.digests.maybe_upper(origin.root) is None:
                 cache.digests.store_upper(upper)
             self._mark_zeros(self._verifier.zero_leaves())
@@ -101,9 +93,6 @@ class PristinePages:
         self._dropped_pages = 0
         # One byte a page; memory only where one is set, which a bytearray would not do.
         self._given = mmap.mmap(-1, origin.pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._copies: dict[int, int] = {}  # missing pages, each with one that is held and likely equal
-        self._waiting_for: dict[int, set[int]] = {}  # what is on its way: missing pages that are equal to it
-        self._waiting = 0  # pages in all of these sets
         self._given_early: deque[PageRange] = deque(maxlen=MAX_GIVEN_EARLY)
 
     @property
@@ -212,24 +201,21 @@ class PristinePages:
         for at in range(0, len(marks), RUNS_A_TURN):
             self._hold(marks[at : at + RUNS_A_TURN])
             await trio.lowlevel.checkpoint()
-        if self._maybe_equal is not None and self.copies_pay:
-            for first, digests in leaves if len(self._copies) < MAX_COPIES else ():
-                self._copies.update(self._maybe_equal.candidates(first, digests))
-            if self._copies:
-                await self._copy_some()
+        if self._maybe_copies is not None and self.copies_pay:
+            for first, digests in leaves:
+                self._maybe_copies.note_leaf(first, digests)
+            await self._copy_some(self._maybe_copies)
         await self._let_go_of_kept()
 
     def _hold(self, marks: list[tuple[PageRange, int]]) -> None:
         self._cache.held.set_many(marks)
-        if self._maybe_equal is not None:
+        copies = self._maybe_copies
+        if copies is not None:
             for part, state in marks:
                 if state == SET:
                     if self.copies_pay:
-                        self._maybe_equal.note(part, self._verifier.digests_of(part))
-                    for page in self._waiting_for.keys() & range(part.start, part.end) if self._waiting_for else ():
-                        likes = self._waiting_for.pop(page)
-                        self._waiting -= len(likes)
-                        self._copies.update(dict.fromkeys(likes, page))
+                        copies.note_held(part)
+                    copies.arrived(part)
 
     def maybe_read_nowait(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET`, if the kernel has them at hand and they are right."""
@@ -332,37 +318,9 @@ class PristinePages:
         equal to one that was let through here when that one is held; what has a candidate waits for its digest."""
         if self.maybe_candidates is not None:
             return self.maybe_candidates.decided_parts(pages)
-        if self._maybe_equal is None or not self.copies_pay:
+        if self._maybe_copies is None or not self.copies_pay:
             return [pages]
-        passed: set[int] = set()
-        for page, elsewhere in self._maybe_equal.claim(pages.start, self._verifier.digests_of(pages)):
-            if self.states(PageRange(elsewhere, 1))[0] == SET:
-                if page not in self._copies and len(self._copies) >= MAX_COPIES:
-                    continue
-                self._copies[page] = elsewhere
-            elif self._written is not None and not self._written.all_unset(PageRange(elsewhere, 1)):
-                self._note_alone(page)  # nobody guesses the other one any more
-                continue
-            elif not self._wait_for(elsewhere, page):
-                continue
-            passed.add(page)
-        return [pages] if not passed else runs(page for page in range(pages.start, pages.end) if page not in passed)
-
-    def _wait_for(self, elsewhere: int, page: int) -> bool:
-        """Whether there is room to note that `page` is to be copied from `elsewhere` once that is held."""
-        if page in self._waiting_for.get(elsewhere, ()):
-            return True
-        if self._waiting >= MAX_COPIES:
-            return False
-        self._waiting_for.setdefault(elsewhere, set()).add(page)
-        self._waiting += 1
-        return True
-
-    def _note_alone(self, page: int) -> None:
-        """It cannot be copied from the page that was remembered for it: from here on it is asked for."""
-        if self._maybe_equal is not None:
-            here = PageRange(page, 1)
-            self._maybe_equal.note(here, self._verifier.digests_of(here))
+        return self._maybe_copies.worth_fetching(pages)
 
     @property
     def copies_pay(self) -> bool:
@@ -371,7 +329,7 @@ class PristinePages:
     @property
     def has_copies(self) -> bool:
         """Whether `copy_equal` has something to do."""
-        return bool(self._copies)
+        return self._maybe_copies is not None and bool(self._maybe_copies.found)
 
     async def copy_equal(self) -> None:
         """Hold the pages that were found to be held elsewhere. Where those turn out not to be right, both are missing
@@ -380,34 +338,16 @@ class PristinePages:
         Raises:
             StoreError: the disk refused.
         """
-        while self._copies:
-            await self._copy_some()
+        while self._maybe_copies is not None and self._maybe_copies.found:
+            await self._copy_some(self._maybe_copies)
 
-    async def _copy_some(self) -> None:
-        copies: list[tuple[int, bytes | memoryview]] = []
-        marks: list[tuple[PageRange, int]] = []
-        for count in range(1, min(len(self._copies), COPIES_A_WRITE) + 1):
-            if not self._copies:  # another call was faster
-                break
-            page, elsewhere = self._copies.popitem()
-            here = PageRange(page, 1)
-            if self.states(here)[0] == UNSET:
-                maybe_data = await self._maybe_equal_page(PageRange(elsewhere, 1), self._verifier.digests_of(here))
-                if maybe_data is not None:
-                    copies.append((here.offset_bytes, maybe_data))
-                    marks.append((here, SET))
-                else:
-                    self._note_alone(page)
-            if count % COPIES_A_TURN == 0:
-                await trio.lowlevel.checkpoint()
-        if copies:
-            await self._cache.pages.write_many(copies)
-            self._hold(sorted(marks))
+    async def _copy_some(self, copies: Copies) -> None:
+        found = await copies.some()
+        if found:
+            await self._cache.pages.write_many([(here.offset_bytes, data) for here, data in found])
+            self._hold(sorted((here, SET) for here, _ in found))
 
-    async def _maybe_equal_page(self, held: PageRange, digest: bytes) -> bytes | None:
-        """Verified bytes of one page, if it is held and has just that digest."""
-        if self.states(held)[0] != SET or self._verifier.digests_of(held) != digest:
-            return None
+    async def _maybe_read_one(self, held: PageRange) -> bytes | None:
         maybe_data = self.maybe_read_nowait(held)
         if maybe_data is None and self.states(held)[0] == SET:  # not at hand
             data, wrong = await self.read(held)

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, page_digest
 from lazymem.pages import PAGE_SIZE, PageRange
-from lazymem.store import pristine as pristine_module
+from lazymem.store import copies as copies_module
 from lazymem.store.cachefolder import PAGES_NAME
+from lazymem.store.copies import COPIES_A_WRITE, Copies
 from lazymem.store.equalpages import EqualPages
 from lazymem.store.pagemap import SET
-from lazymem.store.pristine import COPIES_A_WRITE, COPIES_PAY_BELOW_BYTES_PER_SECOND
+from lazymem.store.pristine import COPIES_PAY_BELOW_BYTES_PER_SECOND
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.stores import OpenStore, opened_store
 
@@ -119,8 +120,7 @@ async def test_the_whole_digest_counts(tmp_path: Path) -> None:
     snapshot = snapshot_of(tmp_path / "snapshot", [*range(1, LEAF_PAGES + 1), *range(1000, 1000 + LEAF_PAGES)])
     async with opened_store(snapshot, tmp_path / "cache") as store:
         await read_all(store, 0)
-        equal = store.pristine._maybe_equal
-        assert equal is not None
+        equal = copies_of(store).equal
         for page in range(LEAF_PAGES):  # a table of lies
             equal.note(PageRange(page, 1), page_digest(snapshot.page(LEAF_PAGES + page)))
         await store.ram.read((LEAF_PAGES + 5) * PAGE_SIZE, 1)
@@ -203,6 +203,12 @@ async def leaves_are_here(store: OpenStore, leaves: int) -> None:
         await store.ram.read(leaf * LEAF_PAGES * PAGE_SIZE, 1)
 
 
+def copies_of(store: OpenStore) -> Copies:
+    copies = store.pristine._maybe_copies
+    assert copies is not None, "it is a hashed snapshot's"
+    return copies
+
+
 def guesses_of(store: OpenStore, pages: PageRange) -> list[PageRange]:
     missing = list(store.pristine.missing_runs(pages))
     return [part for run in missing for part in store.pristine.worth_fetching(run)]
@@ -210,18 +216,17 @@ def guesses_of(store: OpenStore, pages: PageRange) -> list[PageRange]:
 
 async def test_what_is_looked_at_again_and_again_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps come back to what is not copied yet, as often as anything is brought; and there is a bound (rule 8)."""
-    monkeypatch.setattr(pristine_module, "MAX_COPIES", 20)
+    monkeypatch.setattr(copies_module, "MAX_COPIES", 20)
     snapshot = snapshot_of(tmp_path / "snapshot", [1, *([2] * 99), *([1] * 156)])
     async with opened_store(snapshot, tmp_path / "cache") as store:
         await leaves_are_here(store, 1)
-        pristine = store.pristine
-        pristine.drop(PageRange(100, 156))  # their like is held, so they were copied at once
-        assert pristine._maybe_equal is not None
-        pristine._maybe_equal.note(PageRange(0, 1), page_digest(page_of(1)))
+        store.pristine.drop(PageRange(100, 156))  # their like is held, so they were copied at once
+        copies = copies_of(store)
+        copies.equal.note(PageRange(0, 1), page_digest(page_of(1)))
         for _ in range(3):
             asked = guesses_of(store, PageRange(0, LEAF_PAGES))
-            assert len(pristine._copies) == 20
-            assert pristine._waiting == sum(map(len, pristine._waiting_for.values())) == 20
+            assert len(copies.found) == 20
+            assert copies.waiting == sum(map(len, copies._waiting_for.values())) == 20
             assert sum(pages.count for pages in asked) == 99 + 156 - 40, "what is beyond the bound is asked for"
 
 
@@ -265,8 +270,7 @@ async def test_what_only_seemed_equal_is_asked_for_by_the_next_sweep(tmp_path: P
     snapshot = snapshot_of(tmp_path / "snapshot", [*range(1, LEAF_PAGES + 1), *range(1000, 1000 + LEAF_PAGES)])
     async with opened_store(snapshot, tmp_path / "cache") as store:
         await leaves_are_here(store, 2)
-        equal = store.pristine._maybe_equal
-        assert equal is not None
+        equal = copies_of(store).equal
         pages = PageRange(LEAF_PAGES + 5, 3)
         for page in range(pages.start, pages.end):
             equal.note(PageRange(0, 1), page_digest(snapshot.page(page)))
