@@ -27,7 +27,10 @@ _EPILOG = """examples:
   python -m bench --report .cache/bench/results          table and plots again, from results.json
 """
 
-_SUFFIXES = "of lazymem's also as WAY+tls, WAY+unsupervised, WAY+tls+unsupervised (by itself: no TLS, a supervisor)"
+_SUFFIXES = (
+    "of lazymem's also as WAY+tls, WAY+unsupervised, WAY+tls+unsupervised, WAY+unverified (by itself: no TLS, a "
+    "supervisor, all verified)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"repeatable; default: all of --list; {_SUFFIXES}",
     )
     parser.add_argument(
-        "--protection", action="store_true", help="lazymem's ways in all four variants, and a table of what each costs"
+        "--protection",
+        action="store_true",
+        help="lazymem's ways in all of their variants, and a table of what each costs",
     )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--image-mib", type=int, default=512, metavar="MIB", help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""What TLS and the supervisor cost: lazymem's ways beside their own variants. Pure."""
+"""What verification, TLS and the supervisor cost: lazymem's ways beside their own variants. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from bench.summary import ratio, summarize
 from bench.units import shown
 from bench.way import VARIANTS, Variant
 
-HEAD = ("link", "measure", "way", "figure", "neither", "supervisor", "TLS", "both")
+HEAD = ("link", "measure", "way", "figure", "neither", "supervisor", "TLS", "both", "unverified")
 
-_COLUMNS = tuple(sorted(VARIANTS, key=lambda variant: (variant.tls, variant.supervised)))
+_COLUMNS = tuple(sorted(VARIANTS, key=lambda variant: (not variant.verified, variant.tls, variant.supervised)))
 """In the order of `HEAD`."""
 
 _ALWAYS = ("ready_seconds", "daemon_cpu_seconds", "server_cpu_seconds")

@@ -42,6 +42,9 @@ RECORDED_FOLDER = "recorded"
 PKI_FOLDER = "pki"
 SERVER_NAME, CLIENT_NAME = "server", "client"
 
+UNVERIFIED = Path(__file__).with_name("unverified")
+"""On PYTHONPATH: pages are believed."""
+
 
 def make_certificates(folder: Path) -> None:
     """An authority's, a server's and a client's, below `folder`."""
@@ -94,8 +97,9 @@ def mount_lazymem(*options: str, module: str = "lazymem.cli.mount", variant: Var
         command = [sys.executable, "-m", module, through.address, str(point)]
         command += ["--cache", str(cache), "--log", str(folder / "lazymem-mount.log"), *options]
         command += _protection(variant, folder)
+        env = os.environ if variant.verified else {**os.environ, "PYTHONPATH": str(UNVERIFIED)}
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, env=env)
         ready = time.perf_counter() - started
         if done.returncode:
             raise WayError(f"lazymem-mount: {done.stderr.strip()}")

@@ -55,12 +55,14 @@ MountIt = Callable[[Through, Image, Path], AbstractContextManager[Mount]]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way of lazymem's, with or without what protects it. The commands' own default: a supervisor, and no TLS."""
+    """A way of lazymem's, with or without what protects it. The commands' own default: a supervisor, and no TLS.
+    Nobody but the benchmark can do without verification (`bench/unverified`)."""
 
     suffix: str
     title: str
     tls: bool = False
     supervised: bool = True
+    verified: bool = True
 
 
 PLAIN = Variant("", "")
@@ -69,10 +71,11 @@ VARIANTS = (
     Variant("+tls", ", TLS", tls=True),
     Variant("+unsupervised", ", no supervisor", supervised=False),
     Variant("+tls+unsupervised", ", TLS, no supervisor", tls=True, supervised=False),
+    Variant("+unverified", ", nothing verified", verified=False),
 )
 
 
-NO_MOUNT = tuple(variant for variant in VARIANTS if variant.supervised)
+NO_MOUNT = tuple(variant for variant in VARIANTS if variant.supervised and variant.verified)
 """Of what makes no mount of its own, so that there is nothing to supervise (or it cannot be told to do without)."""
 
 

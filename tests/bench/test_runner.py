@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+import lazymem
 from bench import cli
 from bench.images import look_through, synthetic
+from bench.lazymemways import UNVERIFIED
 from bench.links import LINKS
 from bench.measures import MEASURES
 from bench.record import Case
@@ -40,9 +46,9 @@ def test_a_plan_takes_only_what_was_chosen() -> None:
 def test_ways_of_ours_have_variants_where_the_measure_has_the_way() -> None:
     chosen = Plan(measures=("memory",), ways=("lazymem+tls", "lazymem-none+unsupervised", "nbdfuse")).cases()
     assert chosen == [Case("memory", "loopback", "lazymem+tls")]
-    four = ["lazymem", "lazymem+tls", "lazymem+unsupervised", "lazymem+tls+unsupervised"]
+    all_ways = ["lazymem", "lazymem+tls", "lazymem+unsupervised", "lazymem+tls+unsupervised", "lazymem+unverified"]
     plan = Plan(measures=("fill",), links=("20ms",), ways=("lazymem", "nbdfuse"), variants=VARIANTS)
-    assert [case.way for case in plan.cases()] == [*four, "nbdfuse"]
+    assert [case.way for case in plan.cases()] == [*all_ways, "nbdfuse"]
 
 
 def test_what_cannot_do_without_a_supervisor_is_not_asked_to() -> None:
@@ -91,11 +97,42 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @needs_resend
 @pytest.mark.system
 def test_what_protection_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All four variants, each held to be what its name says by the way itself."""
+    """All variants, each held to be what its name says by the way itself."""
     options = ["--measure", "ready", "--way", "lazymem", "--protection", "--link", "loopback", "--rounds", "1"]
     options += ["--image-mib", "8", "--no-plots", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert cli.main(options) == 0, capsys.readouterr().out
     output = capsys.readouterr().out
     (row,) = [line for line in output.splitlines() if line.startswith("| loopback TCP | ready | lazymem | ready s")]
-    assert row.count("; x ") == 3
+    assert row.count("; x ") == 4
     assert "| loopback TCP | command to mount ready, TLS, no supervisor |" in output
+    assert "| loopback TCP | command to mount ready, nothing verified |" not in output, "that reaches no goal"
+
+
+ROOT = Path(lazymem.__file__).parent
+
+_LOOK = "from lazymem.store import {}; print({}.is_right(bytes(4096), bytes(16)))"
+
+
+@pytest.mark.parametrize("module", ["verify", "pristine"])
+def test_only_with_its_own_folder_on_the_path_is_anything_believed(module: str) -> None:
+    def look(**more: str) -> str:
+        command = [sys.executable, "-c", _LOOK.format(module, module)]
+        return subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=True).stdout
+
+    assert look() == "False\n"
+    assert look(PYTHONPATH=str(UNVERIFIED)) == "True\n"
+
+
+def test_what_verifies_is_known_to_the_way_that_does_not() -> None:
+    """A module that begins to verify, and is not listed, would make verification look cheaper than it is."""
+    names = {"page_digest", "page_digests", "wrong_pages", "is_right", "leaf_matches"}
+    files = [path for room in ("fetch", "store", "fs") for path in (ROOT / room).glob("*.py")]
+    verifying = {
+        f"lazymem.{path.parent.name}.{path.stem}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and names & {alias.name for alias in node.names}
+    }
+    unused = {"lazymem.store.cachecheck", "lazymem.store.localsource"}  # lazymem verify; a source without a wire
+    text = (UNVERIFIED / "sitecustomize.py").read_text()
+    assert verifying == {module for module in verifying if f'"{module}": {{' in text} | unused
