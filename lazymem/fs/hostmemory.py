@@ -1,8 +1,8 @@
 """How much memory may still be filled ahead of the guest: of the host, and of the control groups of this process.
 
-What is filled is clean page cache, which the kernel calls available although it is what we want to keep; so who asks
-says how much of that he has brought. It is charged to the control group of whoever brings it, that is, to the
-daemon's, whatever group the guest is in.
+Clean page cache counts as room, since the kernel gives it up for whoever needs memory. What is filled is clean page
+cache, too, although it is what we want to keep; so who asks says how much of that he has brought. It is charged to the
+control group of whoever brings it, that is, to the daemon's, whatever group the guest is in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _UNLIMITED = 1 << 60
 def room_bytes(filled_bytes: int, *, proc: Path = Path("/proc"), mounts: list[mountinfo.Mount] | None = None) -> float:
     """Bytes that may still be filled after `filled_bytes` were; infinite where nothing can be read. Some 0.1 ms."""
     groups = _groups(proc, mountinfo.current() if mounts is None else mounts)
-    return min([_host_room(filled_bytes, proc), *(_group_room(folder) for folder in groups)])
+    return min([_host_room(filled_bytes, proc), *(_group_room(filled_bytes, folder) for folder in groups)])
 
 
 def _host_room(filled_bytes: int, proc: Path) -> float:
@@ -63,7 +63,7 @@ def _maybe_root(controllers: list[str], mounts: list[mountinfo.Mount]) -> Path |
     return None
 
 
-def _group_room(folder: Path) -> float:
+def _group_room(filled_bytes: int, folder: Path) -> float:
     """What the group may still take, in bytes."""
     rooms = [math.inf]
     for limit_name, usage_name in (
@@ -73,8 +73,26 @@ def _group_room(folder: Path) -> float:
     ):
         maybe_limit, maybe_usage = _maybe_number(folder / limit_name), _maybe_number(folder / usage_name)
         if maybe_limit is not None and maybe_usage is not None and maybe_limit < _UNLIMITED:
-            rooms.append(maybe_limit - maybe_usage - maybe_limit / RESERVE_SHARE)
+            cached = _clean_cache(folder)
+            used = maybe_usage - cached + min(filled_bytes, cached)
+            rooms.append(maybe_limit - used - maybe_limit / RESERVE_SHARE)
     return min(rooms)
+
+
+def _clean_cache(folder: Path) -> int:
+    """Bytes of page cache of the group, and of those below it, that need not be written anywhere first."""
+    try:
+        text = (folder / "memory.stat").read_text()
+    except OSError:
+        return 0
+    figures = {name: int(value) for name, value in re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE)}
+
+    def all_of(*names: str) -> int:
+        # Version 1 has the groups below it in a figure of its own.
+        return sum(figures.get(f"total_{name}", figures.get(name, 0)) for name in names)
+
+    unclean = all_of("file_dirty", "file_writeback", "dirty", "writeback")
+    return max(0, all_of("inactive_file", "active_file") - unclean)
 
 
 def _maybe_number(path: Path) -> int | None:

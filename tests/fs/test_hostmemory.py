@@ -59,6 +59,31 @@ def test_version_1(tmp_path: Path) -> None:
     assert hostmemory.room_bytes(0, proc=proc, mounts=mounts) == 100 * MIB
 
 
+@pytest.mark.parametrize(
+    ("version", "stat"),
+    [
+        (2, "anon {0}\ninactive_file {1}\nactive_file {1}\nfile_dirty {2}\nfile_writeback {2}\n"),
+        (1, "inactive_file 7\ntotal_inactive_file {1}\ntotal_active_file {1}\ntotal_dirty {2}\ntotal_writeback {2}\n"),
+    ],
+)
+def test_a_groups_clean_cache_is_room_but_what_was_filled_is_not(tmp_path: Path, version: int, stat: str) -> None:
+    """A group that has run for a while is full of page cache, always."""
+    line, names = {
+        2: ("0::/unit\n", ("memory.max", "memory.current")),
+        1: ("4:memory:/unit\n", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    }[version]
+    proc = _proc(tmp_path / "proc", available_mib=8 * 1024, cgroup=line)
+    unit = tmp_path / "memory" / "unit"
+    unit.mkdir(parents=True)
+    for name, mib in zip(names, (320, 310), strict=True):
+        (unit / name).write_text(f"{mib * MIB}\n")
+    (unit / "memory.stat").write_text(stat.format(100 * MIB, 105 * MIB, 5 * MIB))
+    mounts = [_mount(tmp_path / "memory", "cgroup2" if version == 2 else "cgroup")]
+    assert hostmemory.room_bytes(0, proc=proc, mounts=mounts) == (320 - 20 - 110) * MIB
+    assert hostmemory.room_bytes(50 * MIB, proc=proc, mounts=mounts) == (320 - 20 - 160) * MIB
+    assert hostmemory.room_bytes(900 * MIB, proc=proc, mounts=mounts) == (320 - 20 - 310) * MIB, "it was reclaimed"
+
+
 def test_a_group_whose_folder_is_not_to_be_seen_here(tmp_path: Path) -> None:
     """In a container /proc/self/cgroup may name a path outside of what is mounted."""
     proc = _proc(tmp_path / "proc", available_mib=8 * 1024, cgroup="0::/../../elsewhere\n")
