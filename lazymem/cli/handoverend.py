@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from lazymem.errors import LazymemError, StoreError
 
@@ -14,7 +15,9 @@ def plain(text: str) -> str:
 
 
 def say(program: str, line: str) -> None:
-    print(f"{program}: {plain(line)}", file=sys.stderr, flush=True)
+    """Whether or not anybody reads it: a closed terminal is no reason to leave a guest standing."""
+    with suppress(OSError):
+        print(f"{program}: {plain(line)}", file=sys.stderr, flush=True)
 
 
 def ended(program: str, work: Callable[[], int], what: str) -> int:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from lazymem_server.listeners import Listeners, parse_listen
 
 from lazymem.cli import handoverend
 from lazymem.cli.groups import cause_of
+from lazymem.cli.guardian import Guard, guarded
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.handoverserver import HandoverServer
 from lazymem.errors import BusyError, IdentityError, MonitorError, RamFileError, UsageError
@@ -43,6 +42,8 @@ _ASK_SECONDS = 60.0
 _BACK_SECONDS = 5.0
 """For a destination that lives to come back to a new lazymem send: it tries each two seconds."""
 
+_INTERRUPTED = "interrupted"
+
 _EPILOG = """examples:
   lazymem send --qmp /run/vm/qmp.sock --listen 10.0.0.1:7412 --allow host-b \
       --tls-cert host-a.crt --tls-key host-a.key --tls-ca ca.crt                (lazymem pki --help: the files)
@@ -65,7 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     found.qmp = Path(os.path.abspath(str(found.qmp).removeprefix("unix:")))
     # By its real name: under each of two, the decision of the other would not be found.
     folder = found.journal or default_folder("send", os.path.realpath(found.qmp))
-    return handoverend.ended(PROGRAM, lambda: _run(found, folder.absolute()), str(folder))
+    return guarded(
+        lambda guard: handoverend.ended(PROGRAM, lambda: _run(found, folder.absolute(), guard), str(folder)), say
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(found: argparse.Namespace, folder: Path) -> int:
+def _run(found: argparse.Namespace, folder: Path, guard: Guard) -> int:
     try:
         journal = Journal(folder, "source")
     except BusyError:
@@ -125,12 +128,12 @@ def _run(found: argparse.Namespace, folder: Path) -> int:
         say(answer.text)
         return 0 if answer.done else BusyError.exit_code
     with journal:
-        return _with_journal(found, journal)
+        return _with_journal(found, journal, guard)
 
 
-def _with_journal(found: argparse.Namespace, journal: Journal) -> int:
+def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> int:
     before = _maybe_before(journal)
-    if found.reclaim and (before is None or journal.found is None or journal.found.state != Source.GIVEN.value):
+    if found.reclaim and not _may_be_reclaimed(journal, before, guard):
         raise IdentityError(f"nothing was given away that could be taken back ({journal.folder})")
     with ExitStack() as undo:
         is_here = before is None or journal.found is None or journal.found.state == Source.OURS.value
@@ -148,10 +151,17 @@ def _with_journal(found: argparse.Namespace, journal: Journal) -> int:
         listeners.open([parse_listen(before.address if before is not None else found.listen)])
         ask_for_short_slices()  # a guest stands while this process waits for a processor
         try:
-            outcome, state_bytes = trio.run(_send, found, journal, before, guest, listeners)
+            outcome, state_bytes = trio.run(_send, found, journal, before, guest, listeners, guard)
         except BaseExceptionGroup as group:
             raise cause_of(group) from group
     return _told(outcome, state_bytes, as_json=found.json, reclaimed=found.reclaim)
+
+
+def _may_be_reclaimed(journal: Journal, before: Leaving | None, guard: Guard) -> bool:
+    """What a process before this one had begun to take back when it was killed is to go on, too."""
+    if before is None or journal.found is None:
+        return False
+    return journal.found.state == Source.GIVEN.value or (guard.is_again and journal.found.state == Source.OURS.value)
 
 
 def _maybe_before(journal: Journal) -> Leaving | None:
@@ -196,6 +206,7 @@ async def _send(
     before: Leaving | None,
     guest: LeavingGuest | None,
     listeners: Listeners,
+    guard: Guard,
 ) -> tuple[Outcome, int]:
     server = HandoverServer(listeners, maybe_tls(found), found.allow)
     maybe_look = None
@@ -203,21 +214,25 @@ async def _send(
         before = await trio.to_thread.run_sync(_look, found, guest, server.address)
     else:
         maybe_look = partial(_look, found, guest, server.address, came_back=True)
-    sender = Sender(journal, guest, before, server, say, maybe_look=maybe_look, warm_seconds=found.warm)
+    sender = Sender(
+        journal, guest, before, server, say, maybe_look=maybe_look, warm_seconds=found.warm, offers=not found.reclaim
+    )
     server.receivers = sender.receivers
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(server.run)
-            nursery.start_soon(_watch_signals, signals, sender, nursery.cancel_scope)
-            if found.reclaim:
-                nursery.start_soon(_reclaim, sender)
-            _announce(server.address, sender, as_json=found.json)
-            try:
-                outcome = await sender.run()
-            finally:
-                sender.close()
-                nursery.cancel_scope.cancel()
-    return outcome, sender.state_bytes
+    maybe_outcome = None
+    async with trio.open_nursery() as nursery:
+        await nursery.start(server.run)
+        nursery.start_soon(_watch, guard, sender, nursery.cancel_scope)
+        if found.reclaim and sender.state is Source.GIVEN:
+            nursery.start_soon(_reclaim, sender)
+        nursery.start_soon(_announce, server.address, sender, found.json)
+        try:
+            maybe_outcome = await sender.run()
+        finally:
+            sender.close()
+            nursery.cancel_scope.cancel()
+    if maybe_outcome is None:
+        maybe_outcome = Outcome(sender.state, _INTERRUPTED, stands="the guest was given away: the same command goes on")
+    return maybe_outcome, sender.state_bytes
 
 
 def _look(found: argparse.Namespace, guest: LeavingGuest | None, address: str, *, came_back: bool = False) -> Leaving:
@@ -239,18 +254,22 @@ def _look(found: argparse.Namespace, guest: LeavingGuest | None, address: str, *
     )
 
 
-def _announce(address: str, sender: Sender, *, as_json: bool) -> None:
+async def _announce(address: str, sender: Sender, as_json: bool) -> None:
+    """Once it is true: what a process before this one had begun is undone first."""
+    await sender.wait_open()
     if as_json:
         print(json.dumps({"listening": address}), flush=True)
     elif sender.state is Source.OURS:
         print(f"waiting on {address} for lazymem receive", flush=True)
 
 
-async def _watch_signals(signals: AsyncIterator[int], sender: Sender, scope: trio.CancelScope) -> None:
+async def _watch(guard: Guard, sender: Sender, scope: trio.CancelScope) -> None:
     told = False
-    async for _ in signals:
+
+    def interrupted() -> None:
+        nonlocal told
         if sender.interrupt():
-            continue
+            return
         if told:
             scope.cancel()
             return
@@ -259,6 +278,12 @@ async def _watch_signals(signals: AsyncIterator[int], sender: Sender, scope: tri
             "the guest was given away and its RAM is still served: once more ends this all the same, and the same "
             "command goes on later"
         )
+
+    def alone() -> None:
+        if not sender.interrupt():
+            say("the process that watched over this one was killed; the guest was given away, and its RAM is served on")
+
+    await guard.watch(interrupted, alone)
 
 
 async def _reclaim(sender: Sender) -> None:
@@ -279,11 +304,13 @@ def _told(outcome: Outcome, state_bytes: int, *, as_json: bool, reclaimed: bool)
     if outcome.state is Source.RELEASED:
         return 0
     say(f"{outcome.text or 'broken off'}; {outcome.stands or 'the guest goes on here'}")
+    if outcome.text == _INTERRUPTED and outcome.state is not Source.OURS:
+        return 130
     if outcome.stands is not None:
         return MonitorError.exit_code
     if reclaimed:
         return 0
-    return 130 if outcome.text == "interrupted" else MonitorError.exit_code
+    return 130 if outcome.text == _INTERRUPTED else MonitorError.exit_code
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,11 @@ _SLOT_BYTES = 16 * 1024
 """A record has some paths and numbers, under 2 KiB."""
 
 _DIGEST_BYTES = 32
+
+_LOCK_SECONDS = 0.2
+"""For a process that ends, or only looks whether somebody has it (`is_held`), to be gone from it."""
+
+_LOCK_POLL_SECONDS = 0.005
 
 
 class Record(Struct, frozen=True):
@@ -73,10 +79,16 @@ class Journal:
             raise
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"another process is at this hand-over ({self.folder})") from error
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise BusyError(f"another process is at this hand-over ({self.folder})") from error
+                time.sleep(_LOCK_POLL_SECONDS)
+            else:
+                return
 
     def _open(self) -> Record | None:
         path = self.folder / NAME

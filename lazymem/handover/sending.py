@@ -57,10 +57,11 @@ class Sender:
         *,
         maybe_look: Callable[[], Leaving] | None = None,
         warm_seconds: float = 0.0,
+        offers: bool = True,
     ) -> None:
         """`guest` None: its emulator is gone, only its RAM is left to serve. `maybe_look`: go on as the journal says;
         looks at a guest that is still here once more, and raises what speaks against offering it again.
-        `warm_seconds`: for so long its pages go ahead of it."""
+        `warm_seconds`: for so long its pages go ahead of it. `offers`: else a guest that is here only goes on."""
         self._warming = Warming(warm_seconds, say)
         self._journal = journal
         self._guest = guest
@@ -70,6 +71,8 @@ class Sender:
         found = journal.found if maybe_look is not None else None
         self._maybe_look = maybe_look
         self._restarted = found is not None
+        self._is_to_offer = offers
+        self._opened = trio.Event()
         self._side = source(Source(found.state) if found is not None else Source.OURS)
         self._offers = Offers(() if journal.found is None else void_of(journal.found))
         # Not before what was begun is undone, and once only: whatever comes of it is this process's end.
@@ -114,6 +117,8 @@ class Sender:
         """
         async with trio.open_nursery() as self._nursery:
             over = await self._resume() if self._restarted else False
+            if not over:
+                self._opened.set()
             self._nursery.start_soon(self.reclaiming.watch)
             while not over:
                 over = await self._take(*await self._events.take())
@@ -131,6 +136,10 @@ class Sender:
         self.receivers.close()
         self._device_state.close()
 
+    async def wait_open(self) -> None:
+        """Until whoever comes is served: what was begun before is undone, or goes on."""
+        await self._opened.wait()
+
     def interrupt(self) -> bool:
         """The user wants it to end. False: the guest is given, and this process is needed."""
         if self.state in (Source.GIVEN, Source.GONE):
@@ -144,6 +153,9 @@ class Sender:
             self._open_ram()
             self._say(f"going on where an earlier lazymem send was: the guest is {self.state.value}")
         await self._step(Event.RESTARTED)
+        if self.state is Source.OURS and not self._is_to_offer:
+            self._reason = "taken back by hand"
+            return True
         if self.state is Source.OURS:
             assert self._maybe_look is not None
             self._leaving = await trio.to_thread.run_sync(self._maybe_look)

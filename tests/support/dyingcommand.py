@@ -4,16 +4,23 @@ Started as ``python -m tests.support.dyingcommand FILE STEPS send|receive ARGUME
 line, as they are reached: ``EVENT NAME`` before an event is taken, ``AT STATE`` when all is done that it led to,
 ``RECORD STATE`` and ``RECORDED STATE`` around a write to the journal, and an effect's name before it is carried out.
 Before anything moves it, a source has ``OFFER`` and ``OFFERED``, around that write, and a destination ``CHECKED``,
-``MOUNTED`` and ``STARTED``. With --warm a source has ``WENT`` when some pages went ahead of the guest, a destination
-``MADE`` when it has a place for them, and ``CAME`` when some are in it.
+``MOUNTED`` and ``STARTED``; when the guest stands, a source has ``STOPPED``, in another thread. With --warm a source
+has ``WENT`` when some pages went ahead of the guest, a destination ``MADE`` when it has a place for them, and ``CAME``
+when some are in it.
 
 STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before it,
-and then the process dies, or what stands in front of STEPS with a ``:``. ``emulator:`` and ``daemon:`` (the mount's, of
-a destination) are killed; ``cut:`` is the connection to the other side; ``hold:`` nobody dies, it goes on once FILE has
-a sibling with the ending .go. Several of these may stand with a ``;`` between. ``half``: of the guesses only the first
-2 MiB are served until then. ``late;`` before all: the destination takes its emulator for not yet loaded until it has
-the source's word. ``early;``: it lets the source wait until its emulator is.
+and then the process dies, or what stands in front of STEPS with a ``:``. A source's process is two, and both die: its
+guardian and the one that does the work; ``guardian:`` and ``worker:`` are the one and the other. Of its mount (a
+source's is the one that its RAM lies on) ``daemon:``, ``supervisor:`` and ``filler:`` are killed; of its emulator
+``emulator:``, and ``qemu:`` is the QEMU that a lazymem-vm has started. ``cut:`` is the connection to the other side;
+``hold:`` nobody dies, it goes on once FILE has a sibling with the ending .go. Several of these may stand with a ``;``
+between. ``half``: of the guesses only the first 2 MiB are served until then. ``late;`` before all: the destination
+takes its emulator for not yet loaded until it has the source's word. ``early;``: it lets the source wait until its
+emulator is.
 
+Where something else than the command is killed, a line ``=KIND`` says so: there may be none of the kind at that step.
+
+FILE's sibling with the ending .pid has the id of the process that writes all this, the latest one's.
 FILE's sibling with the ending .read says of each step how many bytes the process has read of files until then.
 """
 
@@ -23,6 +30,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +47,7 @@ from lazymem.handover.warming import Warming
 from lazymem.pages import PageRange
 from lazymem.snapshot.liveram import LiveRam
 from lazymem.store.candidatewriter import CandidateWriter
+from tests.support.processtree import command_of, descendants_of, fillers_of
 
 _HALF_PAGES = 512
 
@@ -46,6 +55,9 @@ _HALF_PAGES = 512
 class _Steps:
     def __init__(self, path: Path, fatal: str) -> None:
         self._path = path
+        self._process = os.getpid()
+        path.with_suffix(".pid").write_text(f"{self._process}")
+        self._seen = len(_lines(path))
         self._fatal: dict[str, str] = {}
         for part in fatal.split(";"):
             kind, _, words = part.rpartition(":")
@@ -53,6 +65,11 @@ class _Steps:
 
     def note(self, word: str) -> str | None:
         """What dies there."""
+        if self._process != os.getpid():  # forked, and maybe not the first: what one before it died of is done
+            self._process = os.getpid()
+            self._path.with_suffix(".pid").write_text(f"{self._process}")
+            for line in _lines(self._path)[self._seen :]:
+                self._fatal.pop(line.removeprefix("!") if line.startswith("!") else "", None)
         kind = self._fatal.pop(word, None)
         with self._path.open("a") as file:
             file.write(f"{word}\n" + (f"!{word}\n" if kind is not None else ""))
@@ -61,7 +78,7 @@ class _Steps:
         return kind
 
     def reached_alone(self, word: str) -> None:
-        """In no task, and before there is anything but this process."""
+        """Of a destination, in no task, and before there is anything but this process."""
         if self.note(word):
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -72,11 +89,38 @@ class _Steps:
                 await trio.sleep(0.02)
         elif kind == "cut":
             await (side.receivers if isinstance(side, Sender) else side._link).drop()
-        elif kind == "daemon":
-            status = await trio.to_thread.run_sync(read_status, side._arriving.mountpoint)
-            os.kill(status["pid"], signal.SIGKILL)
         elif kind is not None:
-            os.kill(_emulator(side) if kind == "emulator" else os.getpid(), signal.SIGKILL)
+            for pid in await trio.to_thread.run_sync(_mortal, kind, side):
+                self._tell(f"={kind}")
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _tell(self, line: str) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{line}\n")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _mount(side: Any) -> str:
+    return str(Path(side._leaving.ram_path).parent if isinstance(side, Sender) else side._arriving.mountpoint)
+
+
+def _mortal(kind: str, side: Any) -> list[int]:
+    """The processes that are that; there may be none."""
+    if kind == "emulator":
+        return [_emulator(side)]
+    if kind == "qemu":
+        return [pid for pid in descendants_of(_emulator(side)) if "qemu-system" in command_of(pid)[0]]
+    if kind in ("daemon", "supervisor", "filler"):
+        status = read_status(_mount(side))
+        if kind == "filler":
+            return fillers_of(status["pid"])
+        return [status["pid"] if kind == "daemon" else status["survival"]["supervisor_pid"]]
+    guardian = [os.getppid()] if isinstance(side, Sender) and kind != "worker" else []
+    return guardian if kind == "guardian" else [*guardian, os.getpid()]
 
 
 def _read_bytes() -> int:
@@ -134,6 +178,27 @@ def _watch_host(steps: _Steps) -> None:
         return wait(*arguments)
 
     patched.check, patched.mount, patched._wait_waiting = watched_check, watched_mount, watched_wait
+
+
+def _watch_stop(steps: _Steps) -> None:
+    """In the thread that is at the emulator's monitor."""
+    patched: Any = Sender
+    send_state = patched._send_state
+
+    async def watched_send(self: Any) -> Any:
+        freeze = self._ram.freeze
+
+        def watched_freeze() -> Any:
+            signature = freeze()
+            kind = steps.note("STOPPED")
+            for pid in _mortal(kind, self) if kind else ():
+                os.kill(pid, signal.SIGKILL)
+            return signature
+
+        self._ram.freeze = watched_freeze
+        return await send_state(self)
+
+    patched._send_state = watched_send
 
 
 def _watch_warm(steps: _Steps) -> None:
@@ -235,6 +300,7 @@ def run(words: Sequence[str]) -> int:
     steps = _Steps(Path(path), fatal.removeprefix("late;").removeprefix("early;"))
     _watch_host(steps)
     _watch_warm(steps)
+    _watch_stop(steps)
     _watch(Sender if command == "send" else Receiver, steps)
     return send.main(arguments) if command == "send" else receive.main(arguments)
 

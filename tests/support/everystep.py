@@ -134,7 +134,7 @@ class Attempts:
         self._pair = pair
         self._steps = steps
         self._guest = guest
-        self._starts = 0
+        self._said = 0
         self._words = list(pair.receive.arguments)
         self._receives = 0
         pair.send.out.touch()
@@ -200,13 +200,16 @@ class Attempts:
                 pair.receive.start(die_at=self._steps.die_at("receive"))
 
     def _start_send(self) -> None:
-        self._starts += 1
+        self._said = len(self._listening())
         self._pair.send.start(die_at=self._steps.die_at("send"))
 
     def _address(self) -> str | None:
         """Where the present process listens, once it does."""
-        lines = [line for line in self._pair.send.out.read_text().splitlines() if '"listening"' in line]
-        return None if len(lines) < self._starts else str(json.loads(lines[-1])["listening"])
+        lines = self._listening()
+        return None if len(lines) <= self._said else str(json.loads(lines[-1])["listening"])
+
+    def _listening(self) -> list[str]:
+        return [line for line in self._pair.send.out.read_text().splitlines(keepends=True) if '"listening"' in line]
 
 
 @contextlib.contextmanager

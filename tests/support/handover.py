@@ -23,6 +23,7 @@ from lazymem.handover.journal import read
 from tests.support.emulatorwatch import EmulatorWatch, both_ran, downtime_seconds
 from tests.support.forkedcommands import Forked, ForkServer
 from tests.support.networkhosts import NetworkHost
+from tests.support.processtree import descendants_of, is_gone
 from tests.support.vmprocess import WAIT_SECONDS, wait_until
 
 
@@ -61,11 +62,21 @@ class Command:
             self.process = subprocess.Popen([*command, *words], stdout=out, stderr=err, env=self._environment)
 
     def code(self) -> int | None:
-        return None if self.process is None else self.process.poll()
+        """Once all of it has ended: a source's guardian may be gone before the process that does the work."""
+        code = None if self.process is None else self.process.poll()
+        return code if code is None or is_gone(self.worker) else None
+
+    @property
+    def worker(self) -> int:
+        """The process that came to a step last; 0: none has."""
+        path = self.steps.with_suffix(".pid")
+        return int(path.read_text() or "0") if path.exists() else 0
 
     def wait(self) -> int:
         assert self.process is not None
-        return self.process.wait(WAIT_SECONDS)
+        code = self.process.wait(WAIT_SECONDS)
+        wait_until(lambda: is_gone(self.worker), "the process that does the work")
+        return code
 
     def said(self) -> str:
         return self.out.read_text() + self.err.read_text()
@@ -94,9 +105,15 @@ class Command:
         return next(int(words[0]) for words in (line.split(" ", 1) for line in reversed(lines)) if words[1] == step)
 
     def kill(self) -> None:
+        """All of it; a guardian first, which would start another."""
         if self.process is not None:
+            work = [pid for pid in descendants_of(self.process.pid) if self._name == "send"]
             self.process.kill()
             self.process.wait()
+            for pid in {*work, *([self.worker] if self.worker and not is_gone(self.worker) else [])}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: is_gone(self.worker), "the process that does the work")
 
 
 class Pair:
@@ -157,6 +174,7 @@ class Pair:
         self.receive.start(die_at=destination_dies)
 
     def address(self) -> str:
+        """Where it listened first, which is where each of its next processes does."""
         wait_until(lambda: b"\n" in self.send.out.read_bytes() or self.send.code() is not None, "an address")
         return str(json.loads(self.send.out.read_text().splitlines()[0])["listening"])
 

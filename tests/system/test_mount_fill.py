@@ -16,6 +16,7 @@ from lazymem.cli.confinement import DAEMONS
 from tests.support.mounts import Mounted, Stage, wait_until
 from tests.support.privileges import NOBODY, root_may_become_nobody
 from tests.support.processstatus import status_of, threads_of
+from tests.support.processtree import fillers_of, is_gone
 from tests.support.skips import OTHERS, skip_without
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
@@ -27,26 +28,6 @@ PAGES = 4096
 @pytest.fixture
 def snapshot(tmp_path: Path) -> BuiltSnapshot:
     return make_snapshot(tmp_path / "snapshot", PAGES)
-
-
-def fillers(pid: int) -> list[int]:
-    """Children of the daemon that give way to everybody: not its supervisor, nor its spare."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path("/proc", name, "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z" and int(fields[16]) >= 10:
-            found.append(int(name))
-    return found
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 @pytest.fixture
@@ -66,15 +47,15 @@ def slow(mounts: Stage, snapshot: BuiltSnapshot) -> Iterator[str]:
 
 
 def filler_of(mounted: Mounted) -> int:
-    wait_until(lambda: len(fillers(mounted.pid)) == 1, "the filling process")
-    return fillers(mounted.pid)[0]
+    wait_until(lambda: len(fillers_of(mounted.pid)) == 1, "the filling process")
+    return fillers_of(mounted.pid)[0]
 
 
 def test_it_brings_everything_and_is_gone(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     mounted = mounts.mount(mounts.serve(snapshot.folder).address)
     wait_until(lambda: mounted.status()["pages_held"] == PAGES, "all pages")
     pid = mounted.status()["pid"]
-    wait_until(lambda: not fillers(pid), "the filling process to be waited for")
+    wait_until(lambda: not fillers_of(pid), "the filling process to be waited for")
     status = mounted.status()
     assert 0 < status["pages_prefetched"] <= PAGES
     assert (status["demand_faults"], status["pages_in_flight"]) == (0, 0)
@@ -103,7 +84,7 @@ def test_it_ends_with_its_daemon(mounts: Stage, slow: str, kill: bool) -> None:
         os.kill(mounted.pid, signal.SIGKILL)  # another daemon follows, with a filling process of its own
     else:
         mounted.unmount()
-    wait_until(lambda: gone(filler), "the filling process to end")
+    wait_until(lambda: is_gone(filler), "the filling process to end")
 
 
 def test_it_gives_way_and_hears_no_ctrl_c(mounts: Stage, slow: str) -> None:
@@ -115,7 +96,7 @@ def test_it_gives_way_and_hears_no_ctrl_c(mounts: Stage, slow: str) -> None:
         os.kill(filler, number)
     held = mounted.status()["pages_held"]
     wait_until(lambda: mounted.status()["pages_held"] > held, "it to go on")
-    assert not gone(filler)
+    assert not is_gone(filler)
 
 
 def test_it_has_no_capability_and_root_daemon_only_its_units(mounts: Stage, slow: str) -> None:
@@ -163,7 +144,7 @@ def test_pages_that_the_guest_wrote_are_not_asked_for(mounts: Stage, snapshot: B
     written = first.status()["pages_written"]
     first.unmount()
     second = mounts.mount(mounts.serve(snapshot.folder).address, "--state", mounts.folder / "state", name="second")
-    wait_until(lambda: not fillers(second.pid), "the filling process to find little to do")
+    wait_until(lambda: not fillers_of(second.pid), "the filling process to find little to do")
     status = second.status()
     assert written >= PAGES - 1
     assert status["pages_prefetched"] <= PAGES - written
@@ -171,4 +152,4 @@ def test_pages_that_the_guest_wrote_are_not_asked_for(mounts: Stage, snapshot: B
 
 def test_none_is_started_where_nothing_is_to_be_filled(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     mounted = mounts.mount(mounts.serve(snapshot.folder).address, "--prefetch", "none")
-    assert not fillers(mounted.pid)
+    assert not fillers_of(mounted.pid)

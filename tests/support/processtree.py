@@ -1,0 +1,57 @@
+"""Which processes came of which, as /proc tells."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from msgspec import Struct
+
+_GIVES_WAY = 10
+"""The niceness of a mount's filling process, and of none other of its children."""
+
+
+class Found(Struct, frozen=True):
+    pid: int
+    parent: int
+    is_zombie: bool
+    niceness: int
+
+
+def maybe_process(pid: int) -> Found | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it ended
+        return None
+    return Found(pid, int(fields[1]), fields[0] == "Z", int(fields[16]))
+
+
+def is_gone(pid: int) -> bool:
+    found = maybe_process(pid)
+    return found is None or found.is_zombie
+
+
+def children_of(pid: int) -> list[Found]:
+    """Those that live."""
+    all_of_them = (maybe_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
+    return [found for found in all_of_them if found is not None and found.parent == pid and not found.is_zombie]
+
+
+def descendants_of(pid: int) -> list[int]:
+    """Parents before their children."""
+    found = []
+    for child in children_of(pid):
+        found += [child.pid, *descendants_of(child.pid)]
+    return found
+
+
+def fillers_of(daemon: int) -> list[int]:
+    """Children of a mount's daemon that give way to everybody: not its supervisor, nor its spare."""
+    return [found.pid for found in children_of(daemon) if found.niceness >= _GIVES_WAY]
+
+
+def command_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
