@@ -2,7 +2,9 @@
 
 import os
 import signal
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, settings
 from tests.support import skips
 from tests.support.asroot import hand_over
 from tests.support.privileges import maybe_as_own_root
+from tests.support.vmprocess import Start, starting
 from tests.support.watchdog import GRACE_SECONDS, Watchdog
 
 WATCHDOG = pytest.StashKey[Watchdog]()
@@ -70,3 +73,17 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in skips.stand_ins(report for reports in terminalreporter.stats.values() for report in reports):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
+    """Starts lazymem-vms with as much RAM as the test's module says."""
+    with starting(tmp_path, request.module.RAM_MIB) as begin:
+        yield begin
+
+
+@pytest.fixture
+def sockets() -> Iterator[Path]:
+    """A folder with a short path: a unix socket's has at most 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
+        yield Path(folder)

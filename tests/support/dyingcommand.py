@@ -90,14 +90,14 @@ class _Steps:
         elif kind == "cut":
             await (side.receivers if isinstance(side, Sender) else side._link).drop()
         elif kind is not None:
-            for pid in await trio.to_thread.run_sync(_mortal, kind, side):
-                self._tell(f"={kind}")
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            await trio.to_thread.run_sync(self.kill, kind, side)
 
-    def _tell(self, line: str) -> None:
-        with self._path.open("a") as file:
-            file.write(f"{line}\n")
+    def kill(self, kind: str, side: Any) -> None:
+        for pid in _mortal(kind, side):
+            with self._path.open("a") as file:
+                file.write(f"={kind}\n")
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _lines(path: Path) -> list[str]:
@@ -191,8 +191,8 @@ def _watch_stop(steps: _Steps) -> None:
         def watched_freeze() -> Any:
             signature = freeze()
             kind = steps.note("STOPPED")
-            for pid in _mortal(kind, self) if kind else ():
-                os.kill(pid, signal.SIGKILL)
+            if kind is not None:
+                steps.kill(kind, self)
             return signature
 
         self._ram.freeze = watched_freeze

@@ -14,18 +14,18 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from lazymem.demo.serialline import SerialLine
 from lazymem.vm.guests import build_guest
 from tests.support.forkedcommands import ForkServer
 from tests.support.handover import Command, Pair
-from tests.support.vmprocess import WAIT_SECONDS, wait_until
+from tests.support.vmprocess import WAIT_SECONDS, connected, wait_until
 
 RAM_MIB = 4
 _POLL_SECONDS = 0.02
 _MOST_STARTS = 60
+_MOST_PAIRS = 20
 _LAST_WORD_SECONDS = 1.0
 """For a destination to hear that the source has let go, which may be what was cut."""
 
@@ -41,6 +41,10 @@ class Steps:
 
     def die_at(self, side: str) -> str:
         return f"{self._prefix}{','.join(self.left)}" if side == self._side else self._other
+
+    def kills(self, part: str) -> bool:
+        """Of the command, only that part."""
+        return self._prefix.endswith(f"{part}:")
 
     def note(self, pair: Pair) -> None:
         """Those that were reached meanwhile are done."""
@@ -62,7 +66,7 @@ class Guest:
         process = forks.start_vm([str(word) for word in words], folder / "log")
         stack.callback(process.wait)
         stack.callback(process.kill)
-        self.line = _line(folder / "serial")
+        self.line = connected(folder / "serial")
         stack.callback(lambda: self.line.close())
         self.line.expect("tick")  # it listens from "ready" on, which may be past
         self.line.ask("fill 7", "filled")
@@ -70,7 +74,7 @@ class Guest:
 
     def moved(self, folder: Path, monitor: Path) -> None:
         self.line.close()
-        self.line = _line(folder / "serial")
+        self.line = connected(folder / "serial")
         self.monitor = monitor
 
     def check(self) -> None:
@@ -78,18 +82,6 @@ class Guest:
         assert " bad 0 " in self.line.ask("verify", "verified")
         self._seed += 1
         self.line.ask(f"rewrite 20 {self._seed}", "rewrote")
-
-
-def _line(path: Path) -> SerialLine:
-    found: list[SerialLine] = []
-
-    def connected() -> bool:
-        with contextlib.suppress(OSError):  # not there yet, or not listened at
-            found.append(SerialLine(path, connect=True))
-        return bool(found)
-
-    wait_until(connected, "the serial line")
-    return found[0]
 
 
 class Pairs:
@@ -100,29 +92,38 @@ class Pairs:
         self._forks = forks
         self._steps = steps
         self._stack = stack
-        self._count = 0
+        self.all: list[Pair] = []
 
-    def run(self, guest: Guest) -> None:
-        """Until no step is left. The guest must live through all of it."""
+    def run(self, guest: Guest, when_moved: Callable[[], None] = lambda: None) -> None:
+        """Until no step is left. The guest must live through all of it. `when_moved` is called each time that it is
+        seen at a destination."""
         while self._steps.left:
             pair = self.next_pair(guest)
-            Attempts(pair, self._steps, guest).run()
+            Attempts(pair, self._steps, guest, when_moved).run()
             pair.never_both()
             if not pair.runs()[1]:
                 return
             guest.moved(pair.folder, pair.there)
             guest.check()
 
+    def hand_on(self, guest: Guest, source_dies: str = "") -> Pair:
+        """Once, and nothing is in its way; then its RAM lies on a mount."""
+        pair = self.next_pair(guest)
+        pair.begin(source_dies=source_dies)
+        assert pair.wait_settled() == (False, True), pair.tell()
+        guest.moved(pair.folder, pair.there)
+        return pair
+
     def next_pair(self, guest: Guest) -> Pair:
         folder = self._next_folder()
         pair = Pair(folder, guest.monitor, "-serial", f"unix:{folder}/serial", maybe_forks=self._forks)
         self._stack.callback(pair.clean_up)
+        self.all.append(pair)
         return pair
 
     def _next_folder(self) -> Path:
-        self._count += 1
-        assert self._count < 20, f"never reached: {self._steps.left}"
-        folder = self._folder / str(self._count)
+        assert len(self.all) < _MOST_PAIRS, f"never reached: {self._steps.left}"
+        folder = self._folder / str(len(self.all) + 1)
         folder.mkdir()
         return folder
 
@@ -130,8 +131,9 @@ class Pairs:
 class Attempts:
     """One pair of commands, started again whenever they end, until the guest is handed over or no step is left."""
 
-    def __init__(self, pair: Pair, steps: Steps, guest: Guest) -> None:
+    def __init__(self, pair: Pair, steps: Steps, guest: Guest, when_moved: Callable[[], None]) -> None:
         self._pair = pair
+        self._when_moved = when_moved
         self._steps = steps
         self._guest = guest
         self._said = 0
@@ -145,6 +147,8 @@ class Attempts:
             runs = self._pair.runs()
             assert runs != (True, True), f"both run; {self._pair.tell()}"
             self._steps.note(self._pair)
+            if runs[1]:
+                self._when_moved()
             if runs[1] and self._is_released():
                 return
             if self._has_ended(self._pair.receive):
@@ -200,8 +204,18 @@ class Attempts:
                 pair.receive.start(die_at=self._steps.die_at("receive"))
 
     def _start_send(self) -> None:
+        if self._pair.send.code() == -signal.SIGKILL:
+            self._check_what_was_left()
         self._said = len(self._listening())
         self._pair.send.start(die_at=self._steps.die_at("send"))
+
+    def _check_what_was_left(self) -> None:
+        """A killed child is started again by its guardian, and one whose guardian was killed does not leave a guest
+        that was not given standing."""
+        pair = self._pair
+        assert not self._steps.kills("worker"), pair.tell()
+        if self._steps.kills("guardian") and pair.states()[0] == "ours":
+            assert pair.runs() == (True, False), pair.tell()
 
     def _address(self) -> str | None:
         """Where the present process listens, once it does."""

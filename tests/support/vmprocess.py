@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lazymem.demo.serialline import SerialLine
 from lazymem.vm.qmpclient import QmpClient
 
 WAIT_SECONDS = 60.0
@@ -22,6 +23,19 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < give_up, f"waited for {what}"
         time.sleep(0.01)
+
+
+def connected(path: Path) -> SerialLine:
+    """A guest's serial line, once it is listened at."""
+    found: list[SerialLine] = []
+
+    def is_there() -> bool:
+        with contextlib.suppress(OSError):
+            found.append(SerialLine(path, connect=True))
+        return bool(found)
+
+    wait_until(is_there, "the serial line")
+    return found[0]
 
 
 class Process:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,11 @@ from lazymem.vm.guests import build_guest
 from tests.support.handover import Pair, pair
 from tests.support.networkhosts import booted_by_itself, two_hosts
 from tests.support.smalldisks import small_disk
-from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, starting, wait_until
+from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 RAM_MIB = 8
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as begin:
-        yield begin
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,12 +26,6 @@ WARM_SECONDS = 60.0
 
 SECOND = "watch.qmp"
 """Of the monitors that a QEMU has, the tests' own: one serves one client."""
-
-
-@pytest.fixture
-def sockets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture

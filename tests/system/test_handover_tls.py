@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,11 @@ from lazymem.settings import TlsSettings
 from lazymem.vm.guests import build_guest
 from tests.support.certificates import Pki, options
 from tests.support.handover import Pair, pair
-from tests.support.vmprocess import Process, Start, starting, wait_until
+from tests.support.vmprocess import Process, Start, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 RAM_MIB = 8
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as begin:
-        yield begin
 
 
 @pytest.fixture

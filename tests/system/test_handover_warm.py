@@ -5,50 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from lazymem.demo.serialline import SerialLine
 from lazymem.vm.guests import build_guest
 from tests.support import skips
 from tests.support.handover import Pair, pair
 from tests.support.smalldisks import small_disk
-from tests.support.vmprocess import Start, starting, wait_until
+from tests.support.vmprocess import Start, connected, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 RAM_MIB = 8
 WARM_SECONDS = 60.0
 """It ends long before, when little changes any more."""
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as begin:
-        yield begin
-
-
-@pytest.fixture
-def sockets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
-        yield Path(folder)
-
-
-def connected(path: Path) -> SerialLine:
-    """A guest's serial line, once it is listened at."""
-    found: list[SerialLine] = []
-
-    def is_there() -> bool:
-        with suppress(OSError):
-            found.append(SerialLine(path, connect=True))
-        return bool(found)
-
-    wait_until(is_there, "the serial line")
-    return found[0]
 
 
 class Guest:

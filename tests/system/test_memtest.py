@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyte
@@ -16,7 +15,7 @@ import pytest
 from lazymem.cli.main import main as lazymem
 from tests.support.memtest import misread_clock
 from tests.support.mounts import Stage
-from tests.support.vmprocess import Process, Start, starting, wait_until
+from tests.support.vmprocess import Process, Start, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -35,12 +34,6 @@ STEP_PERCENT = 4
 ROUNDS = 100
 """At most, and the test's time limit comes before: while memtest86+ fills memory it overwrites a flipped bit, and then
 there is nothing to find."""
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as begin:
-        yield begin
 
 
 def screen(*logs: Path) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from tests.support.privileges import NOBODY, root_may_become_nobody
 from tests.support.processstatus import status_of, threads_of
 from tests.support.processtree import fillers_of, is_gone
 from tests.support.skips import OTHERS, skip_without
+from tests.support.slowlink import slow_link
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = pytest.mark.system
@@ -33,17 +31,8 @@ def snapshot(tmp_path: Path) -> BuiltSnapshot:
 @pytest.fixture
 def slow(mounts: Stage, snapshot: BuiltSnapshot) -> Iterator[str]:
     """The address of a server behind a link that takes a minute for the snapshot."""
-    server = mounts.serve(snapshot.folder)
-    words = ["--target", server.address, "--rate", "250000", "--round-trip", "0"]
-    relay = subprocess.Popen(
-        [sys.executable, "-m", "bench.relay", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert relay.stdout is not None
-        yield f"127.0.0.1:{json.loads(relay.stdout.readline())['listening']}"
-    finally:
-        relay.terminate()
-        relay.communicate()
+    with slow_link(mounts.serve(snapshot.folder).address, 250_000) as address:
+        yield address
 
 
 def filler_of(mounted: Mounted) -> int:

@@ -119,12 +119,6 @@ def test_interrupted_in_the_middle_the_guest_goes_on(guest: BootedGuest, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def sockets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
-        yield Path(folder)
-
-
 def small(sockets: Path, ram: Path, share: bool = True, more: tuple[str, ...] = ()) -> QemuOptions:
     """A guest of 16 MiB that only runs its firmware."""
     ram.touch()

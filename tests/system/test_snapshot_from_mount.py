@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from lazymem.snapshot.manifest import parse
 from lazymem.snapshot.reader import open_snapshot
 from lazymem.snapshot.writer import write_digests
 from lazymem.vm.guests import build_guest
-from tests.support.mounts import Mounted, Server, Stage, wait_until
+from tests.support.mounts import Mounted, Stage, wait_until
+from tests.support.snapshotguest import missing_pages, running_on, saved, stalled
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
@@ -30,47 +30,13 @@ QUIET = ("--prefetch", "none")
 
 
 @pytest.fixture
-def sockets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
 def first(tmp_path: Path, sockets: Path) -> Path:
-    """A snapshot of a `pages` guest that has filled its RAM, in a folder where its deltas are looked for, too."""
-    ram = tmp_path / "source.ram"
-    with ram.open("xb") as file:
-        file.truncate(RAM_BYTES)
-    guest = VmGuest(ram, RAM_BYTES, sockets / "q", sockets / "s", build_guest("pages", tmp_path))
-    with started(guest, tmp_path / "log") as vm:
-        with vm.open_monitor() as qmp:
-            qmp.command("cont")
-        vm.serial.expect("ready")
-        vm.serial.ask("fill 7", "filled")
-        assert snapshot.main([str(vm.monitor), str(tmp_path / "first")]) == 0
-        assert vm.process.wait(60) == 0
-    return tmp_path / "first"
+    """Its folder is where its deltas are looked for, too."""
+    return saved(tmp_path, sockets, RAM_BYTES, "first")
 
 
 def verify(vm: Vm) -> str:
     return vm.serial.ask("verify", "verified").split(" first_bad")[0]
-
-
-@contextlib.contextmanager
-def running_on(mount: Mounted, folder: Path) -> Iterator[Vm]:
-    """The guest of the snapshot that is mounted, resumed; `folder` for its sockets and its log."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        place = Path(name)
-        with started(VmGuest(mount.ram_path, RAM_BYTES, place / "q", place / "s"), place / "log") as vm:
-            with vm.open_monitor() as qmp:
-                qmp.command("migrate-incoming", uri=f"file:{mount.path}/vmstate")
-                assert qmp.wait_status(lambda status: status != "inmigrate") == "running"
-            yield vm
-
-
-def missing_pages(mount: Mounted) -> int:
-    status = mount.status()
-    return int(status["pages_total"] - status["pages_held"])
 
 
 def test_deltas_of_deltas(mounts: Stage, first: Path, sockets: Path, tmp_path: Path) -> None:
@@ -127,15 +93,6 @@ def test_a_whole_one_brings_what_is_missing(mounts: Stage, first: Path, sockets:
 
 
 @contextlib.contextmanager
-def stalled(server: Server) -> Iterator[None]:
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
 def waiting_snapshot(vm: Vm, mount: Mounted, target: Path) -> Iterator[subprocess.Popen[str]]:
     """`lazymem snapshot` of a whole guest, which waits for a page that cannot come."""
     command = [sys.executable, "-m", "lazymem.cli.snapshot", str(vm.monitor), str(target), "--resume"]
@@ -169,6 +126,28 @@ def test_a_server_that_is_away_holds_no_guest_up(mounts: Stage, first: Path, soc
         assert snapshot.main([str(vm.monitor), str(tmp_path / "second"), "--resume"]) == 0
         assert [path.name for path in tmp_path.glob("*second*")] + list(tmp_path.glob(".second*")) == ["second"]
         check_whole(tmp_path / "second", tmp_path)
+        assert verify(vm).endswith(" bad 0")
+
+
+def test_a_page_that_misses_its_deadline_ends_the_snapshot_and_not_the_guest(
+    mounts: Stage, first: Path, sockets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = mounts.serve(first)
+    mount = mounts.mount(server.address, *QUIET, "--deadline", "1")
+    target = tmp_path / "second"
+    with running_on(mount, sockets) as vm:
+        assert vm.serial.ask("rewrite 5 1", "rewrote") == "5"
+        with stalled(server):
+            assert snapshot.main([str(vm.monitor), str(target), "--resume"]) == RamFileError.exit_code
+            said = capsys.readouterr().err
+            assert f"cannot read {mount.ram_path} through its mount" in said, said
+            assert "Connection timed out" in said, said
+            assert [path.name for path in tmp_path.iterdir() if "second" in path.name] == []
+            assert missing_pages(mount) > PAGES // 2
+            with vm.open_monitor() as qmp:
+                assert qmp.command("query-status")["status"] == "running"
+        assert snapshot.main([str(vm.monitor), str(target), "--resume"]) == 0
+        check_whole(target, tmp_path)
         assert verify(vm).endswith(" bad 0")
 
 

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from lazymem.vm.qemuchild import PRIVATE_ATTRIBUTE, preparation
 from tests.support.deltas import make_delta
 from tests.support.mounts import Mounted, Stage, command, page_of, wait_until
 from tests.support.snapshots import BuiltSnapshot
-from tests.support.vmprocess import Start, starting
+from tests.support.vmprocess import Start
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
@@ -229,18 +228,6 @@ def test_the_promise_is_for_one_open_of_a_template(make: Callable[..., Template]
 
 
 # ---- guests
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as begin:
-        yield begin
-
-
-@pytest.fixture
-def sockets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture

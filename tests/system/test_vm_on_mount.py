@@ -19,18 +19,12 @@ from lazymem.vm.guests import build_guest
 from lazymem.vm.identity import check_state_belongs
 from tests.support.mounts import Mounted, Server, Stage
 from tests.support.streamreader import read_stream
-from tests.support.vmprocess import WAIT_SECONDS, Process, Start, starting, wait_until
+from tests.support.vmprocess import WAIT_SECONDS, Process, Start, wait_until
 
 pytestmark = pytest.mark.system
 
 RAM_MIB = 16
 QUIET = ("--prefetch", "none")
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as begin:
-        yield begin
 
 
 class Line:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +19,6 @@ from lazymem.vm.guests import build_guest
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
 RAM_BYTES = 16 << 20
-
-
-@pytest.fixture
-def sockets() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="lazymem-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ from lazymem.vm.guests import build_guest
 from lazymem.vm.ram import MemFile
 from lazymem.vm.uri import FileUri
 from tests.support.streamreader import read_stream
-from tests.support.vmprocess import WAIT_SECONDS, Start, counts_on, starting, wait_until
+from tests.support.vmprocess import WAIT_SECONDS, Start, counts_on, wait_until
 
 RAM_MIB = 16
 
@@ -48,12 +48,6 @@ def ram(tmp_path: Path) -> Path:
     path.touch()
     os.truncate(path, RAM_MIB << 20)
     return path
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as begin:
-        yield begin
 
 
 class TestSavedHereResumedThere:

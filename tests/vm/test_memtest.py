@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyte
@@ -15,7 +14,7 @@ import pytest
 
 from tests.support.memtest import misread_clock
 from tests.support.streamreader import read_stream
-from tests.support.vmprocess import Process, Start, starting, wait_until
+from tests.support.vmprocess import Process, Start, wait_until
 
 KERNEL = Path("/boot/memtest86+x64.bin")
 APPEND = "console=ttyS0,115200 nosmp nobench nosm nomch nopause noehci keyboard=legacy"
@@ -31,12 +30,6 @@ ROUNDS = 100
 there is nothing to find."""
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, RAM_MIB) as start:
-        yield start
 
 
 class Screen:

@@ -10,13 +10,9 @@ import pytest
 
 from lazymem.errors import SaveStreamError
 from lazymem.vm.guests import build_guest
-from tests.support.vmprocess import WAIT_SECONDS, Start, starting
+from tests.support.vmprocess import WAIT_SECONDS, Start
 
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with starting(tmp_path, 16) as begin:
-        yield begin
+RAM_MIB = 16
 
 
 @pytest.fixture
