@@ -128,7 +128,7 @@ def _run(found: argparse.Namespace, wanted: Wanted, folder: Path) -> int:
             outcome = trio.run(_receive, found, wanted, journal, before, host)
         except BaseExceptionGroup as group:
             raise cause_of(group) from group
-    return _told(outcome)
+    return _told(outcome, host)
 
 
 def _maybe_before(journal: Journal) -> Arriving | None:
@@ -291,15 +291,16 @@ async def _watch_signals(signals: AsyncIterator[int], coming: _Coming, scope: tr
             scope.cancel()
 
 
-def _told(outcome: Outcome) -> int:
+def _told(outcome: Outcome, host: ReceiveHost) -> int:
     if outcome.state is Destination.REFUSED:
         raise ServerRefusedError(f"{outcome.text or 'refused'}; the guest does not run here")
     if outcome.state is Destination.YIELDED:
         raise IdentityError(f"{outcome.text}; its emulator and its mount are left as they are")
     if outcome.state is Destination.MINE:
-        raise GuestCrashError(
-            f"the emulator ended with status {outcome.exit_code} before all of its guest's RAM was here"
-        )
+        how = "was killed" if host.is_end_unknown else f"ended with status {outcome.exit_code}"
+        raise GuestCrashError(f"the emulator {how} before all of its guest's RAM was here")
+    if host.is_end_unknown:
+        say("the emulator was killed while no lazymem receive watched it, so what it ended with is not known")
     return outcome.exit_code or 0
 
 

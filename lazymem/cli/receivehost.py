@@ -20,6 +20,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from lazymem.cli.exitcode import maybe_noted
 from lazymem.cli.status import read_status
 from lazymem.cli.umount import end_mount
 from lazymem.cli.vm_options import VmOptions, parse_command_line
@@ -70,8 +71,10 @@ _FIGURES = {
 }
 """The report's names, and the mount status's."""
 
+_EXIT_CODE_NAME = "exit-code"
+
 GONE_CODE = 255
-"""Of an emulator that ended while nobody was there to see how."""
+"""Of an emulator that was killed while nobody was there to see how. One that ended by itself has noted it."""
 
 
 class Wanted(Struct, frozen=True):
@@ -101,6 +104,8 @@ class ReceiveHost:
         self.sockets = Path()
         self.monitor = Path()
         self._shown = 0
+        self.is_end_unknown = False
+        """The emulator has ended, and nobody knows how."""
 
     # ---- before anything is begun
 
@@ -232,7 +237,11 @@ class ReceiveHost:
         if self._process is not None:
             code = self._process.poll()
             return code if code is None or code >= 0 else 128 - code
-        return None if self.pid and _began(self.pid) == self.began else GONE_CODE
+        if self.pid and _began(self.pid) == self.began:
+            return None
+        noted = maybe_noted(self.sockets / _EXIT_CODE_NAME) if _is_socket_folder(self.sockets) else None
+        self.is_end_unknown = noted is None
+        return GONE_CODE if noted is None else noted
 
     def complaint(self) -> str:
         try:
@@ -301,11 +310,11 @@ def command_line(offer: Offer, wanted: Wanted, ram: Path, sockets: Path) -> tupl
         UsageError: the user's own options make no sense here.
         ServerRefusedError: the source tells of an emulator that makes none.
     """
-    for option in ("-pcram-file", "-incoming", "-mem-file"):
+    for option in ("-pcram-file", "-incoming", "-mem-file", "-exit-code-file"):
         if any(word.lstrip("-").partition("=")[0] == option[1:] for word in wanted.words):
             raise UsageError(f"{option} is what lazymem receive itself says to the emulator: leave it out")
     words = ["-m", f"{offer.ram_bytes >> 10}K", "--pcram-file", str(ram), "-incoming", "defer", "-S"]
-    words += ["-qmp", f"unix:{sockets}/qmp"]
+    words += ["-qmp", f"unix:{sockets}/qmp", "--exit-code-file", f"{sockets}/{_EXIT_CODE_NAME}"]
     more = list(wanted.more)
     if offer.emulator.get("name") == "qemu":
         made_by = sockets / _MADE_BY_NAME

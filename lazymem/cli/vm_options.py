@@ -52,6 +52,7 @@ VALUED = {
     "-m",
     "--append",
     "--engine",
+    "--exit-code-file",
     "--incoming",
     "--kernel",
     "--made-by",
@@ -91,6 +92,7 @@ class VmOptions(Struct, frozen=True):
     qemu: str | None = None
     print_command: bool = False
     made_by: Path | None = None
+    exit_code_file: Path | None = None
     more: tuple[str, ...] = ()
 
 
@@ -126,6 +128,7 @@ def parse_command_line(arguments: Sequence[str]) -> VmOptions:
         qemu=found.qemu,
         print_command=found.print,
         made_by=found.made_by,
+        exit_code_file=found.exit_code_file,
         more=tuple(more or ()),
     )
 
@@ -199,6 +202,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         help="which QEMU the state comes from: a snapshot's manifest.json, where none lies beside the RAM",
+    )
+    add(
+        "--exit-code-file", metavar="FILE", type=Path, help="where to write the exit status, for others than the parent"
     )
     add("--print", action="store_true", help="print QEMU's command line, checked but not run")
     add("--version", action="version", version=f"lazymem-vm {lazymem.__version__}")

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import trio
 
+from lazymem.cli.exitcode import note
 from lazymem.cli.servicemanager import tell_ready
 from lazymem.cli.vm_options import VmOptions
 from lazymem.errors import LazymemError
@@ -227,6 +228,7 @@ class _Vm:
     def _leave(self, exit_code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
+        note(self._options.exit_code_file, exit_code)
         os._exit(exit_code)
 
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from lazymem.cli import handoverend, receivehost
 from lazymem.cli.handoverreport import as_text
-from lazymem.cli.receivehost import ReceiveHost, Wanted, command_line
+from lazymem.cli.receivehost import GONE_CODE, ReceiveHost, Wanted, command_line
 from lazymem.errors import EnvironmentRefusedError, LazymemError, MountError, ServerRefusedError, StoreError, UsageError
 from lazymem.fs import hostmemory, mountinfo
 from lazymem.handover.arriving import boot_id
@@ -152,6 +152,23 @@ def test_ones_own_emulator_is_found_by_its_folder(tmp_path: Path) -> None:
         host = ReceiveHost(tmp_path, tmp_path)
         host.adopt("00" * 16, 0, "", Path(), sockets)
         assert (host.pid, host.maybe_exit_code()) == (process.pid, None)
+
+
+@pytest.mark.parametrize(("noted", "code"), [("143\n", 143), ("0\n", 0), ("", GONE_CODE), (None, GONE_CODE)])
+def test_what_an_earlier_commands_emulator_ended_with(tmp_path: Path, noted: str | None, code: int) -> None:
+    """It has noted it, unless it was killed."""
+    sockets = tmp_path / "lazymem-abc"
+    sockets.mkdir()
+    host = ReceiveHost(tmp_path, tmp_path)
+    with _named(f"unix:{sockets}/qmp") as process:
+        host.adopt("00" * 16, 0, "", Path(), sockets)
+        if noted is not None:
+            (sockets / "exit-code").write_text(noted)
+        assert host.maybe_exit_code() is None  # it is not gone yet
+        process.kill()
+        process.wait()
+    assert host.maybe_exit_code() == code
+    assert host.is_end_unknown is (code == GONE_CODE)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.cli.receivehost import GONE_CODE
 from lazymem.errors import BusyError, MountError, ServerRefusedError, StoreError
 from lazymem.handover import messages
 from lazymem.handover.journal import read
@@ -84,6 +85,23 @@ def test_the_destination_is_killed(guest: Process, tmp_path: Path, step: str) ->
         two.begin(destination_dies=step)
         _check(two, guest)
         assert f"!{step}" in two.receive.was_at()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, GONE_CODE)])
+def test_a_restarted_receive_tells_what_the_emulator_ended_with(
+    guest: Process, tmp_path: Path, number: int, code: int
+) -> None:
+    """It is not its parent. What was killed has told nobody, and that is said."""
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(destination_dies="RECORDED mine")
+        assert two.wait_settled() == (False, True)
+        assert two.send.wait() == 0, two.tell()
+        wait_until(lambda: two.states()[1] == "done", "the destination to hear that")
+        record = read(two.journals[1])
+        assert record is not None
+        os.kill(record.details["emulator_pid"], number)
+        assert two.receive.wait() == code, two.tell()
+        assert ("what it ended with is not known" in two.receive.said()) is (code == GONE_CODE)
 
 
 @pytest.mark.needs_root("networks of their own for two hosts")
