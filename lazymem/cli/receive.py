@@ -264,7 +264,7 @@ class _Coming:
 
 
 async def _take(receiver: Receiver) -> None:
-    done, text = await receiver.take_when_alone()
+    done, text = await receiver.taking.take_when_alone()
     say(text)
     if not done:
         raise BusyError("the guest is not taken")

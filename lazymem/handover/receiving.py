@@ -10,29 +10,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import trio
 from msgspec import to_builtins
 
-from lazymem.errors import (
-    LazymemError,
-    MonitorError,
-    SaveStreamError,
-)
-from lazymem.handover import messages, requests
+from lazymem.errors import LazymemError, MonitorError, SaveStreamError
+from lazymem.handover import messages
 from lazymem.handover.arrival import Arriving, Host, Outcome
-from lazymem.handover.arriving import ArrivingGuest, NeverToldError, has_state, maybe_arrived
+from lazymem.handover.arriving import ArrivingGuest
 from lazymem.handover.channel import Stream
+from lazymem.handover.emulatorhere import EmulatorHere, NotRunError
 from lazymem.handover.eventqueue import EventQueue
 from lazymem.handover.journal import Journal
 from lazymem.handover.polling import until
 from lazymem.handover.relay import bring_in
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import DECIDED, SAID, Destination, Effect, Event, destination
-from lazymem.vm.qmpclient import CommandError
+from lazymem.handover.taking import Taking
 
 _LOOK_SECONDS = 0.2
 """Between two looks at the mount (is all here?) and at the emulator (does it live?)."""
@@ -42,9 +38,6 @@ _DONE_SECONDS = 5.0
 
 _TELL_SECONDS = 20.0
 """For a source to hear that its guest is refused here; it asks as long."""
-
-_ANSWER_SECONDS = 5.0
-"""For a source that lives to answer a new lazymem receive."""
 
 _MOUNTED_SECONDS = 1.0
 """So long it is taken for granted that a mount that answered is there."""
@@ -75,7 +68,7 @@ class Receiver:
         all is here."""
         self._journal = journal
         self._link = link
-        self._guest = guest
+        self._emulator = EmulatorHere(guest, arriving, host, say)
         self._arriving = arriving
         self._host = host
         self._say = say
@@ -88,11 +81,15 @@ class Receiver:
         self._acting = False
         self._asking_mount = trio.Lock()
         self._mounted_until = -math.inf
-        self._answering = trio.Lock()
         self._reason = ""
         self._exit_code: int | None = None
         self._report: dict[str, Any] = {}
         self._events = EventQueue[tuple[Event, object]](_QUEUE)
+        self.taking = Taking(self, journal.folder)
+
+    @property
+    def link(self) -> SourceLink:
+        return self._link
 
     @property
     def state(self) -> Destination:
@@ -118,12 +115,12 @@ class Receiver:
                 await self._link.say(messages.Ready())
             nursery.start_soon(self._link.run, self._from_source)
             nursery.start_soon(self._watch_emulator)
-            nursery.start_soon(self._watch_requests)
+            nursery.start_soon(self.taking.watch)
             while not self._is_over():
                 await self._take(*await self._events.take())
             await self._finish()
-            async with self._answering:  # as at the source
-                nursery.cancel_scope.cancel()
+            await self.taking.answered()  # as at the source
+            nursery.cancel_scope.cancel()
         return Outcome(self.state, self._reason, self._exit_code)
 
     def interrupt(self) -> bool:
@@ -183,46 +180,21 @@ class Receiver:
             await self._events.put((Event.FAILED, failure))
 
     async def _wait_loaded(self) -> None:
-        guest = self._guest
-        assert guest is not None
         try:
-            await trio.to_thread.run_sync(guest.wait_loaded, abandon_on_cancel=True)
+            await self._emulator.wait_loaded()
         except LazymemError as error:
-            said = await trio.to_thread.run_sync(self._host.complaint)
-            await self._events.put((Event.FAILED, f"{error}{': ' if said else ''}{said}"))
+            await self._events.put((Event.FAILED, str(error)))
         else:
             await self._events.put((Event.LOADED, None))
 
     async def _look_loaded(self) -> None:
         """Whether the emulator got all of its state under the process before. It may be loading still, and wait for a
         page: the source is listened to meanwhile."""
-        guest, loaded = await self._maybe_reach(), False
-        if guest is not None:
-            with suppress(MonitorError):
-                loaded = await trio.to_thread.run_sync(has_state, guest, abandon_on_cancel=True)
         await self._events.put(
-            (Event.LOADED, None) if loaded else (Event.FAILED, "an earlier lazymem receive ended in the middle")
+            (Event.LOADED, None)
+            if await self._emulator.has_state()
+            else (Event.FAILED, "an earlier lazymem receive ended in the middle")
         )
-
-    async def _maybe_reach(self) -> ArrivingGuest | None:
-        """The emulator, once it answers. None: it is gone, or was never begun; one that is silent is not gone."""
-        told = not self._arriving.monitor
-        while self._arriving.monitor and await trio.to_thread.run_sync(self._host.maybe_exit_code) is None:
-            if self._guest is None:
-                self._guest = await trio.to_thread.run_sync(maybe_arrived, Path(self._arriving.monitor))
-            if self._guest is not None:
-                try:
-                    await trio.to_thread.run_sync(self._guest.status, abandon_on_cancel=True)
-                except MonitorError:
-                    self._guest.close()
-                    self._guest = None
-                else:
-                    return self._guest
-            if not told:
-                told = True
-                self._say("the emulator lives and does not answer: it is waited for")
-            await trio.sleep(_LOOK_SECONDS)
-        return None
 
     async def _watch_emulator(self) -> None:
         while (code := await trio.to_thread.run_sync(self._host.maybe_exit_code)) is None:  # noqa: ASYNC110
@@ -245,39 +217,10 @@ class Receiver:
             await trio.sleep(_LOOK_SECONDS)
         await self._events.put((Event.ALL_HERE, None))
 
-    async def _watch_requests(self) -> None:
-        while True:
-            await trio.sleep(requests.LOOK_SECONDS)
-            async with self._answering:
-                if requests.maybe_asked(self._journal.folder) == "take":
-                    done, text = await self.take()
-                    requests.answer(self._journal.folder, done=done, text=text)
-
-    async def take_when_alone(self) -> tuple[bool, str]:
-        """As `take`, in a process that has just been started: the source gets its time to answer first."""
-        with trio.move_on_after(_ANSWER_SECONDS):
-            await until(lambda: self._link.connected or self.state not in (Destination.ASKED, Destination.LOADED))
-        return await self.take()
-
-    async def take(self) -> tuple[bool, str]:
-        """Let the guest run here by hand; whether, and a word."""
-        # What was heard of the source may be older than what the user knows.
-        tried = self._link.tries_begun + 1
-        with trio.move_on_after(_ANSWER_SECONDS):
-            await until(lambda: self._link.connected or self._link.tries_ended >= tried)
-        if self._link.connected:
-            return False, "the source answers, and decides by itself"
-        if self._link.objection and self.state is Destination.LOADED:
-            return False, (
-                f"at {self._link.endpoint} somebody answers ({self._link.objection}), so the guest may run there: it "
-                "is taken only while nobody does"
-            )
-        if self.state is not Destination.LOADED:
-            return False, f"the guest cannot be taken: it is {self.state.value!r} here"
+    async def let_be_taken(self) -> None:
+        """As `taking.Takeable`."""
         await self._events.put((Event.TAKE, None))
         await until(lambda: self.state is not Destination.LOADED and not self._acting)
-        warning = "; its source knew nothing of this hand-over: see that it does not run there, too"
-        return self.state in DECIDED, f"the guest is {self.state.value!r} here{warning if self._link.let_go else ''}"
 
     # ---- events and effects
 
@@ -367,7 +310,7 @@ class Receiver:
         elif effect is Effect.RUN:
             return await self._run_guest()
         elif effect is Effect.STOP:
-            await self._stop_guest()
+            await self._emulator.stop()
         elif effect is Effect.QUIT:
             await trio.to_thread.run_sync(self._host.end_emulator)
         return True
@@ -391,39 +334,16 @@ class Receiver:
         """
         if self._arriving.ran:
             return True
-        # One that has just told that it has its state is not asked whether it is there.
-        guest = await self._maybe_reach() if self._restarted or self._guest is None else self._guest
-        if guest is None:
-            return self._is_gone()
-        if not self._arriving.runs:
-            return True
-        return await self._let_run(guest)
-
-    def _is_gone(self) -> bool:
-        self._reason = "the guest cannot run here: its emulator is gone"
-        self._say(self._reason)
-        return self._may_have_run  # under the process before
-
-    async def _let_run(self, guest: ArrivingGuest) -> bool:
         try:
-            began = await trio.to_thread.run_sync(guest.run)
-        except NeverToldError:
-            return self._is_gone()
-        except CommandError as error:
+            maybe_began = await self._emulator.run(ask=self._restarted)
+        except NotRunError as error:
             self._reason = f"the guest cannot run here: {error}"
             self._say(self._reason)
-            return self._may_have_run
-        except MonitorError as error:
-            self._say(f"the guest was told to run, and its emulator went away: {error}")
-            return True
-        if self._stopped and not self._restarted:  # else when it began, and the other clock, are not known
-            self._arriving.downtime_seconds = max(0.0, began + self._link.clock_ahead_seconds - self._stopped)
-        self._arriving.ran, self._arriving.ran_at = True, time.monotonic()
-        await self._record(self.state)
+            return self._may_have_run  # under the process before
+        if maybe_began is not None:
+            if self._stopped and not self._restarted:  # else when it began, and the other clock, are not known
+                downtime = maybe_began + self._link.clock_ahead_seconds - self._stopped
+                self._arriving.downtime_seconds = max(0.0, downtime)
+            self._arriving.ran, self._arriving.ran_at = True, time.monotonic()
+            await self._record(self.state)
         return True
-
-    async def _stop_guest(self) -> None:
-        guest = await self._maybe_reach()
-        with suppress(MonitorError):
-            if guest is not None:
-                await trio.to_thread.run_sync(guest.stop)

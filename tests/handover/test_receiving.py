@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from lazymem.errors import MonitorError
-from lazymem.handover import messages, receiving
+from lazymem.handover import emulatorhere, messages, receiving
 from lazymem.handover.arrival import Arriving
 from lazymem.handover.arriving import NeverToldError
 from lazymem.handover.journal import Journal, read
@@ -183,7 +183,7 @@ async def test_a_guest_is_taken_by_hand_only_while_nobody_answers(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(decide)
-            done, told = await found.take()
+            done, told = await found.taking.take()
             assert (done, guest.ran) == (taken, taken)  # not before it runs
             assert text in told
             nursery.cancel_scope.cancel()
@@ -212,12 +212,12 @@ async def test_a_refusal_that_nobody_hears_does_not_hold_the_next_command(
 
 async def test_a_silent_emulator_is_not_taken_for_a_gone_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for a page, in whatever state an earlier process left the guest; then it is let run."""
-    monkeypatch.setattr(receiving, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(emulatorhere, "_LOOK_SECONDS", 0.001)
     for state, events in ((Destination.MINE, ()), (Destination.ASKED, (Event.LOADED, Event.GIVEN))):
         guest = Guest(silent=2)
-        monkeypatch.setattr(receiving, "maybe_arrived", lambda _, guest=guest: guest)
+        monkeypatch.setattr(emulatorhere, "maybe_arrived", lambda _, guest=guest: guest)
         with receiver(tmp_path, guest, state) as (found, link, host):
-            found._guest = None
+            found._emulator._guest = None
             if state is Destination.MINE:
                 await found._step(Event.RESTARTED)
             else:

@@ -36,7 +36,7 @@ from typing import Any
 
 import trio
 
-from lazymem.cli import receive, receivehost, send
+from lazymem.cli import guardian, receive, receivehost, send
 from lazymem.cli.receivehost import ReceiveHost
 from lazymem.cli.status import read_status
 from lazymem.handover import messages, sending, source_link, warming
@@ -119,8 +119,8 @@ def _mortal(kind: str, side: Any) -> list[int]:
         if kind == "filler":
             return fillers_of(status["pid"])
         return [status["pid"] if kind == "daemon" else status["survival"]["supervisor_pid"]]
-    guardian = [os.getppid()] if isinstance(side, Sender) and kind != "worker" else []
-    return guardian if kind == "guardian" else [*guardian, os.getpid()]
+    parent = [os.getppid()] if isinstance(side, Sender) and kind != "worker" else []
+    return parent if kind == "guardian" else [*parent, os.getpid()]
 
 
 def _read_bytes() -> int:
@@ -283,6 +283,7 @@ def _hurry() -> None:
     warming.NICENESS = 0
     source_link._RETRY_SECONDS = (0.02, 0.1)
     sending._LINGER_SECONDS = 0.3
+    guardian._PAUSE_SECONDS = (0.02, 0.1)
     patched: Any = receivehost
     patched._END_SECONDS = 0.1
 
