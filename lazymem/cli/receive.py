@@ -146,15 +146,18 @@ def _maybe_before(journal: Journal) -> Arriving | None:
 async def _receive(
     found: argparse.Namespace, wanted: Wanted, journal: Journal, before: Arriving | None, host: ReceiveHost
 ) -> Outcome:
+    maybe_outcome = None
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
             coming = _Coming(found, wanted, journal, host)
             nursery.start_soon(_watch_signals, signals, coming, nursery.cancel_scope)
             nursery.start_soon(_show, host)
-            outcome = await (coming.anew() if before is None else coming.again(before))
+            maybe_outcome = await (coming.anew() if before is None else coming.again(before))
             nursery.cancel_scope.cancel()
     host.show()
-    return outcome
+    if maybe_outcome is None:
+        raise KeyboardInterrupt  # twice, and all is left as it is
+    return maybe_outcome
 
 
 class _Coming:

@@ -35,6 +35,7 @@ from lazymem.errors import (
     UsageError,
 )
 from lazymem.fs import hostmemory, mountinfo
+from lazymem.fs.holders import STANDS, find_holders
 from lazymem.handover.arriving import WAITS, ArrivingGuest, boot_id
 from lazymem.handover.messages import Offer
 from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir, escaped_server
@@ -242,6 +243,20 @@ class ReceiveHost:
         noted = maybe_noted(self.sockets / _EXIT_CODE_NAME) if _is_socket_folder(self.sockets) else None
         self.is_end_unknown = noted is None
         return GONE_CODE if noted is None else noted
+
+    def maybe_reader(self) -> str | None:
+        mounted = mountinfo.maybe_mount_at(str(self.mountpoint))
+        if mounted is None or not self._is_mount_ours():
+            return None
+        found = find_holders(mounted.device, str(self.mountpoint))
+        others = [holder for holder in found if holder.how != STANDS and not self._is_of_emulator(holder.pid)]
+        return ", ".join(map(str, others)) or None
+
+    def _is_of_emulator(self, pid: int) -> bool:
+        """Its session is the emulator's own: a QEMU, whose lazymem-vm was killed, goes in a moment."""
+        with contextlib.suppress(ProcessLookupError):
+            return os.getsid(pid) == self.pid
+        return True
 
     def complaint(self) -> str:
         try:

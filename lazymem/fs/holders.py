@@ -7,9 +7,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
+STANDS = "works in"
+"""How a process holds a mount of which it has no file."""
+
 
 class Holder(Struct, frozen=True):
-    """`how` is "maps", "has open" or "works in"."""
+    """`how` is "maps", "has open" or `STANDS`."""
 
     pid: int
     name: str
@@ -40,7 +43,7 @@ def _maybe_how(process: Path, device: str, mount_path: str) -> str | None:
             if _target(link).startswith(prefix):
                 return "has open"
         if (_target(process / "cwd") + "/").startswith(prefix):
-            return "works in"
+            return STANDS
     except OSError:  # ended meanwhile, or not ours to see
         return None
     return None

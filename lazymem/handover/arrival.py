@@ -32,6 +32,10 @@ class Host(Protocol):
         """The emulator's, once it has ended."""
         ...
 
+    def maybe_reader(self) -> str | None:
+        """Who else than the emulator has the RAM open, if anybody: a lazymem send that hands the guest on."""
+        ...
+
     def complaint(self) -> str:
         """The last that the emulator said."""
         ...

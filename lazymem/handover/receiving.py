@@ -204,8 +204,21 @@ class Receiver:
             await self._events.put((Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}"))
             await self._events.put((Event.LOST, code))  # it may have been decided meanwhile
         else:
+            await self._wait_unread()
+            if await trio.to_thread.run_sync(self._host.is_whole):
+                await self._events.put((Event.ALL_HERE, None))  # the other look is a moment later
             # After a crash before all of its RAM is here the source keeps what it has, until somebody says otherwise.
             await self._events.put((Event.OVER if code == 0 else Event.LOST, code))
+
+    async def _wait_unread(self) -> None:
+        """The guest may have gone on to another host, which still wants pages of it, also some that come from our
+        source."""
+        told = False
+        while (maybe_reader := await trio.to_thread.run_sync(self._host.maybe_reader)) is not None:
+            if not told:
+                told = True
+                self._say(f"the emulator has ended, and the guest's RAM is still needed: {maybe_reader}")
+            await trio.sleep(_LOOK_SECONDS)
 
     async def _watch_pages(self) -> None:
         told = False

@@ -10,6 +10,7 @@ LAZYMEM_SWEEP=wide takes every step, some minutes; else some that differ are tak
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,6 +174,25 @@ def test_the_sources_emulator(step: str, forks: ForkServer) -> None:
         guest.moved(pair.folder, pair.there)
         guest.check()
         assert pair.send.wait() == 0, pair.tell()
+
+
+@pytest.mark.parametrize("step", chosen(["RECORD given", "RECORDED given", "RECORDED gone"], "RECORDED given"))
+def test_the_sources_emulator_whose_ram_is_on_a_mount(step: str, forks: ForkServer) -> None:
+    """Not all of it has come there yet: nobody takes the mount away while the guest at the destination needs it."""
+    with every_step(Steps("send", "emulator:", [step]), forks) as (pairs, guest):
+        first = pairs.hand_on(guest, "half")
+        pair = pairs.next_pair(guest)
+        pair.begin(source_dies=f"emulator:{step}")
+        assert pair.wait_settled() == (False, True)
+        wait_until(lambda: "=emulator" in pair.send.was_at(), "the emulator to be killed")
+        wait_until(lambda: "still needed" in first.receive.said(), "its host to see what that means")
+        first.send.let_go_on()
+        guest.moved(pair.folder, pair.there)
+        guest.check()
+        assert pair.send.wait() == 0, pair.tell()
+        assert first.receive.wait() == 128 + signal.SIGKILL, first.tell()
+        assert first.send.wait() == 0, first.tell()
+        assert not os.path.ismount(first.mountpoint)
 
 
 def is_settled(pair: Pair) -> bool:

@@ -98,6 +98,9 @@ class Host:
     def maybe_not_kept(self) -> str | None:
         return None
 
+    def maybe_reader(self) -> str | None:
+        return None
+
     def is_mounted(self) -> bool:
         self.asked += 1
         return not self._gone

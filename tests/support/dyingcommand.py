@@ -12,7 +12,8 @@ STEPS are some of them with commas between; empty: nobody dies. At each, once, i
 and then the process dies, or what stands in front of STEPS with a ``:``. A source's process is two, and both die: its
 guardian and the one that does the work; ``guardian:`` and ``worker:`` are the one and the other. Of its mount (a
 source's is the one that its RAM lies on) ``daemon:``, ``supervisor:`` and ``filler:`` are killed; of its emulator
-``emulator:``, and ``qemu:`` is the QEMU that a lazymem-vm has started. ``cut:`` is the connection to the other side;
+``emulator:``; a destination's is a lazymem-vm, and ``qemu:`` the QEMU below it, a source's is what has the guest, and
+``vm:`` the lazymem-vm above it. ``cut:`` is the connection to the other side;
 ``hold:`` nobody dies, it goes on once FILE has a sibling with the ending .go. Several of these may stand with a ``;``
 between. ``half``: of the guesses only the first 2 MiB are served until then. ``late;`` before all: the destination
 takes its emulator for not yet loaded until it has the source's word. ``early;``: it lets the source wait until its
@@ -47,7 +48,7 @@ from lazymem.handover.warming import Warming
 from lazymem.pages import PageRange
 from lazymem.snapshot.liveram import LiveRam
 from lazymem.store.candidatewriter import CandidateWriter
-from tests.support.processtree import command_of, descendants_of, fillers_of
+from tests.support.processtree import command_of, descendants_of, fillers_of, maybe_process
 
 _HALF_PAGES = 512
 
@@ -114,6 +115,9 @@ def _mortal(kind: str, side: Any) -> list[int]:
         return [_emulator(side)]
     if kind == "qemu":
         return [pid for pid in descendants_of(_emulator(side)) if "qemu-system" in command_of(pid)[0]]
+    if kind == "vm":
+        found = maybe_process(_emulator(side))
+        return [found.parent] if found is not None and "lazymem.cli.vm" in command_of(found.parent) else []
     if kind in ("daemon", "supervisor", "filler"):
         status = read_status(_mount(side))
         if kind == "filler":
