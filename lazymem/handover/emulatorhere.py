@@ -67,7 +67,7 @@ class EmulatorHere:
         if not self._arriving.runs:
             return None
         try:
-            return await trio.to_thread.run_sync(guest.run)
+            return await trio.to_thread.run_sync(self._run, guest)
         except NeverToldError as error:
             raise NotRunError("its emulator is gone") from error
         except CommandError as error:
@@ -75,6 +75,12 @@ class EmulatorHere:
         except MonitorError as error:
             self._say(f"the guest was told to run, and its emulator went away: {error}")
             return None
+
+    def _run(self, guest: ArrivingGuest) -> float:
+        """A QEMU whose lazymem-vm was killed still answers for a moment, and would take the guest along."""
+        if self._host.maybe_exit_code() is not None:
+            raise NeverToldError("the emulator has ended")
+        return guest.run()
 
     async def stop(self) -> None:
         """Whatever it says to that."""

@@ -143,6 +143,17 @@ async def test_a_guest_that_could_not_be_let_run_is_refused(tmp_path: Path, gues
         assert record.state == "refused"
 
 
+async def test_a_monitor_that_outlives_its_lazymem_vm_is_not_told_to_run(tmp_path: Path) -> None:
+    """That of a QEMU, which goes in a moment."""
+    guest = Guest()
+    with receiver(tmp_path, guest) as (found, link, host):
+        host._gone = True
+        await found._step(Event.LOADED)
+        await found._step(Event.GIVEN)
+        assert (found.state, guest.ran) == (Destination.REFUSED, 0)
+        assert [type(message) for message in link.said] == [messages.Refused]
+
+
 async def test_a_guest_that_may_have_run_is_not_refused(tmp_path: Path) -> None:
     with receiver(tmp_path, Guest(gone=True), Destination.MINE) as (found, _, host):
         await found._step(Event.RESTARTED)

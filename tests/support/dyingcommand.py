@@ -30,6 +30,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -48,7 +49,7 @@ from lazymem.handover.warming import Warming
 from lazymem.pages import PageRange
 from lazymem.snapshot.liveram import LiveRam
 from lazymem.store.candidatewriter import CandidateWriter
-from tests.support.processtree import command_of, descendants_of, fillers_of, maybe_process
+from tests.support.processtree import command_of, descendants_of, fillers_of, is_gone, maybe_process
 
 _HALF_PAGES = 512
 
@@ -94,11 +95,14 @@ class _Steps:
             await trio.to_thread.run_sync(self.kill, kind, side)
 
     def kill(self, kind: str, side: Any) -> None:
+        """Returns once they are dead: what comes next is not a race with that."""
         for pid in _mortal(kind, side):
             with self._path.open("a") as file:
                 file.write(f"={kind}\n")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+            while not is_gone(pid):
+                time.sleep(0.001)
 
 
 def _lines(path: Path) -> list[str]:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -158,11 +159,13 @@ class _Child:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._code: int | None = None
+        self._asking = threading.Lock()
 
     def poll(self) -> int | None:
-        if self._code is None:
-            self._code = _maybe_code(self.pid)
-        return self._code
+        with self._asking:
+            if self._code is None:
+                self._code = _maybe_code(self.pid)
+            return self._code
 
 
 def _fork_main(command: list[str], error: int) -> int:
