@@ -128,7 +128,7 @@ class SocketTransport:
         try:
             if self._in_a_row >= MOST_IN_A_ROW:
                 self._in_a_row = 0
-                await trio.lowlevel.wait_readable(self._socket)
+                await trio.lowlevel.checkpoint()  # not until it is readable: from how many bytes on is an earlier frame's
             while True:
                 room = reader.maybe_room()
                 try:

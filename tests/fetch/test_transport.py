@@ -244,3 +244,16 @@ async def test_others_have_their_turn_while_a_stream_never_runs_dry(
         for _ in range(2 * MOST_IN_A_ROW + 1):  # the first turn may be another's first or ours
             assert await transport.receive_into(Expecting(1, room=True)) == 1
         assert turns
+
+
+async def test_little_is_noticed_after_many_reads_in_a_row(tcp_pair: tuple[SocketTransport, socket.socket]) -> None:
+    """How much was missing when the stream ran dry before is not how much is missing now."""
+    transport, theirs = tcp_pair
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(transport.receive_into, Expecting(10_000, room=False))
+            await wait_all_tasks_blocked()
+            theirs.sendall(bytes(10_000))
+        theirs.sendall(bytes(2 * MOST_IN_A_ROW))
+        for _ in range(2 * MOST_IN_A_ROW):
+            assert await transport.receive_into(Expecting(1, room=True)) == 1
