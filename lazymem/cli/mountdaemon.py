@@ -30,7 +30,7 @@ from lazymem.fetch.adopting import Adopting, ToldToBoth
 from lazymem.fetch.client import Client, connect, resume
 from lazymem.fetch.prefetch import Prepager, prepager
 from lazymem.fetch.scheduler import Scheduler
-from lazymem.fs import mountinfo, session, tuning
+from lazymem.fs import mountinfo, readahead, session, tuning
 from lazymem.fs.agreement import Agreement
 from lazymem.fs.channel import Channel
 from lazymem.fs.lifetime import Lifetime
@@ -176,13 +176,18 @@ async def _serve(
     touches = Touches(origin.pages, pristine.states, recorded)
     recording = maybe_recording(settings, client, touches, ram.written_pages, survival)
     watch = Watch(page_cache, None, None, None)
-    if recorded or recording is not None:
+    if recorded or recording is not None or (maybe_filler is not None and everything):
         read_aheads = ReadAheads(
             origin.pages,
             ram.is_at_hand,
             lambda: (
                 (maybe_prepager is not None and maybe_prepager.set_is_coming)
                 or (maybe_filler is not None and maybe_filler.latest.set_is_coming)
+                or (
+                    maybe_filler is not None
+                    and maybe_filler.is_filling
+                    and readahead.SLOW_SECONDS <= scheduler.best_answer_seconds < math.inf
+                )
             ),
         )
         watch = Watch(page_cache, read_aheads, touches, recording)

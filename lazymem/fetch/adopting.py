@@ -155,6 +155,10 @@ class ToldToBoth:
         self._inner.faulted(pages)
         self._adopting.faulted(pages)
 
+    @property
+    def is_near(self) -> bool:
+        return self._inner.is_near
+
     def brought(self, pages: PageRange) -> None:
         self._inner.brought(pages)
 

@@ -81,7 +81,8 @@ class _Direct(NamedTuple):
 
 
 class FaultWay:
-    """`on_otherwise`: gets a fault whose answer is not one good frame. `on_room`: called after an answer."""
+    """`on_otherwise`: gets a fault whose answer is not one good frame. `on_room`: called after an answer. `on_sent`:
+    after a fault was sent that will be waited for."""
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class FaultWay:
         maybe_prefetcher: Prefetcher | None,
         on_otherwise: Callable[[Fault, Fetched | LazymemError], None],
         on_room: Callable[[], None],
+        on_sent: Callable[[], None],
     ) -> None:
         self._starter = starter
         self._sink = sink
@@ -106,6 +108,7 @@ class FaultWay:
         self._maybe_prefetcher = maybe_prefetcher
         self._on_otherwise = on_otherwise
         self._on_room = on_room
+        self._on_sent = on_sent
         self._watched = False
         self._maybe_direct: _Direct | None = None
         self._maybe_given: tuple[_Direct, float, bytes | memoryview] | None = None  # its reader has it: when, and what
@@ -139,6 +142,7 @@ class FaultWay:
             lambda answer: self._on_otherwise(fault, answer),
         )
         self._note_fault(pages)
+        self._on_sent()
         return True
 
     # ---- the direct way
@@ -167,6 +171,7 @@ class FaultWay:
             lambda answer: self._on_otherwise(fault, answer),
         )
         self._note_fault(direct.pages)
+        self._on_sent()
 
     def receive_nowait(self) -> bool:
         """Act on what came on the demand connection; whether there was something."""
@@ -215,6 +220,7 @@ class FaultWay:
     def _note_fault(self, pages: PageRange) -> None:
         if self._maybe_prefetcher is not None:
             self._maybe_prefetcher.faulted(pages)
+            self._last_demand.is_near = self._maybe_prefetcher.is_near
 
     def _here(self, fault: Fault, maybe_data: bytes | None) -> None:
         """The whole answer came in one frame; None: zeros. The reader gets it before anything else is done."""

@@ -20,7 +20,8 @@ from lazymem.errors import LazymemError
 from lazymem.fetch.guesses import MAX_GUESS_RANGES, MAX_LOOKED_AT_PAGES
 from lazymem.fetch.keeper import joined
 from lazymem.fetch.lastdemand import LastDemand
-from lazymem.fetch.prefetch import Prefetcher
+from lazymem.fetch.prefetch import Prepager
+from lazymem.fetch.rightofway import TRICKLE_SECONDS, RightOfWay
 from lazymem.fetch.scheduler import DEMANDED_SECONDS
 from lazymem.fetch.sink import Sink
 from lazymem.fetch.starter import FetchStarter
@@ -35,6 +36,9 @@ KEPT_AT_ONCE_PAGES = 1024
 WHOLE_LEAVES_FROM_PAGES = LEAF_PAGES // 2
 """Of a request: where it is so large anyway, its last leaf is asked for to its end, though that is more."""
 
+LOOK_AGAIN_SECONDS = 0.001
+"""At least so long after demands were given way to."""
+
 MAX_UNKEPT_PAGES = 8192
 """32 MiB that came and are not in the cache yet: a disk that is slower than the link slows the link."""
 
@@ -43,7 +47,7 @@ class Fill:
     """Fetches what `guesses` names from `source` into `sink`. All methods belong to trio's thread."""
 
     def __init__(
-        self, source: FetchStarter, sink: Sink, pages: int, guesses: Prefetcher, last_demand: LastDemand
+        self, source: FetchStarter, sink: Sink, pages: int, guesses: Prepager, last_demand: LastDemand
     ) -> None:
         """`pages`: of the whole RAM."""
         self._source = source
@@ -60,6 +64,8 @@ class Fill:
         self._something = trio.Event()
         self._to_look_at = trio.Event()
         self._to_copy = trio.Event()
+        self._to_go_on = trio.Event()
+        self._right_of_way = RightOfWay()
         self._looked_enough = False
         self.in_flight_pages = 0
         self.brought_pages = 0
@@ -84,6 +90,7 @@ class Fill:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_all)
             nursery.start_soon(self._copy_all)
+            nursery.start_soon(self._go_on)
             self._send_more()
             await self._look_on()
 
@@ -93,6 +100,15 @@ class Fill:
             await self._to_look_at.wait()
             await trio.lowlevel.checkpoint()
             self._to_look_at = trio.Event()
+            self._send_more()
+
+    async def _go_on(self) -> None:
+        """Look again when demands have had the link to themselves for long enough, or a trickle passes."""
+        while True:
+            await self._to_go_on.wait()
+            left = self._right_of_way.left_seconds(perf_counter(), self._last_demand.seconds, self._round_trip_seconds)
+            await trio.sleep(max(LOOK_AGAIN_SECONDS, min(left, TRICKLE_SECONDS)))
+            self._to_go_on = trio.Event()
             self._send_more()
 
     async def _keep_all(self) -> None:
@@ -122,6 +138,9 @@ class Fill:
             piece = self._window.piece_pages
             if self._window.pages - self.in_flight_pages < piece:
                 break
+            if not self._may_send():
+                self._to_go_on.set()
+                break
             ranges = self._gather(piece)
             if ranges:
                 self._send(ranges)
@@ -131,6 +150,17 @@ class Fill:
             break
         if self._sink.has_copies:
             self._to_copy.set()
+
+    @property
+    def _round_trip_seconds(self) -> float:
+        return min(self._best_answer, self._source.best_round_trip_seconds)
+
+    def _may_send(self) -> bool:
+        demanded_at = self._last_demand.seconds
+        if not self._last_demand.is_near or self._guesses.set_is_coming:
+            return True  # a sweep may bring the next one; a recorded set is what the guest is about to demand
+        out = self.in_flight_pages > 0
+        return self._right_of_way.passes(perf_counter(), demanded_at, self._round_trip_seconds, requests_out=out)
 
     def _gather(self, pages: int) -> list[PageRange]:
         """Ranges of at most so many pages, ascending; empty: nothing to ask for now, or enough was looked at."""
@@ -199,7 +229,7 @@ class Fill:
             self._source.wire_received_bytes - bytes_before,
             self.brought_pages - brought_before,
             elapsed,
-            min(self._best_answer, self._source.best_round_trip_seconds),
+            self._round_trip_seconds,
             trio.current_time(),
             perf_counter() - self._last_demand.seconds < DEMANDED_SECONDS,
         )

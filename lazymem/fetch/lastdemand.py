@@ -1,4 +1,5 @@
-"""What who guesses in another process must know of the demands: when the last one was, and whether they can be sent."""
+"""What who guesses in another process must know of the demands: when the last one was, whether guesses around it are
+worth more than a sweep, and whether demands can be sent."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ class LastDemand:
         self._moment = memoryview(self._memory).cast("d")
         self._moment[0] = -math.inf
         self._moment[1] = 1.0
+        self._moment[2] = 0.0
 
     @property
     def seconds(self) -> float:
@@ -26,6 +28,15 @@ class LastDemand:
     @seconds.setter
     def seconds(self, now: float) -> None:
         self._moment[0] = now
+
+    @property
+    def is_near(self) -> bool:
+        """Whether the latest demands were near each other, so that what surrounds them comes before anything else."""
+        return self._moment[2] != 0.0
+
+    @is_near.setter
+    def is_near(self, yes: bool) -> None:
+        self._moment[2] = float(yes)
 
     @property
     def can_be_sent(self) -> bool:

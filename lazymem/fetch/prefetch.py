@@ -1,7 +1,7 @@
 """What to bring before it is asked for: guesses only, pure; the scheduler asks when it has nothing better to do.
 
-In order: what an earlier resume touched (`recorded`), what surrounds the guest's own latest faults (`neighbourhood`),
-and whatever else is missing (`sweep`).
+In order: what an earlier resume touched (`recorded`), what is next to the guest's own latest faults (`neighbourhood`),
+what it reads page after page (`streams`), what is wider around its faults, and whatever else is missing (`sweep`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Protocol
 
 from lazymem.fetch.neighbourhood import Neighbourhoods
 from lazymem.fetch.recorded import RecordedSet
+from lazymem.fetch.streams import Streams
 from lazymem.fetch.sweep import LeafMissing, Sweeps, sweep_of
 from lazymem.pages import PageRange
 
@@ -23,6 +24,11 @@ class Prefetcher(Protocol):
 
     def faulted(self, pages: PageRange) -> None:
         """The guest demanded `pages`."""
+        ...
+
+    @property
+    def is_near(self) -> bool:
+        """Whether guesses around the latest demands are worth more than a sweep."""
         ...
 
     def brought(self, pages: PageRange) -> None:
@@ -45,11 +51,13 @@ class Prepager:
     def __init__(
         self,
         neighbourhoods: Neighbourhoods,
+        streams: Streams,
         maybe_recorded: RecordedSet | None = None,
         maybe_sweep: Sweeps | None = None,
     ) -> None:
         self._recorded = maybe_recorded
         self._neighbourhoods = neighbourhoods
+        self._streams = streams
         self._sweep = maybe_sweep
 
     @property
@@ -64,6 +72,11 @@ class Prepager:
 
     def faulted(self, pages: PageRange) -> None:
         self._neighbourhoods.faulted(pages)
+        self._streams.faulted(pages)
+
+    @property
+    def is_near(self) -> bool:
+        return self._neighbourhoods.is_near
 
     def brought(self, pages: PageRange) -> None:
         if self._sweep is not None:
@@ -75,7 +88,11 @@ class Prepager:
             if found is not None:
                 return found
             self._recorded = None  # all of it was asked for
-        found = self._neighbourhoods.next_range(max_pages)
+        found = (
+            self._neighbourhoods.nearest_range(max_pages)
+            or self._streams.next_range(max_pages)
+            or self._neighbourhoods.next_range(max_pages)
+        )
         return found if found is not None or self._sweep is None else self._sweep.next_range(max_pages)
 
 
@@ -90,6 +107,7 @@ def prepager(
     """A strategy over the sink's `next_missing`, and its `missing_leaves` (without that the sweep has no scouts)."""
     return Prepager(
         Neighbourhoods(missing, total_pages),
+        Streams(missing, total_pages),
         RecordedSet(missing, recorded) if recorded else None,
         sweep_of(missing, total_pages, maybe_leaf_missing) if sweep else None,
     )

@@ -104,6 +104,7 @@ class Scheduler:
             prefetcher,
             self._fault_answered,
             self._send_demands,
+            self._fill_background,
         )
         nursery.start_soon(self._keeper.run)
         self._fill_background()
@@ -124,8 +125,11 @@ class Scheduler:
             self._promote(demand)
             if self._table.has_waiting:
                 self._send_demands()
+            self._last_demand.seconds = started_at  # also where its pages are on their way already
             if self._guesses.maybe_prefetcher is not None:
                 self._guesses.maybe_prefetcher.faulted(pages)
+                self._last_demand.is_near = self._guesses.maybe_prefetcher.is_near
+                self._fill_background()
             try:
                 await self._wait(arrived, pages)
             finally:

@@ -128,7 +128,8 @@ class SocketTransport:
         try:
             if self._in_a_row >= MOST_IN_A_ROW:
                 self._in_a_row = 0
-                await trio.lowlevel.checkpoint()  # not until it is readable: from how many bytes on is an earlier frame's
+                # Not until it is readable: from how many bytes on it is called so was an earlier frame's.
+                await trio.lowlevel.checkpoint()
             while True:
                 room = reader.maybe_room()
                 try:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 import trio
+import trio.testing
 from lazymem_server.serving import Serving, serve
 
 from lazymem.fetch.client import Client, connect
 from lazymem.fetch.fill import Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import prepager
-from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.pages import PAGE_SIZE, Fetched, PageRange
 from lazymem.settings import LinkSettings, parse_server
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.pristine import PristinePages
@@ -199,4 +202,89 @@ async def test_what_is_only_to_be_copied_waits_for_no_answer(nursery: trio.Nurse
         sink.gate.set()
         await sink.copied.wait()
         await until(lambda: not work.is_busy)
+    nursery.cancel_scope.cancel()
+
+
+class OnlyAsked:
+    """A source over a link of 20 ms that answers when it is told to, and notes what it is asked."""
+
+    best_round_trip_seconds = 0.02
+    wire_received_bytes = 0
+
+    def __init__(self) -> None:
+        self.asked: list[list[PageRange]] = []
+        self._done: list[Callable[[Fetched], None]] = []
+
+    def start_fetch(
+        self, ranges: list[PageRange], *, want_leaves: bool, background: bool, on_done: Callable[[Fetched], None]
+    ) -> None:
+        assert background
+        self.asked.append(ranges)
+        self._done.append(on_done)
+
+    def answer(self) -> None:
+        self.wire_received_bytes += sum(pages.length_bytes for pages in self.asked[-len(self._done)])
+        self._done.pop(0)(Fetched(()))
+
+
+class TakesAll:
+    """A sink that lacks everything."""
+
+    has_copies = False
+
+    def worth_fetching(self, pages: PageRange) -> list[PageRange]:
+        return [pages]
+
+    def missing_leaves(self, pages: PageRange) -> bool:
+        return False
+
+    def accept(self, fetched: Fetched) -> None:
+        pass
+
+    async def keep(self, fetched: Fetched) -> None:
+        pass
+
+
+class Demanding(LastDemand):
+    """A guest that faults now, whenever that is asked."""
+
+    ends = False
+
+    @property
+    def seconds(self) -> float:
+        return -math.inf if self.ends else perf_counter()
+
+
+def everything(start: int, limit: int) -> PageRange | None:
+    return PageRange(start, min(limit, PAGES - start)) if start < PAGES else None
+
+
+async def test_a_fill_gives_way_to_demands_that_are_near_each_other(nursery: trio.Nursery) -> None:
+    """One request at a time, and not the next one when its answer comes; then, once nobody demands, all that fits."""
+    source, demands = OnlyAsked(), Demanding()
+    demands.is_near = True
+    work = Fill(source, TakesAll(), PAGES, prepager(everything, PAGES), demands)  # type: ignore[arg-type]
+    with trio.fail_after(10):
+        nursery.start_soon(work.run)
+        await until(lambda: bool(source.asked))
+        source.answer()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (len(source.asked), work.in_flight_pages) == (1, 0)
+        await until(lambda: len(source.asked) == 2)  # the trickle
+        demands.ends = True
+        await until(lambda: len(source.asked) > 2)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("recorded", [(), (PageRange(0, 1000),)], ids=["a sweep", "a recorded set"])
+async def test_what_may_well_be_demanded_next_does_not_give_way(
+    nursery: trio.Nursery, recorded: tuple[PageRange, ...]
+) -> None:
+    """A recorded set; and any page, while demands are far apart."""
+    source, demands = OnlyAsked(), Demanding()
+    demands.is_near = bool(recorded)
+    work = Fill(source, TakesAll(), PAGES, prepager(everything, PAGES, recorded=recorded), demands)  # type: ignore[arg-type]
+    with trio.fail_after(10):
+        nursery.start_soon(work.run)
+        await until(lambda: len(source.asked) > 1)
     nursery.cancel_scope.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 from hypothesis import given
@@ -59,12 +60,29 @@ def test_what_surrounds_the_latest_fault_comes_first() -> None:
     fault = PageRange(BLOCK * 2 + 10, 4)
     pages.bring(prefetcher, fault)
     prefetcher.faulted(fault)
-    base = BLOCK * 2
-    assert prefetcher.next_range(64) == PageRange(fault.end, 64)
-    assert prefetcher.next_range(64) == PageRange(fault.end + 64, BLOCK - 14 - 64)
+    base, nearest = BLOCK * 2, MIN_REACH_PAGES
+    assert prefetcher.next_range(64) == PageRange(fault.end, nearest - 14)
     assert prefetcher.next_range(64) == PageRange(base, 10)
+    assert prefetcher.next_range(64) == PageRange(base + nearest, nearest)
+    assert prefetcher.next_range(64) == PageRange(base + 2 * nearest, BLOCK - 2 * nearest)
     assert prefetcher.next_range(64) == PageRange(0, 64)
     assert prefetcher.next_range(64) == PageRange(64, 64)
+
+
+def test_what_is_nearest_to_any_of_the_latest_faults_comes_before_what_is_wider_around_one() -> None:
+    neighbourhoods = Neighbourhoods(Pages(set(range(TOTAL))).next_missing, TOTAL)
+    faults = [31, 300, 799]
+    for fault in faults:
+        neighbourhoods.faulted(PageRange(fault, 1))
+    nearest = MIN_REACH_PAGES
+    guessed: list[int] = []
+    while (guess := neighbourhoods.next_range(8)) is not None:
+        guessed += range(guess.start, guess.end)
+    of_nearest = [page for page in guessed if any(page // nearest == fault // nearest for fault in faults)]
+    assert guessed[: len(of_nearest)] == of_nearest, "these first"
+    assert [page // nearest for page in of_nearest[:: nearest - 1]] == [799 // nearest, 300 // nearest, 0], "the latest"
+    blocks = {page for fault in faults for page in range(fault - fault % BLOCK, fault - fault % BLOCK + BLOCK)}
+    assert sorted(guessed) == sorted(blocks - set(faults))
 
 
 def test_fault_at_the_end_guesses_nothing_behind_it() -> None:
@@ -94,10 +112,11 @@ def test_neighbourhoods_shrink_to_nothing_while_faults_are_far_apart() -> None:
     for number in range(100):
         neighbourhoods.faulted(PageRange((number * 7919) % 4096 * 4096, 32))
     assert neighbourhoods.reach_pages == MIN_REACH_PAGES
+    assert not neighbourhoods.is_near
     while neighbourhoods.next_range(64) is not None:
         pass
-    neighbourhoods.faulted(PageRange(100 * 4096, 32))
-    assert neighbourhoods.next_range(64) is None, "the kernel reads as much itself"
+    neighbourhoods.faulted(PageRange(100 * 4096, 1))
+    assert neighbourhoods.next_range(64) is None, "any other page is as likely"
 
 
 def test_neighbourhoods_grow_while_faults_stay_near() -> None:
@@ -105,6 +124,17 @@ def test_neighbourhoods_grow_while_faults_stay_near() -> None:
     for number in range(100):
         neighbourhoods.faulted(PageRange(5_000_000 + number * 32, 32))
     assert neighbourhoods.reach_pages == MAX_REACH_PAGES
+    assert neighbourhoods.is_near
+
+
+def test_faults_at_random_within_a_quarter_of_a_gigabyte_are_not_near() -> None:
+    rng = random.Random(3)
+    neighbourhoods = Neighbourhoods(lambda start, limit: PageRange(start, limit), 1 << 24)
+    near = []
+    for _ in range(1100):
+        neighbourhoods.faulted(PageRange(rng.randrange(1 << 16), 1))
+        near.append(neighbourhoods.is_near)
+    assert sum(near[100:]) < 50, "but for chance"
 
 
 @given(
@@ -255,7 +285,7 @@ def test_what_was_recorded_comes_first_and_in_its_order() -> None:
     strategy.faulted(PageRange(900, 1))
     asked = [strategy.next_range(64) for _ in range(6)]
     assert asked[:4] == [PageRange(500, 3), PageRange(10, 64), PageRange(74, 36), PageRange(700, 1)]
-    assert asked[4:] == [PageRange(901, 64), PageRange(965, TOTAL - 965)]
+    assert asked[4:] == [PageRange(901, 27), PageRange(896, 4)], "of 896 to 928"
 
 
 def test_recorded_pages_that_are_here_are_not_asked_for() -> None:

@@ -16,6 +16,7 @@ from trio.testing import MockClock
 from lazymem.errors import DeadlineError, ServerRefusedError, ServerUnreachableError, StoreError
 from lazymem.fetch import guesses
 from lazymem.fetch.inflight import Demand, Want
+from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.plan import Budget
 from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.requests import FetchRequest
@@ -544,6 +545,38 @@ async def test_demand_waits_for_no_guess_when_the_background_lane_is_saturated(
         with trio.fail_after(0.001):
             assert joined(await scheduler.demand(PageRange(page, 1))) == peer.bytes_of(PageRange(page, 1))
     assert {page for page in asked_pages(peer) if page < RAM_PAGES - 64} >= guessed
+
+
+@pytest.mark.parametrize("short_way", [True, False])
+async def test_what_surrounds_a_fault_is_asked_for_right_behind_it(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    short_way: bool,
+) -> None:
+    """While the guest waits for its page the link has nothing better to do. Who fills in another process hears of it."""
+    peer.answers = lambda peer, request: None
+    last_demand = LastDemand()
+    guesses = prepager(sink.next_missing, RAM_PAGES, sweep=False)
+    scheduler = Scheduler(await network.connect(), sink, nursery, prefetcher=guesses, last_demand=last_demand)
+    assert not last_demand.is_near
+    pages = PageRange(40, 1)
+    if short_way:
+        assert scheduler.start(pages, lambda _: None, lambda: lambda _: None)
+    else:
+        nursery.start_soon(scheduler.demand, pages)
+    await settle()
+    first, *others = peer.fetches
+    assert (first.ranges, is_background(first)) == ((pages,), False)
+    assert others
+    assert all(is_background(fetch) for fetch in others)
+    asked = {page for fetch in others for run in fetch.ranges for page in range(run.start, run.end)}
+    assert asked <= set(range(32, 64)) - {40}
+    assert last_demand.is_near
+    assert last_demand.seconds > 0
+    nursery.cancel_scope.cancel()
 
 
 async def test_demand_joins_a_guess_that_is_on_its_way(

@@ -12,12 +12,12 @@ TOTAL = 128
 
 
 class Held:
-    """What is at hand, and whether a set is coming."""
+    """What is at hand, and whether we guess better than the kernel."""
 
     def __init__(self) -> None:
         self.pages: set[int] = set()
-        self.set_is_coming = True
-        self.aheads = ReadAheads(TOTAL, self.at_hand, lambda: self.set_is_coming)
+        self.guessing_better = True
+        self.aheads = ReadAheads(TOTAL, self.at_hand, lambda: self.guessing_better)
 
     def at_hand(self, offset: int, size: int) -> bool:
         return self.pages.issuperset(range(offset // PAGE_SIZE, (offset + size) // PAGE_SIZE))
@@ -26,20 +26,20 @@ class Held:
         return self.aheads.refuses(page * PAGE_SIZE, count * PAGE_SIZE)
 
 
-def test_read_ahead_of_missing_pages_is_refused_while_a_set_is_coming() -> None:
+def test_read_ahead_of_missing_pages_is_refused_while_a_guessing_better() -> None:
     held = Held()
     held.pages = set(range(32, 64))
     assert held.refuses(0, 32)
     assert not held.refuses(32, 32), "it is at hand"
     assert held.refuses(63, 2)
     assert not held.refuses(5, 1), "somebody waits for it"
-    held.set_is_coming = False
+    held.guessing_better = False
     assert not held.refuses(96, 32)
 
 
 def test_everything_is_refused_while_it_is_recorded() -> None:
     held = Held()
-    held.set_is_coming = False
+    held.guessing_better = False
     held.pages = set(range(TOTAL))
     held.aheads.refuse_everything(True)
     assert held.refuses(0, 32)
