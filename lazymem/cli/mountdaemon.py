@@ -180,13 +180,14 @@ async def _serve(
         read_aheads = ReadAheads(
             origin.pages,
             ram.is_at_hand,
-            lambda: (
+            lambda pages: (
                 (maybe_prepager is not None and maybe_prepager.set_is_coming)
                 or (maybe_filler is not None and maybe_filler.latest.set_is_coming)
                 or (
                     maybe_filler is not None
                     and maybe_filler.is_filling
                     and readahead.SLOW_SECONDS <= scheduler.best_answer_seconds < math.inf
+                    and not (maybe_prepager is not None and maybe_prepager.are_of_a_stream(pages))
                 )
             ),
         )

@@ -70,6 +70,10 @@ class Prepager:
         self._recorded = recorded
         self._sweep = maybe_sweep
 
+    def are_of_a_stream(self, pages: PageRange) -> bool:
+        """As `Streams.are_of_one`."""
+        return self._streams.are_of_one(pages)
+
     def faulted(self, pages: PageRange) -> None:
         self._neighbourhoods.faulted(pages)
         self._streams.faulted(pages)

@@ -67,6 +67,13 @@ class Streams:
         if stream.steps >= STEPS:
             stream.ahead = min(max(FIRST_AHEAD_PAGES, 2 * stream.ahead), MAX_AHEAD_PAGES)
 
+    def are_of_one(self, pages: PageRange) -> bool:
+        """Whether somebody reads page after page and will soon want `pages`."""
+        return any(
+            stream.ahead and stream.last - STEP_PAGES <= pages.start < stream.last + MAX_AHEAD_PAGES + STEP_PAGES
+            for stream in self._streams
+        )
+
     def next_range(self, max_pages: int) -> PageRange | None:
         """Of the stream that faulted last first."""
         for stream in reversed(self._streams):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import NamedTuple
 
 from lazymem.pages import PAGE_SIZE
 
@@ -34,16 +35,27 @@ GAIN = 2.0
 MIN_QUEUE_SECONDS = 0.008
 """Where half of that is more than a round trip, the rate is the two processors', and this keeps both of them busy."""
 
-DEMANDED_GAIN = 1.5
-DEMANDED_MIN_QUEUE_SECONDS = 0.002
-"""While somebody demands: half a product in queues, for a little of the rate."""
-
 FLOOR_SECONDS = 0.02
 FLOOR_PAGES = 256
-DEMANDED_FLOOR_PAGES = 64
 """Busy processors answer later than the best round trip and look like a slow link; what they get in 20 ms, up to 1 MiB
-(8 ms of 1 Gb/s), or 256 KiB (2 ms) while somebody demands, is out in any case, or the window would shrink and the rate
-with it, for no gain."""
+(8 ms of 1 Gb/s), is out in any case, or the window would shrink and the rate with it, for no gain."""
+
+
+class Demanded(NamedTuple):
+    """How much smaller it is while somebody demands: in place of `GAIN`, `MIN_QUEUE_SECONDS` and `FLOOR_PAGES`."""
+
+    gain: float
+    min_queue_seconds: float
+    floor_pages: int
+
+
+BESIDE_DEMANDS = Demanded(1.5, 0.002, 64)
+"""Of guesses on the demands' own behalf, with a link that others leave to them: half a product in queues, for a little
+of the rate."""
+
+BEHIND_DEMANDS = Demanded(1.0, 0.001, 32)
+"""Of guesses that nobody waits for: no queue that lasts. A fill loses some of the link to pauses while somebody demands
+pages that are far apart."""
 
 SLOW_SECONDS = 0.005
 """Round trips from here on see smaller pieces, so that less of the window is of pieces that are nearly here."""
@@ -73,7 +85,8 @@ MEMORY_SAMPLES = 10
 class BackgroundWindow:
     """Fed with what was delivered; says how many pages may be out."""
 
-    def __init__(self) -> None:
+    def __init__(self, demanded: Demanded = BESIDE_DEMANDS) -> None:
+        self._demanded = demanded
         self._best_now = 0.0  # wire bytes a second: largest sample since `_since`
         self._best_before = 0.0  # and in the span before
         self._since = -math.inf
@@ -123,10 +136,9 @@ class BackgroundWindow:
         rate = self.rate_bytes_per_second
         share = max(self._share, *self._shares) if demanded and self._shares else self._share
         pages_a_second = rate / (PAGE_SIZE * share)
-        gain = DEMANDED_GAIN if demanded else GAIN
-        least = DEMANDED_MIN_QUEUE_SECONDS if demanded else MIN_QUEUE_SECONDS
+        gain, least, floor_pages = self._demanded if demanded else (GAIN, MIN_QUEUE_SECONDS, FLOOR_PAGES)
         wanted = pages_a_second * max(gain * best_round_trip_seconds, least)
-        floor = min(DEMANDED_FLOOR_PAGES if demanded else FLOOR_PAGES, pages_a_second * FLOOR_SECONDS)
+        floor = min(floor_pages, pages_a_second * FLOOR_SECONDS)
         self._pages = int(min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, wanted, floor)))
 
     def _note_rate(self, rate: float, full: bool, best_round_trip: float, now: float) -> None:

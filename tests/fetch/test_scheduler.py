@@ -556,7 +556,7 @@ async def test_what_surrounds_a_fault_is_asked_for_right_behind_it(
     nursery: trio.Nursery,
     short_way: bool,
 ) -> None:
-    """While the guest waits for its page the link has nothing better to do. The filling process hears of it."""
+    """While the guest waits for its page the link has nothing better to do. Who fills elsewhere hears of it."""
     peer.answers = lambda peer, request: None
     last_demand = LastDemand()
     guesses = prepager(sink.next_missing, RAM_PAGES, sweep=False)

@@ -87,6 +87,18 @@ def test_two_that_take_turns() -> None:
     assert (first.start, second.start) == (90_003, 5003), "the latest first"
 
 
+def test_what_is_ahead_of_a_stream_is_of_one() -> None:
+    streams = Streams(all_missing, TOTAL)
+    for page in (5000, 5001):
+        streams.faulted(PageRange(page, 1))
+    assert not streams.are_of_one(PageRange(5002, 32)), "it may be an accident"
+    streams.faulted(PageRange(5002, 1))
+    assert streams.are_of_one(PageRange(5003, 32))
+    assert streams.are_of_one(PageRange(5002 + MAX_AHEAD_PAGES, 32)), "the kernel's next 2 MiB"
+    assert not streams.are_of_one(PageRange(4800, 32))
+    assert not streams.are_of_one(PageRange(5000 + 2 * MAX_AHEAD_PAGES, 32))
+
+
 def test_only_so_many() -> None:
     streams = Streams(all_missing, TOTAL)
     for step in range(3):

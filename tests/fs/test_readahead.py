@@ -17,7 +17,10 @@ class Held:
     def __init__(self) -> None:
         self.pages: set[int] = set()
         self.guessing_better = True
-        self.aheads = ReadAheads(TOTAL, self.at_hand, lambda: self.guessing_better)
+        self.well_guessed: set[int] = set()
+        self.aheads = ReadAheads(
+            TOTAL, self.at_hand, lambda pages: self.guessing_better and pages.start not in self.well_guessed
+        )
 
     def at_hand(self, offset: int, size: int) -> bool:
         return self.pages.issuperset(range(offset // PAGE_SIZE, (offset + size) // PAGE_SIZE))
@@ -33,6 +36,8 @@ def test_read_ahead_of_missing_pages_is_refused_while_a_guessing_better() -> Non
     assert not held.refuses(32, 32), "it is at hand"
     assert held.refuses(63, 2)
     assert not held.refuses(5, 1), "somebody waits for it"
+    held.well_guessed = {100}
+    assert not held.refuses(100, 4), "by the kernel"
     held.guessing_better = False
     assert not held.refuses(96, 32)
 
