@@ -30,7 +30,7 @@ from lazymem.vm.emulator import RamBacking
 from lazymem.vm.identity import maybe_mount_run
 from lazymem.vm.qemurecorded import with_generation
 from lazymem.vm.qmpclient import CommandError, QmpClient
-from lazymem.vm.savestate import CAPABILITY, abandon
+from lazymem.vm.savestate import CAPABILITY, LEAVE_UNSYNCED, abandon
 
 _EVENTS = "events"
 """QEMU's capability to tell of a migration's end by itself; lazymem-vm always does."""
@@ -164,7 +164,7 @@ class LeavingGuest:
     def _prepare(self) -> None:
         entries = self._qmp.maybe_command("query-migrate-capabilities") or []
         states = {entry["capability"]: bool(entry["state"]) for entry in entries}
-        wanted = [name for name in (CAPABILITY, _EVENTS) if name in states]
+        wanted = [name for name in (CAPABILITY, _EVENTS, LEAVE_UNSYNCED) if name in states]
         self._before = {name: states[name] for name in wanted}
         self._set(dict.fromkeys(wanted, True))
         parameters = self._qmp.maybe_command("query-migrate-parameters") or {}

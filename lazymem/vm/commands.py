@@ -18,6 +18,7 @@ from lazymem.vm.migration import MACHINE_TYPE, Migrations, Progress
 from lazymem.vm.qmp import QmpError, Request, Signature, check
 from lazymem.vm.ram import RamBlock
 from lazymem.vm.runstate import RunState
+from lazymem.vm.savestate import LEAVE_UNSYNCED
 from lazymem.vm.savestream.format import IGNORE_SHARED
 from lazymem.vm.uri import Uri, parse_uri
 
@@ -176,20 +177,26 @@ class Commands:
         return {} if progress is None else _migration_info(progress)
 
     async def _query_capabilities(self, _: Arguments) -> list[dict[str, Any]]:
-        return [{"capability": IGNORE_SHARED, "state": True}]
+        return [
+            {"capability": IGNORE_SHARED, "state": True},
+            {"capability": LEAVE_UNSYNCED, "state": self._migrations.leave_unsynced},
+        ]
 
     async def _set_capabilities(self, arguments: Arguments) -> dict[str, Any]:
         for entry in arguments["capabilities"]:
             _check_capability(entry)
+        for entry in arguments["capabilities"]:
+            if entry["capability"] == LEAVE_UNSYNCED:
+                self._migrations.leave_unsynced = entry["state"]
         return {}
 
 
 def _check_capability(entry: Any) -> None:
     if not isinstance(entry, dict) or set(entry) != {"capability", "state"} or not isinstance(entry["state"], bool):
         raise QmpError("Invalid parameter type for 'capabilities', expected: array of capability and state")
-    if entry["capability"] != IGNORE_SHARED:
+    if entry["capability"] not in (IGNORE_SHARED, LEAVE_UNSYNCED):
         raise QmpError(f"Parameter 'capability' does not accept value '{entry['capability']}'")
-    if not entry["state"]:
+    if entry["capability"] == IGNORE_SHARED and not entry["state"]:
         raise QmpError(
             f"{IGNORE_SHARED} cannot be switched off: a file-backed block is never in a stream of lazymem-vm"
         )

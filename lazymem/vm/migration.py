@@ -2,9 +2,9 @@
 
 Saving: the blocks of ordinary memory go while the guest still runs; then it stops, and what changed since, the devices
 and the end go. A file-backed block is listed, never sent and not counted as remaining; its file is synced before the
-save counts as completed. There is no dirty log: a page's digest at sending time is compared once the guest stands,
-which costs a pass over the ordinary memory (a few ms for the framebuffer and firmware; a second a GiB for a guest
-without a RAM file).
+save counts as completed, but not in a hand-over (`savestate.LEAVE_UNSYNCED`). There is no dirty log: a page's digest at
+sending time is compared once the guest stands, which costs a pass over the ordinary memory (a few ms for the
+framebuffer and firmware; a second a GiB for a guest without a RAM file).
 
 Taking over: the whole stream is read and checked, then its binding to the RAM file, then devices and memory are loaded.
 """
@@ -86,6 +86,8 @@ class Migrations:
         self._notice = notice
         self._cancel: trio.CancelScope | None = None
         self.progress: Progress | None = None
+        self.leave_unsynced = False
+        """The next save only, as `savestate.LEAVE_UNSYNCED`: whoever asked for it may be dead when it has ended."""
 
     def begin_save(self) -> None:
         """From here on `progress` is the save's that `save` then makes.
@@ -127,7 +129,7 @@ class Migrations:
 
         Ends with the guest stopped (postmigrate), or going on as before with progress "failed" or "cancelled".
         """
-        saver = _Saver(self._runstate, self._progress)
+        saver = _Saver(self._runstate, self._progress, sync=not self.leave_unsynced)
         with trio.CancelScope() as self._cancel:
             try:
                 await self._save(uri, saver)
@@ -140,6 +142,7 @@ class Migrations:
                 return
             finally:
                 self._cancel = None
+                self.leave_unsynced = False
         if not self._progress.over:
             self._set("cancelled")
         await saver.undo()
@@ -218,8 +221,9 @@ def _translated(error: Exception) -> LazymemError:
 class _Saver:
     """One save's passes, and the way back from them."""
 
-    def __init__(self, runstate: RunState, progress: Progress) -> None:
+    def __init__(self, runstate: RunState, progress: Progress, *, sync: bool) -> None:
         self._runstate = runstate
+        self._syncs = sync
         self._machine = runstate.machine
         self._progress = progress
         self._writer = StreamWriter(shape_of(runstate.machine))
@@ -258,7 +262,8 @@ class _Saver:
             self._runstate.set_overlay(self._before)
 
     async def _sync(self) -> None:
-        await trio.to_thread.run_sync(self._machine.blocks.sync)
+        if self._syncs:
+            await trio.to_thread.run_sync(self._machine.blocks.sync)
 
     async def _pass(self) -> None:
         """Send every page that is not yet, or no longer, as it was sent."""

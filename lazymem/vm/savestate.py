@@ -22,6 +22,11 @@ from lazymem.errors import MonitorError
 from lazymem.vm.qmpclient import CommandError, QmpClient
 
 CAPABILITY = "x-ignore-shared"
+
+LEAVE_UNSYNCED = "x-lazymem-leave-unsynced"
+"""lazymem-vm's: its next save does not wait until the RAM files are on their disks. For a guest that is handed over,
+whose RAM is served out of the memory of a host that lives, and which stands meanwhile. QEMU never waits for that."""
+
 _MAX_SOCKET_PATH = 107
 """Bytes in sockaddr_un's path, without the final zero."""
 

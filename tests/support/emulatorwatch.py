@@ -110,7 +110,7 @@ def both_ran(here: EmulatorWatch, there: EmulatorWatch) -> list[tuple[Span, Span
     ]
 
 
-def downtime_seconds(here: EmulatorWatch, there: EmulatorWatch) -> float:
-    """From the guest's last moment here to its first one there, by both emulators' events."""
+def stopped_and_resumed(here: EmulatorWatch, there: EmulatorWatch) -> tuple[float, float]:
+    """The guest's last moment here and its first one there, Unix time, by both emulators' events."""
     began = next(event.seconds for event in there.events if event.name == "RESUME")
-    return began - max(event.seconds for event in here.events if event.name == "STOP" and event.seconds <= began)
+    return max(event.seconds for event in here.events if event.name == "STOP" and event.seconds <= began), began

@@ -20,7 +20,7 @@ from lazymem.cli.umount import end_mount
 from lazymem.errors import LazymemError
 from lazymem.fs import mountinfo
 from lazymem.handover.journal import read
-from tests.support.emulatorwatch import EmulatorWatch, both_ran, downtime_seconds
+from tests.support.emulatorwatch import EmulatorWatch, both_ran, stopped_and_resumed
 from tests.support.forkedcommands import Forked, ForkServer
 from tests.support.networkhosts import NetworkHost
 from tests.support.processtree import descendants_of, is_gone
@@ -199,8 +199,13 @@ class Pair:
 
     def downtime_seconds(self) -> float:
         """As both emulators tell it; the destination's has to have been asked whether it runs before it did."""
+        stopped, resumed = self.stopped_and_resumed()
+        return resumed - stopped
+
+    def stopped_and_resumed(self) -> tuple[float, float]:
+        """The moments of that, Unix time."""
         self.runs()
-        return downtime_seconds(*self._watches)
+        return stopped_and_resumed(*self._watches)
 
     def events_here(self) -> list[str]:
         """The names of what the source's emulator told, in that order."""

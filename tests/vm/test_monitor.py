@@ -116,7 +116,11 @@ async def test_capabilities(tmp_path: Path) -> None:
             return [{"capability": name, "state": state}]
 
         assert await client.ask("migrate-set-capabilities", capabilities=to(True)) == {}
-        assert await client.ask("query-migrate-capabilities") == to(True)
+        off = to(False, "x-lazymem-leave-unsynced")
+        assert await client.ask("query-migrate-capabilities") == to(True) + off
+        on = to(True, "x-lazymem-leave-unsynced")
+        assert await client.ask("migrate-set-capabilities", capabilities=on) == {}
+        assert await client.ask("query-migrate-capabilities") == to(True) + on
         assert "cannot be switched off" in (await client.refused("migrate-set-capabilities", capabilities=to(False)))[1]
         assert (
             "does not accept value" in (await client.refused("migrate-set-capabilities", capabilities=to(True, "x")))[1]

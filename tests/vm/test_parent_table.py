@@ -269,6 +269,22 @@ class TestAllChangesAreInTheFile:
         assert (str(ram), "active") in synced
         machine.blocks.close()
 
+    async def test_one_save_may_leave_it_unsynced_and_the_next_does_not(
+        self, ram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A guest that is handed over stands meanwhile, and its RAM is served out of this host's memory. Whoever asked
+        for it may have been killed since."""
+        machine = FakeMachine([MemFile("pc.ram", ram)])
+        migrations = Migrations(RunState(machine), notice=lambda _: None)
+        synced: list[str] = []
+        monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+        migrations.leave_unsynced = True
+        for times in (0, 2):
+            migrations.begin_save()
+            await migrations.save(FileUri(tmp_path / f"vmstate{times}"))
+            assert synced.count(str(ram)) == times
+        machine.blocks.close()
+
     async def test_most_of_it_while_the_guest_still_runs(
         self, ram: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
