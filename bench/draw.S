@@ -1,13 +1,20 @@
-# Writes a screen of 1024 x 768 pixels, each of 4 bytes, over and over, 100 times a second or as often as it gets done.
-# A static program for the Linux guest; its argument is the file that maps the framebuffer (sysfs, resource0).
+# Writes a screen of 1024 x 768 pixels, each of 4 bytes. A static program for the Linux guest; its arguments are the file
+# that maps the framebuffer (sysfs, resource0), and what it draws, by its first letter:
+#
+#       plain   one value all over, another one each time   100 times a second, or as often as it gets done
+#       noise   words of which no two are alike             the same
+#       once    noise                                       once, and ends
 
         .intel_syntax noprefix
         .globl  _start
         .set    SCREEN_BYTES, 1024 * 768 * 4
         .set    STEP, 0x9e3779b97f4a7c15        # 2^64 / golden ratio: no two screens are alike, and none is zero
+        .set    FACTOR, 0xa0761d6478bd642f      # wyhash's (Wang Yi, 2019): both halves of a product with it, as one
 
 _start:
         mov     rdi, [rsp + 16]
+        mov     rbp, [rsp + 24]
+        movzx   ebp, byte ptr [rbp]
         mov     esi, 2                          # O_RDWR
         mov     eax, 2                          # open
         syscall
@@ -25,18 +32,34 @@ _start:
         js      failed
         mov     rbx, rax
         movabs  r13, STEP
-screen: add     r12, r13
-        mov     rdi, rbx
-        mov     rax, r12
+        movabs  r14, FACTOR
+screen: mov     rdi, rbx
         mov     ecx, SCREEN_BYTES / 8
+        cmp     ebp, 'p'
+        jne     noise
+        add     r12, r13
+        mov     rax, r12
         rep stosq
+        jmp     drawn
+noise:  add     r12, r13
+        mov     rax, r12
+        mul     r14
+        xor     rax, rdx
+        stosq
+        dec     ecx
+        jnz     noise
+drawn:  cmp     ebp, 'o'
+        je      done
         lea     rdi, [rip + pause]
         xor     esi, esi
         mov     eax, 35                         # nanosleep
         syscall
         jmp     screen
-failed: mov     edi, 1
+done:   xor     edi, edi
         mov     eax, 60                         # exit
+        syscall
+failed: mov     edi, 1
+        mov     eax, 60
         syscall
 
 pause:  .quad   0, 10000000

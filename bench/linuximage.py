@@ -1,6 +1,6 @@
 """A Linux guest's snapshot to resume: 512 MiB, 160 MiB of them a file in its tmpfs. Booted once and kept.
 
-One has a screen, too, and a program that writes it all the time once it is told to (`draw`).
+One has a screen, too, and a program that writes it once it is told to (`draw`, what it draws: `draw.S`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ SCREEN = ("-vga", "std")
 _DRAW = """        draw) for device in /sys/bus/pci/devices/*; do
                   case $(cat $device/class) in 0x03*) screen=$device/resource0;; esac
               done
-              draw $screen & sleep 1; kill -0 $! && echo "draw $screen";;
+              if [ $argument = once ]; then draw $screen once
+              else draw $screen $argument & sleep 1; kill -0 $!; fi && echo "draw $screen";;
         *)"""
 
 
 def linux_image(work: Path, *, screen: bool = False) -> Image:
     """The snapshot; booting it the first time takes half a minute under emulation."""
-    folder = work / f"linux{'-screen' if screen else ''}-{RAM_BYTES >> 20}-v{FORMAT}"
+    folder = work / f"linux{'-screens' if screen else ''}-{RAM_BYTES >> 20}-v{FORMAT}"
     if not folder.exists():
         work.mkdir(parents=True, exist_ok=True)
         # Sockets need a short path; the RAM file stands beside the snapshot, so that it can be moved there.

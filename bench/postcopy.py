@@ -55,23 +55,23 @@ class PostCopy:
 
 
 @contextmanager
-def migrated(link: Link, image: Image, folder: Path, *, screen: bool = False) -> Iterator[PostCopy]:
-    """A guest that has just begun to run here. `screen`: as in `handover.handed_over`.
+def migrated(link: Link, image: Image, folder: Path, *, draws: str = "") -> Iterator[PostCopy]:
+    """A guest that has just begun to run here. `draws`: as in `handover.linux_guest`.
 
     Raises:
         WayError: QEMU may not use userfaultfd, or the migration failed.
     """
     ram = folder / "source.ram"
     copy_sparse(image.ram, ram)
-    more = SCREEN * screen
+    more = SCREEN if draws else ()
     source = QemuOptions(ram, image.ram_bytes, folder / "s.qmp", folder / "s.serial", incoming="defer", more=more)
     with ExitStack() as stack:
         source_serial = stack.enter_context(SerialLine(folder / "s.serial"))
         process = stack.enter_context(child(source.command(), folder / "source.log"))
         source_qmp = stack.enter_context(open_monitor(source.qmp, process, folder / "source.log"))
         take_over(source_qmp, image.vmstate)
-        if screen:
-            source_serial.ask("draw", "draw")
+        if draws:
+            source_serial.ask(f"draw {draws}", "draw")
         source_qmp.command(
             "migrate-set-capabilities", capabilities=[{"capability": "x-ignore-shared", "state": False}, *_CAPABILITIES]
         )

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import statistics
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from bench.clones import Clone, Kind, available_bytes, cloned, memory_of
 from bench.context import Context, Measure, Target, pairs
-from bench.images import FORMAT, Image, adopt
+from bench.images import Image
 from bench.linuximage import RAM_BYTES, SMALL_MIB, linux_image
 from bench.measures.memory import page_cache_bytes
+from bench.pagesimage import pages_image
 from bench.record import Sample
 from bench.way import Mount
-from lazymem.cli.progress import Reporter
-from lazymem.demo.vmrun import VmGuest, started
-from lazymem.vm.guests import build_guest
-from lazymem.vm.taking import Options, take_snapshot
 
 COUNTS = (1, 4, 16)
 PAGES_RAM_BYTES = 32 << 20
-_FILL_SECONDS = 300.0
 
 _VM = Kind("unicorn", PAGES_RAM_BYTES, "verify", "verified")
 _QEMU = Kind("qemu", RAM_BYTES, f"read {SMALL_MIB}", "read")
-
-
-def _pages_image(work: Path) -> Image:
-    """A `pages` guest that has filled its RAM; kept."""
-    folder = work / f"pages-{PAGES_RAM_BYTES >> 20}-v{FORMAT}"
-    if not folder.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix="lazymem-bench-") as sockets,
-            tempfile.TemporaryDirectory(prefix=".pages-", dir=work) as near,
-        ):
-            ram = Path(near, "ram")
-            ram.touch()
-            os.truncate(ram, PAGES_RAM_BYTES)
-            kernel = build_guest("pages", Path(near))
-            guest = VmGuest(ram, PAGES_RAM_BYTES, Path(sockets, "q"), Path(sockets, "s"), kernel)
-            with started(guest, Path(sockets, "log")) as vm:
-                with vm.open_monitor() as qmp:
-                    qmp.command("cont")
-                vm.serial.expect("ready")
-                vm.serial.ask("fill 1", "filled", _FILL_SECONDS)
-                take_snapshot(Options(vm.monitor, Path(near, "snapshot")), Reporter())
-            shutil.move(Path(near, "snapshot"), folder)
-    return adopt(folder)
 
 
 def _run(context: Context, kind: Kind, image: Image) -> Sample:
@@ -102,5 +72,7 @@ def _measure(name: str, title: str, kind: Kind, image: Callable[[Path], Image]) 
     return Measure(name, title, pairs(("loopback", "1ms"), ("lazymem-template",)), run, targets)
 
 
-VM = _measure("clones-vm", "guests in lazymem-vm from one template", _VM, _pages_image)
+VM = _measure(
+    "clones-vm", "guests in lazymem-vm from one template", _VM, partial(pages_image, ram_bytes=PAGES_RAM_BYTES)
+)
 QEMU = _measure("clones-qemu", "Linux guests in QEMU from one template", _QEMU, linux_image)

@@ -5,37 +5,84 @@ from __future__ import annotations
 from functools import partial
 
 from bench.context import Context, Measure, Target, pairs
-from bench.handover import handed_over
+from bench.handover import handed_over, linux_guest, pages_guest
 from bench.linuximage import linux_image
+from bench.pagesimage import pages_image
 from bench.postcopy import migrated
 from bench.record import Sample
 from bench.way import NO_MOUNT
 
+_LINKS = ("1ms", "20ms")
 _NAMES = ("downtime_seconds", "total_seconds", "state_bytes", "wire_received_bytes", "demand_faults")
 
+_VM_RAM_BYTES = 258 << 20
+"""Of which its guest fills, and rewrites, all but 2 MiB and what says which page was written when."""
 
-def _run(context: Context, *, screen: bool = False) -> Sample:
-    image = linux_image(context.work, screen=screen)
+
+def _sample(context: Context, report: dict[str, object], *more: str) -> Sample:
+    names = (*_NAMES, *more)
+    return context.sample({name: float(str(report[name])) for name in names if report.get(name) is not None})
+
+
+def _run(context: Context, *, draws: str = "") -> Sample:
+    image = linux_image(context.work, screen=bool(draws))
     with context.folder() as folder:
         if context.way.name == "postcopy":
-            with migrated(context.link, image, folder, screen=screen) as guest:
+            with migrated(context.link, image, folder, draws=draws) as guest:
                 figures = {"downtime_seconds": guest.downtime_seconds}
                 figures["total_seconds"] = guest.wait_done() - guest.started
             return context.sample(figures)
-        report = handed_over(context.link, image, folder, screen=screen, tls=context.way.variant.tls)
-    return context.sample({name: float(report[name]) for name in _NAMES if report.get(name) is not None})
+        tls = context.way.variant.tls
+        return _sample(context, handed_over(context.link, linux_guest(image, draws=draws), folder, tls=tls))
 
 
-MEASURE = Measure(
-    "handover",
-    "a Linux guest goes to another host: how long it stands",
-    pairs(("1ms", "20ms"), ("lazymem", "postcopy")),
-    _run,
-    (
-        Target("downtime, beside QEMU post-copy", "1ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
-        Target("downtime, beside QEMU post-copy", "20ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
+def _beside_postcopy(name: str, title: str, goal: str, *, draws: str = "") -> Measure:
+    targets = tuple(Target(goal, link, "lazymem", "downtime_seconds", "postcopy", must=1.0) for link in _LINKS)
+    cases = pairs(_LINKS, ("lazymem", "postcopy"))
+    return Measure(name, title, cases, partial(_run, draws=draws), targets, NO_MOUNT)
+
+
+MEASURE = _beside_postcopy(
+    "handover", "a Linux guest goes to another host: how long it stands", "downtime, beside QEMU post-copy"
+)
+
+SCREEN_MEASURES = (
+    _beside_postcopy(
+        "screen-idle",
+        "the same, of a guest that has a screen and does not write it",
+        "the same with a screen at rest",
+        draws="once",
     ),
-    NO_MOUNT,
+    _beside_postcopy(
+        "screen",
+        "the same, of a guest that writes its screen all the time",
+        "the same with a written screen",
+        draws="plain",
+    ),
+    _beside_postcopy(
+        "screen-noise",
+        "the same, of a guest that writes its screen with noise",
+        "the same with a screen of noise",
+        draws="noise",
+    ),
+)
+
+
+def _run_vm(context: Context, *, rewrites: bool) -> Sample:
+    guest = pages_guest(pages_image(context.work, _VM_RAM_BYTES), rewrites=rewrites)
+    with context.folder() as folder:
+        return _sample(context, handed_over(context.link, guest, folder, tls=context.way.variant.tls))
+
+
+def _in_lazymem_vm(name: str, title: str, *, rewrites: bool) -> Measure:
+    targets = tuple(Target(f"downtime, {title}", link, "lazymem", "downtime_seconds") for link in _LINKS)
+    run = partial(_run_vm, rewrites=rewrites)
+    return Measure(name, f"a hand-over of {title}", pairs(_LINKS, ("lazymem",)), run, targets, NO_MOUNT)
+
+
+VM_MEASURES = (
+    _in_lazymem_vm("handover-vm", "an idle guest in lazymem-vm", rewrites=False),
+    _in_lazymem_vm("rewriting-vm", "a guest in lazymem-vm that rewrites 256 MiB", rewrites=True),
 )
 
 _WARM_SECONDS = 60.0
@@ -45,34 +92,20 @@ _REST_NAMES = ("rest_seconds", "warm_seconds", "warmed_bytes", "candidates_used"
 
 
 def _run_warm(context: Context) -> Sample:
-    image = linux_image(context.work)
+    guest = linux_guest(linux_image(context.work))
+    warm = _WARM_SECONDS if context.way.name == "lazymem-warm" else 0.0
     with context.folder() as folder:
-        warm = _WARM_SECONDS if context.way.name == "lazymem-warm" else 0.0
-        report = handed_over(context.link, image, folder, tls=context.way.variant.tls, warm=warm)
-    names = (*_NAMES, *_REST_NAMES)
-    return context.sample({name: float(report[name]) for name in names if report.get(name) is not None})
+        report = handed_over(context.link, guest, folder, tls=context.way.variant.tls, warm=warm)
+    return _sample(context, report, *_REST_NAMES)
 
 
 WARM_MEASURE = Measure(
     "warm",
     "the same with --warm: from the moment at which it runs there until all of its RAM is there",
-    pairs(("1ms", "20ms"), ("lazymem", "lazymem-warm")),
+    pairs(_LINKS, ("lazymem", "lazymem-warm")),
     _run_warm,
-    (
-        Target("a hand-over's rest, with --warm", "1ms", "lazymem-warm", "rest_seconds", "lazymem"),
-        Target("a hand-over's rest, with --warm", "20ms", "lazymem-warm", "rest_seconds", "lazymem"),
-    ),
-    NO_MOUNT,
-)
-
-SCREEN_MEASURE = Measure(
-    "screen",
-    "the same, of a guest that writes its screen all the time",
-    pairs(("1ms", "20ms"), ("lazymem", "postcopy")),
-    partial(_run, screen=True),
-    (
-        Target("the same with a written screen", "1ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
-        Target("the same with a written screen", "20ms", "lazymem", "downtime_seconds", "postcopy", must=1.0),
+    tuple(
+        Target("a hand-over's rest, with --warm", link, "lazymem-warm", "rest_seconds", "lazymem") for link in _LINKS
     ),
     NO_MOUNT,
 )
