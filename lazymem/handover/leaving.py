@@ -9,7 +9,8 @@ command that came meanwhile. So the answer to one that was sent after STOP came 
 belongs to.
 
 To QEMU 300 ms of a pass after the stop are good enough; here it begins with 10 ms and allows more only when a guest
-that writes to such a block (a framebuffer) would never be done otherwise.
+that writes to such a block (a framebuffer) would never be done otherwise. One that `loses_writes` makes a single pass
+while the guest runs, whatever is left then.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from lazymem.vm.emulator import RamBacking
 from lazymem.vm.identity import maybe_mount_run
 from lazymem.vm.qemurecorded import with_generation
 from lazymem.vm.qmpclient import CommandError, QmpClient
-from lazymem.vm.savestate import CAPABILITY, LEAVE_UNSYNCED, abandon
+from lazymem.vm.savestate import (
+    CAPABILITY,
+    LEAVE_UNSYNCED,
+    abandon,
+    loses_writes,
+    maybe_downtime_limit,
+    set_downtime_limit,
+)
 
 _EVENTS = "events"
 """QEMU's capability to tell of a migration's end by itself; lazymem-vm always does."""
@@ -68,6 +76,7 @@ class LeavingGuest:
         self._qmp = QmpClient(monitor)
         self._before: dict[str, bool] = {}
         self._limit_before: int | None = None
+        self._one_pass = False
 
     def close(self) -> None:
         self._qmp.close()
@@ -167,8 +176,8 @@ class LeavingGuest:
         wanted = [name for name in (CAPABILITY, _EVENTS, LEAVE_UNSYNCED) if name in states]
         self._before = {name: states[name] for name in wanted}
         self._set(dict.fromkeys(wanted, True))
-        parameters = self._qmp.maybe_command("query-migrate-parameters") or {}
-        self._limit_before = parameters.get("downtime-limit")
+        self._limit_before = maybe_downtime_limit(self._qmp)
+        self._one_pass = loses_writes(self._qmp)
         self._allow_longer(0.0)
 
     def _set(self, states: dict[str, bool]) -> None:
@@ -179,7 +188,7 @@ class LeavingGuest:
         if self._limit_before is None:
             return  # lazymem-vm: one pass while the guest runs, and a comparison when it stands
         limit = max(allowed for since, allowed in _DOWNTIME_LIMITS_MS if since <= seconds)
-        self._qmp.command("migrate-set-parameters", downtime_limit=limit)
+        set_downtime_limit(self._qmp, 0 if self._one_pass else limit)
 
     def _status(self) -> str:
         return str((self._qmp.command("query-migrate") or {}).get("status"))
@@ -211,7 +220,7 @@ class LeavingGuest:
         if off:
             self._set(off)
         if self._limit_before is not None:
-            self._qmp.command("migrate-set-parameters", downtime_limit=self._limit_before)
+            set_downtime_limit(self._qmp, self._limit_before)
 
     def quit(self) -> None:
         """End the emulator. It may end before it has answered, or be gone already."""

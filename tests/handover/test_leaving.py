@@ -95,6 +95,24 @@ def test_the_ram_is_not_read_before_the_disks_are_drained(tmp_path: Path) -> Non
         assert asked
 
 
+@pytest.mark.parametrize(
+    ("major", "kvm", "limits"), [(7, False, [0, 300]), (7, True, [10, 300]), (9, False, [10, 300])]
+)
+def test_a_qemu_that_loses_writes_makes_one_pass(tmp_path: Path, major: int, kvm: bool, limits: list[int]) -> None:
+    """While its guest runs; the limit is the user's own again when nothing came of it."""
+    answers = {
+        "query-kvm": {"enabled": kvm, "present": True},
+        "query-version": {"qemu": {"major": major, "minor": 2, "micro": 0}, "package": ""},
+        "query-migrate-parameters": {"downtime-limit": 300},
+        "query-migrate": {},
+    }
+    with leaving(tmp_path, answers=answers, errors={"migrate": "told to refuse"}) as (guest, emulator):
+        with pytest.raises(MonitorError, match="told to refuse"):
+            guest.send("unix:/nowhere", lambda _: None)
+        guest.go_on(run=True)
+        assert emulator.limits() == limits
+
+
 def test_a_stop_of_somebody_else_freezes_nothing(tmp_path: Path) -> None:
     """The guest goes on behind it, and writes; what the destination gets is its RAM at the save's own stop."""
     with leaving(tmp_path, stopped_before=True) as (guest, emulator), socket.socket(socket.AF_UNIX) as listener:

@@ -74,6 +74,10 @@ class FakeEmulator:
     def commands(self) -> list[str]:
         return self.log.read_text().split()
 
+    def limits(self) -> list[int]:
+        """What it was told to take for its downtime limit, in this order."""
+        return [int(word.partition("=")[2]) for word in self.commands if word.startswith("downtime-limit=")]
+
     def counter(self) -> int:
         """What the guest counts in the first bytes of its RAM."""
         with self.ram.open("rb") as file:
@@ -207,6 +211,10 @@ class _Monitor:
 
     def on_query_migrate_capabilities(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"value": [{"capability": "x-ignore-shared", "state": self.capability}]}
+
+    def on_migrate_set_parameters(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        print(f"downtime-limit={arguments['downtime-limit']}", flush=True)
+        return {"value": {}}
 
     def on_migrate_set_capabilities(self, arguments: dict[str, Any]) -> dict[str, Any]:
         self.capability = arguments["capabilities"][0]["state"]
