@@ -50,11 +50,13 @@ def linux_image(work: Path, *, screen: bool = False) -> Image:
     return adopt(folder)
 
 
-def _guest(folder: Path, *, screen: bool) -> linuxguest.LinuxGuest:
+def build_guest(
+    folder: Path, *, screen: bool, random_mib: int = RANDOM_MIB, text_mib: int = TEXT_MIB
+) -> linuxguest.LinuxGuest:
     """The demo's, but for its `read`: busybox's head takes a byte at a time, and under emulation that would be all
     that is measured.
     """
-    built = linuxguest.build(folder, random_mib=RANDOM_MIB, text_mib=TEXT_MIB)
+    built = linuxguest.build(folder, random_mib=random_mib, text_mib=text_mib)
     init = linuxguest.INIT.replace(
         "head -c $((argument * 1048576)) /tmp/data", "dd if=/tmp/data bs=1M count=$argument 2>/dev/null"
     )
@@ -78,7 +80,7 @@ def _assembled(folder: Path) -> bytes:
 
 
 def _boot_and_save(sockets: Path, near: Path, folder: Path, *, screen: bool) -> None:
-    guest = _guest(sockets, screen=screen)
+    guest = build_guest(sockets, screen=screen)
     ram = near / "guest.ram"
     with ram.open("xb") as file:
         file.truncate(RAM_BYTES)
