@@ -72,7 +72,9 @@ def test_a_guest_goes_on_elsewhere(guest: Process, tmp_path: Path) -> None:
         assert not os.path.ismount(two.mountpoint)
 
 
-def test_no_disk_is_waited_for_with_its_ram_while_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_disk_is_waited_for_with_its_ram_while_it_stands(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a guest that has just written its RAM, by all of lazymem's processes on both sides. What they wait for
     otherwise is seen, too: the source's own save to a file before, and both decisions meanwhile."""
     syncs = tmp_path / "syncs"
@@ -81,28 +83,27 @@ def test_no_disk_is_waited_for_with_its_ram_while_it_stands(tmp_path: Path, monk
     ram = tmp_path / "ram"
     ram.touch()
     os.truncate(ram, RAM_MIB << 20)
-    with starting(tmp_path, RAM_MIB) as start:
-        guest = start("--pcram-file", ram, "-kernel", build_guest("heartbeat", tmp_path))
-        guest.wait_ticks(2)
-        guest.save(f"file:{tmp_path}/vmstate")
-        assert _synced(syncs, ram)
-        with guest.qmp() as qmp:
-            qmp.command("cont")
-        with ram.open("r+b") as file:  # dirty in the page cache, as what a guest has just written
-            file.seek(-1 << 20, os.SEEK_END)
-            file.write(os.urandom(1 << 20))
-        with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
-            two.begin(destination_dies="hold:RECORD asked")
-            two.receive.wait_at("RECORD asked")
-            two.runs()
-            two.receive.let_go_on()
-            assert two.wait_settled() == (False, True)
-            stopped, resumed = two.stopped_and_resumed()
-            waited = [line for line in _lines(syncs) if line[1] > stopped and line[0] < resumed]
-            ram_files = (ram, two.mountpoint / "pc.ram")
-            assert not [line for line in waited if line[3] == "-" or Path(line[3]) in ram_files]
-            assert sum(".journal" in line[3] for line in waited) == 2
-            handed_over(two, guest)
+    guest = start("--pcram-file", ram, "-kernel", build_guest("heartbeat", tmp_path))
+    guest.wait_ticks(2)
+    guest.save(f"file:{tmp_path}/vmstate")
+    assert _synced(syncs, ram)
+    with guest.qmp() as qmp:
+        qmp.command("cont")
+    with ram.open("r+b") as file:  # dirty in the page cache, as what a guest has just written
+        file.seek(-1 << 20, os.SEEK_END)
+        file.write(os.urandom(1 << 20))
+    with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
+        two.begin(destination_dies="hold:RECORD asked")
+        two.receive.wait_at("RECORD asked")
+        two.runs()
+        two.receive.let_go_on()
+        assert two.wait_settled() == (False, True)
+        stopped, resumed = two.stopped_and_resumed()
+        waited = [line for line in _lines(syncs) if line[1] > stopped and line[0] < resumed]
+        ram_files = (ram, two.mountpoint / "pc.ram")
+        assert not [line for line in waited if line[3] == "-" or Path(line[3]) in ram_files]
+        assert sum(".journal" in line[3] for line in waited) == 2
+        handed_over(two, guest)
 
 
 def _lines(syncs: Path) -> list[tuple[float, float, str, str]]:
