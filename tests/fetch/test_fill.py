@@ -254,6 +254,10 @@ class Demanding(LastDemand):
     def seconds(self) -> float:
         return -math.inf if self.ends else perf_counter()
 
+    @seconds.setter
+    def seconds(self, now: float) -> None:
+        raise AssertionError("the filling process only looks")
+
 
 def everything(start: int, limit: int) -> PageRange | None:
     return PageRange(start, min(limit, PAGES - start)) if start < PAGES else None
