@@ -57,7 +57,7 @@ _HALF_PAGES = 512
 class _Steps:
     def __init__(self, path: Path, fatal: str) -> None:
         self._path = path
-        self._process = os.getpid()
+        self._guardian = self._process = os.getpid()
         path.with_suffix(".pid").write_text(f"{self._process}")
         self._seen = len(_lines(path))
         self._fatal: dict[str, str] = {}
@@ -72,7 +72,11 @@ class _Steps:
             self._path.with_suffix(".pid").write_text(f"{self._process}")
             for line in _lines(self._path)[self._seen :]:
                 self._fatal.pop(line.removeprefix("!") if line.startswith("!") else "", None)
-        kind = self._fatal.pop(word, None)
+        kind = self._fatal.get(word)
+        if kind == "guardian" and not self._has_guardian:
+            kind = None  # that one is for another process
+        if kind is not None:
+            del self._fatal[word]
         with self._path.open("a") as file:
             file.write(f"{word}\n" + (f"!{word}\n" if kind is not None else ""))
         with self._path.with_suffix(".read").open("a") as file:
@@ -96,13 +100,24 @@ class _Steps:
 
     def kill(self, kind: str, side: Any) -> None:
         """Returns once they are dead: what comes next is not a race with that."""
-        for pid in _mortal(kind, side):
+        for pid in self._mortal(kind, side):
             with self._path.open("a") as file:
                 file.write(f"={kind}\n")
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             while not is_gone(pid):
                 time.sleep(0.001)
+
+    @property
+    def _has_guardian(self) -> bool:
+        """One that is gone, by an earlier step, has left us to a process that is none of ours."""
+        return os.getppid() == self._guardian
+
+    def _mortal(self, kind: str, side: Any) -> list[int]:
+        if kind not in ("command", "guardian", "worker"):
+            return _near(kind, side)
+        guardian = [self._guardian] if self._has_guardian and kind != "worker" else []
+        return guardian if kind == "guardian" else [*guardian, os.getpid()]
 
 
 def _lines(path: Path) -> list[str]:
@@ -113,22 +128,22 @@ def _mount(side: Any) -> str:
     return str(Path(side._leaving.ram_path).parent if isinstance(side, Sender) else side._arriving.mountpoint)
 
 
-def _mortal(kind: str, side: Any) -> list[int]:
+def _near(kind: str, side: Any) -> list[int]:
     """The processes that are that; there may be none."""
+    emulator = _emulator(side)
+    if kind in ("emulator", "qemu", "vm") and not emulator:
+        return []
     if kind == "emulator":
-        return [_emulator(side)]
+        return [emulator]
     if kind == "qemu":
-        return [pid for pid in descendants_of(_emulator(side)) if "qemu-system" in command_of(pid)[0]]
+        return [pid for pid in descendants_of(emulator) if "qemu-system" in command_of(pid)[0]]
     if kind == "vm":
-        found = maybe_process(_emulator(side))
+        found = maybe_process(emulator)
         return [found.parent] if found is not None and "lazymem.cli.vm" in command_of(found.parent) else []
-    if kind in ("daemon", "supervisor", "filler"):
-        status = read_status(_mount(side))
-        if kind == "filler":
-            return fillers_of(status["pid"])
-        return [status["pid"] if kind == "daemon" else status["survival"]["supervisor_pid"]]
-    parent = [os.getppid()] if isinstance(side, Sender) and kind != "worker" else []
-    return parent if kind == "guardian" else [*parent, os.getpid()]
+    status = read_status(_mount(side))
+    if kind == "filler":
+        return fillers_of(status["pid"])
+    return [status["pid"] if kind == "daemon" else status["survival"]["supervisor_pid"]]
 
 
 def _read_bytes() -> int:
