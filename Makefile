@@ -27,7 +27,7 @@ chaos: setup ## set up, then ill-treat mounts for minutes (CHAOS_ARGS='--seconds
 	@$(VENV)/python -m tests.prepare
 	@$(VENV)/python -m tests.chaos $(CHAOS_ARGS)
 
-sweep: setup ## set up, then fail each call to disk and network of mounts and hand-overs, half an hour (SWEEP_ARGS='-k disk')
+sweep: setup ## set up, then fail each call to disk and network of mounts and hand-overs, two hours (SWEEP_ARGS='-k disk')
 	@$(VENV)/python -m tests.prepare
 	@LAZYMEM_SWEEP=wide $(VENV)/python -m pytest tests/faults $(SWEEP_ARGS)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 
 from lazymem.cli.fillprocess import FillOrder, FillProcess, FillReport
+from lazymem.errors import StoreError
 from lazymem.fetch.client import Client
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager
@@ -43,6 +45,8 @@ async def watch_fill(
     if await filler.run(on_report):
         return
     log.warning("the filling process ended early (%s): going on without it", filler.latest.maybe_error or "killed")
+    with contextlib.suppress(StoreError):  # then the count is too low until the next mount
+        pristine.recount()  # what it held since its last report
     prepager.go_on_with(
         RecordedSet(pristine.next_missing, recorded),
         sweep_of(pristine.next_missing, pristine.total_pages, pristine.missing_leaves) if order.everything else None,

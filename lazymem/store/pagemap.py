@@ -159,8 +159,15 @@ class PageMap:
         self._count = min(self._pages, max(self._count, count))
 
     def recount(self) -> int:
-        """Count again, including what other processes stored; holes of the file cost nothing. Also returns `count`."""
-        self._count = sum(len(chunk) - chunk.count(UNSET) for chunk in self._data_chunks() if chunk != _NOTHING)
+        """Count again, including what other processes stored; holes of the file cost nothing. Also returns `count`.
+
+        Raises:
+            StoreError: the disk does not give the map back; `count` is as before.
+        """
+        try:
+            self._count = sum(len(chunk) - chunk.count(UNSET) for chunk in self._data_chunks() if chunk != _NOTHING)
+        except OSError as error:
+            raise StoreError(f"cannot read the page map: {error.strerror}") from error
         return self._count
 
     def _touch_data(self) -> None:

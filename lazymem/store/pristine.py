@@ -108,7 +108,11 @@ class PristinePages:
         self._cache.held.learn_count(pages)
 
     def recount(self) -> int:
-        """Held pages, with what other processes held. Blocking: reads the map, 16 MiB for 64 GiB of RAM."""
+        """Held pages, with what other processes held. Blocking: reads the map, 16 MiB for 64 GiB of RAM.
+
+        Raises:
+            StoreError: the disk does not give the map back.
+        """
         return self._cache.held.recount()
 
     @property

@@ -11,7 +11,6 @@ A few N are taken, LAZYMEM_SWEEP=wide takes all, and also several calls in a row
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -27,23 +26,13 @@ import pytest
 from lazymem.digests import LEAF_PAGES
 from lazymem.pages import PAGE_SIZE
 from tests.support import skips, sweptguest
-from tests.support.mountfaults import Control, Kind, control
+from tests.support.mountfaults import KINDS, Control, control
 from tests.support.mounts import Mounted, Stage, command, stage, wait_until
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 WIDE = os.environ.get("LAZYMEM_SWEEP") == "wide"
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("connection reset", errno.ECONNRESET),
-        Kind("connection reset behind what was sent", errno.ECONNRESET, late=True),
-        Kind("disk error", errno.EIO),
-        Kind("disk full", errno.ENOSPC),
-    )
-}
 
 IN_A_ROW = (1, 2, 6) if WIDE else (1,)
 

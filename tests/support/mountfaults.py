@@ -1,4 +1,5 @@
-"""Fails the Nth call of a mount's daemons to the disk or the network: of real daemons, told from outside which one.
+"""Fails the Nth call of a mount's daemons, or of a page server, to the disk or the network: of real ones, told from
+outside which one.
 
     with control(folder) as faults:                # for what is started with `faults.environment()`
         faults.arm(Kind("disk error", errno.EIO), 7)
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import enum
 import errno
 import io
 import mmap
@@ -32,10 +34,23 @@ from tests.support.faults import DISK_BY_PATH, DISK_READS, DISK_WRITES
 NETWORK = ("send", "sendall", "sendmsg", "recv", "recv_into", "connect")
 
 _CONTROL_BYTES = 4096
-_WORDS = struct.Struct("<6q")
-"""Whether armed; the error; whether late; the first number that fails; how many do; calls so far."""
+_WORDS = struct.Struct("<7q")
+"""Whether armed; the error; whether late; the first number that fails; how many do; calls so far; whose."""
 _CALLS_AT = 5 * 8
 _FAILED_AT = 1024
+
+
+HALF, END = -1, -2
+"""In the place of an error: a read that gets half of what it asks for, and one that finds the file's end."""
+
+
+class Whose(enum.IntEnum):
+    """Which processes' calls count."""
+
+    DAEMONS = 0
+    """With what they fork."""
+    FILLERS = 1
+    SERVERS = 2
 
 
 class Kind(NamedTuple):
@@ -50,6 +65,17 @@ class Kind(NamedTuple):
         return self.error == errno.ECONNRESET
 
 
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("connection reset", errno.ECONNRESET),
+        Kind("connection reset behind what was sent", errno.ECONNRESET, late=True),
+        Kind("disk error", errno.EIO),
+        Kind("disk full", errno.ENOSPC),
+    )
+}
+
+
 class Control:
     """The test's end."""
 
@@ -61,10 +87,10 @@ class Control:
         here = Path(__file__).parent
         return {"PYTHONPATH": f"{here / 'faulty'}:{here.parents[1]}", "LAZYMEM_TEST_FAULTS": str(self._file)}
 
-    def arm(self, kind: Kind, number: int, count: int = 1) -> None:
+    def arm(self, kind: Kind, number: int, count: int = 1, whose: Whose = Whose.DAEMONS) -> None:
         """From here on, the calls `number` to `number` + `count` - 1 of that kind fail."""
         self._mapped[_FAILED_AT:] = bytes(_CONTROL_BYTES - _FAILED_AT)
-        _WORDS.pack_into(self._mapped, 0, 0, kind.error, kind.late, number, count, 0)
+        _WORDS.pack_into(self._mapped, 0, 0, kind.error, kind.late, number, count, 0, whose)
         self._mapped[0] = 1
 
     def disarm(self) -> None:
@@ -92,16 +118,17 @@ def control(folder: Path) -> Iterator[Control]:
 # ---- the daemon's end
 
 
-def install(file: str) -> None:
-    """In a daemon, before it has begun."""
+def install(file: str, *, server: bool) -> None:
+    """In a daemon, or a server, before it has begun."""
     with open(file, "r+b") as opened:
-        _Faults(mmap.mmap(opened.fileno(), _CONTROL_BYTES), f"{os.path.dirname(file)}/")
+        _Faults(mmap.mmap(opened.fileno(), _CONTROL_BYTES), f"{os.path.dirname(file)}/", server)
 
 
 class _Faults:
-    def __init__(self, control: mmap.mmap, folder: str) -> None:
+    def __init__(self, control: mmap.mmap, folder: str, server: bool) -> None:
         self._control = control
         self._folder = folder
+        self._server = server
         self._lock = threading.Lock()
         for name in (*DISK_READS, *DISK_WRITES):
             setattr(os, name, self._on_descriptor(name, getattr(os, name)))
@@ -112,19 +139,33 @@ class _Faults:
             setattr(socket.socket, name, self._on_socket(name, getattr(socket.socket, name)))
 
     def _armed(self, *, network: bool) -> bool:
-        armed, error, *_ = _WORDS.unpack_from(self._control)
-        return bool(armed) and (error == errno.ECONNRESET) is network
+        armed, error, _, _, _, _, whose = _WORDS.unpack_from(self._control)
+        if not armed or (error == errno.ECONNRESET) is not network or (whose == Whose.SERVERS) is not self._server:
+            return False
+        # A filling process becomes that first of all.
+        return whose != Whose.FILLERS or os.sched_getscheduler(0) == os.SCHED_BATCH
+
+    def _maybe_short(self, name: str, real: Callable[..., Any], descriptor: int, rest: tuple[Any, ...]) -> Any:
+        """What a read returns that fails without an error; None: it does not."""
+        what = _WORDS.unpack_from(self._control)[1]
+        if what not in (HALF, END):
+            return None
+        first = rest[0]  # how many bytes, or the buffers
+        if name == "pread":
+            return real(descriptor, first // 2 if what == HALF else 0, *rest[1:])
+        view = memoryview(first[0])
+        return real(descriptor, [view[: len(view) // 2 if what == HALF else 0]], *rest[1:])
 
     def _maybe_error(self, name: str) -> OSError | None:
         with self._lock:
-            _, error, _, first, count, number = _WORDS.unpack_from(self._control)
+            _, error, _, first, count, number, _ = _WORDS.unpack_from(self._control)
             struct.pack_into("<q", self._control, _CALLS_AT, number + 1)
             if not first <= number < first + count:
                 return None
             if not self._control[_FAILED_AT]:
                 said = f"{name}, call {number}".encode()
                 self._control[_FAILED_AT : _FAILED_AT + len(said)] = said
-        return OSError(error, f"injected: {os.strerror(error)}")
+        return OSError(error, f"injected: {os.strerror(abs(error))}")
 
     def _is_ours(self, descriptor: int) -> bool:
         try:
@@ -139,6 +180,9 @@ class _Faults:
             maybe_error = self._maybe_error(name)
             if maybe_error is None:
                 return real(descriptor, *rest)
+            maybe_short = self._maybe_short(name, real, descriptor, rest)
+            if maybe_short is not None:
+                return maybe_short
             if name == "pwrite":
                 data, offset = rest
                 real(descriptor, bytes(data)[: len(data) // 2], offset)
