@@ -7,9 +7,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-_GIVES_WAY = 10
-"""The niceness of a mount's filling process, and of none other of its children."""
-
 
 class Found(Struct, frozen=True):
     pid: int
@@ -46,8 +43,8 @@ def descendants_of(pid: int) -> list[int]:
 
 
 def fillers_of(daemon: int) -> list[int]:
-    """Children of a mount's daemon that give way to everybody: not its supervisor, nor its spare."""
-    return [found.pid for found in children_of(daemon) if found.niceness >= _GIVES_WAY]
+    """Children that a mount's daemon forked: not its supervisor, which has a command line of its own."""
+    return [found.pid for found in children_of(daemon) if command_of(found.pid) == command_of(daemon) != []]
 
 
 def command_of(pid: int) -> list[str]:
