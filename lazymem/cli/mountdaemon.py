@@ -1,4 +1,5 @@
-"""The mount daemon put together: client, scheduler, store, FUSE operations, and their order at start and end.
+"""The mount daemon put together: client, scheduler, store (`mountstore`), FUSE operations, and their order at start and
+end.
 
 Start: connect, open cache and state, mount, serve, tune, ready. So a server that is not there leaves no mount behind.
 End: the mount is gone first (its unmount stores what the guest wrote), then the files are closed.
@@ -19,13 +20,14 @@ import trio
 
 from lazymem.cli.fillprocess import FillOrder, FillProcess
 from lazymem.cli.fillwatch import tell_link, watch_fill
+from lazymem.cli.mountfiles import SmallFiles, maybe_manifest, vmstate_bytes
 from lazymem.cli.mountrecording import ServersSet, maybe_recording
 from lazymem.cli.mountstatus import MAP_XATTR, MountStatus
+from lazymem.cli.mountstore import open_store
 from lazymem.cli.mountwatch import Watch
 from lazymem.cli.restart import Restart
 from lazymem.cli.supervised import Supervised
 from lazymem.cli.survival import Survival
-from lazymem.errors import ServerUnreachableError, StoreError, VerificationError
 from lazymem.fetch.adopting import Adopting, ToldToBoth
 from lazymem.fetch.client import Client, connect, resume
 from lazymem.fetch.prefetch import Prepager, prepager
@@ -38,34 +40,23 @@ from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
 from lazymem.fs.pagecache import PageCache
 from lazymem.fs.readahead import ReadAheads
 from lazymem.fs.session import MountOptions
-from lazymem.fs.tree import DIGESTS_INODE, MANIFEST_INODE, WRITTEN_INODE, Tree
+from lazymem.fs.tree import DIGESTS_INODE, WRITTEN_INODE, Tree
 from lazymem.fs.writeback import WritebackPace
 from lazymem.pages import PageRange
 from lazymem.settings import MountSettings, Prefetch, servers_text
-from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
+from lazymem.snapshot.manifest import Manifest
 from lazymem.store.adoption import Adoption
-from lazymem.store.cachefolder import open_cache
-from lazymem.store.candidates import Candidates
 from lazymem.store.coarsemap import coarse_map
 from lazymem.store.guestram import GuestRam
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pristine import PristinePages
-from lazymem.store.statefiles import StateFolder
-from lazymem.store.statefolder import open_private_state, open_state, reserve_room
 from lazymem.store.touches import Touches
-from lazymem.wire.messages import PublishedFile, Welcome
+from lazymem.wire.messages import Welcome
 
 log = logging.getLogger(__name__)
 
-MAX_VMSTATE_BYTES = 256 << 20
-"""Device state and unbacked blocks are a few MiB; it is kept in memory while the mount lives."""
-
 WELCOME_NOTE = "welcome"
 """The server's first word, in the mount's record: what a next daemon knows of the snapshot while the server is away."""
-
-STATE_WAIT_SECONDS = 30.0
-"""For the daemon of an earlier mount to store what its guest wrote: 3 GB at a slow disk's 100 MB/s."""
-
 
 Ready = Callable[[tuple[str, ...]], None]
 """Called once, when the mount answers, with lines that the user should read."""
@@ -113,14 +104,14 @@ async def _serve(
     survival: Survival,
     again: Restart,
 ) -> None:
-    manifest = _maybe_manifest(client.welcome)
-    _vmstate_bytes(client.welcome, manifest)  # refuses a wrong one before anything is made or fetched
+    manifest = maybe_manifest(client.welcome)
+    vmstate_bytes(client.welcome, manifest)  # refuses a wrong one before anything is made or fetched
     origin = RamOrigin(
         client.identity, client.welcome.ram_bytes, bytes.fromhex(manifest.ram_root) if manifest else None
     )
     servers_set = ServersSet(survival.record, asks=not survival.continues)
     nursery.start_soon(servers_set.load, client, settings)
-    pristine, state = await _open_store(client, settings, origin, survival)
+    pristine, state = await open_store(client, settings, origin, survival)
     maybe_set = await servers_set.maybe_set()
     recorded = maybe_set.runs if maybe_set is not None else ()
     everything = settings.prefetch is Prefetch.ALL
@@ -232,17 +223,6 @@ def _maybe_adopting(
     return Adopting(client, adoption, lambda ranges: scheduler().prefetch(ranges), look_again)
 
 
-def _maybe_candidates(settings: MountSettings, origin: RamOrigin) -> Candidates | None:
-    """Blocking. A next daemon goes on without them, since their names are gone."""
-    if settings.candidates_dir is None or origin.root is not None:
-        return None
-    try:
-        return Candidates(settings.candidates_dir, origin.pages)
-    except StoreError as error:
-        log.info("no pages that came ahead of the guest: %s", error)
-        return None
-
-
 async def _client(nursery: trio.Nursery, settings: MountSettings, survival: Survival) -> Client:
     """A mount that goes on does so without its server, if need be."""
     if survival.continues:
@@ -256,93 +236,6 @@ async def _client(nursery: trio.Nursery, settings: MountSettings, survival: Surv
 async def _close(ram: GuestRam) -> None:
     with trio.CancelScope(shield=True):
         await ram.close()
-
-
-async def _open_store(
-    client: Client, settings: MountSettings, origin: RamOrigin, survival: Survival
-) -> tuple[PristinePages, StateFolder | None]:
-    cache = await trio.to_thread.run_sync(open_cache, settings.cache_dir, origin)
-
-    def maybe_open_run() -> StateFolder | None:
-        if survival.continues:
-            return survival.adopt_state(origin)
-        if settings.template:
-            return None
-        if settings.state_dir is None:
-            run = open_private_state(settings.cache_dir, origin)
-        else:
-            run = open_state(settings.state_dir, origin, wait_seconds=STATE_WAIT_SECONDS)
-        try:
-            reserve_room(run, origin, settings.reserve_bytes)
-        except BaseException:
-            run.close()
-            raise
-        return run
-
-    state = await trio.to_thread.run_sync(maybe_open_run)
-    candidates = await trio.to_thread.run_sync(_maybe_candidates, settings, origin)
-    try:
-        if not survival.continues:
-            survival.keep_state(state)
-        upper = b""
-        if origin.root is not None:
-            seconds = math.inf if survival.continues else settings.link.connect_timeout_seconds
-            upper = survival.maybe_upper() or cache.digests.maybe_upper(origin.root) or await _upper(client, seconds)
-        pristine = PristinePages(origin, cache, upper, state.written if state is not None else None, candidates)
-        survival.keep_upper(upper)
-        return pristine, state
-    except BaseException:
-        cache.close()
-        if candidates is not None:
-            candidates.close()
-        if state is not None:
-            state.close()
-        raise
-
-
-async def _upper(client: Client, seconds: float) -> bytes:
-    """Of the digest tree. Before there is a mount, somebody waits for the command.
-
-    Raises:
-        ServerUnreachableError: it does not come.
-    """
-    try:
-        with trio.fail_after(seconds):
-            return await client.fetch_upper()
-    except trio.TooSlowError as error:
-        raise ServerUnreachableError(
-            f"the server took the connection, but sends no digests of the RAM within {seconds:g} s"
-        ) from error
-
-
-def _maybe_manifest(welcome: Welcome) -> Manifest | None:
-    """The manifest that the server sent, if the snapshot is hashed and it is this RAM's.
-
-    Raises:
-        SnapshotError, VerificationError: it is broken, or not about what the server says it serves.
-    """
-    if not welcome.hashed:
-        return None
-    manifest = parse(welcome.manifest)
-    if manifest.identity != welcome.identity or manifest.ram.size != welcome.ram_bytes:
-        raise VerificationError("the server's manifest is not about the RAM that it says it serves")
-    return manifest
-
-
-def _vmstate_bytes(welcome: Welcome, manifest: Manifest | None) -> int:
-    """0: there is none. Of a hashed snapshot only the one that its manifest names can be verified (rule 3).
-
-    Raises:
-        VerificationError: the server has another one than the manifest names.
-    """
-    if manifest is None or not welcome.vmstate_bytes:
-        return welcome.vmstate_bytes
-    if manifest.vmstate is None:
-        log.warning("the server has a vmstate that the snapshot's manifest does not name: not shown")
-        return 0
-    if manifest.vmstate.size != welcome.vmstate_bytes:
-        raise VerificationError("the server's vmstate is not the one that the manifest names: it has another size")
-    return manifest.vmstate.size
 
 
 async def _mount_and_serve(
@@ -362,13 +255,13 @@ async def _mount_and_serve(
     tree = Tree(
         ram_bytes=client.welcome.ram_bytes,
         manifest_bytes=len(client.welcome.manifest) if manifest else 0,
-        vmstate_bytes=_vmstate_bytes(client.welcome, manifest),
+        vmstate_bytes=vmstate_bytes(client.welcome, manifest),
         has_writes=lambda: ram.written_pages > 0,
         others=options.allow_other,
         digests_bytes=ram.run_files.tree_bytes,
         written_bytes=ram.run_files.written_bytes,
     )
-    files = _SmallFiles(client, manifest)
+    files = SmallFiles(client, manifest)
     xattrs: dict[bytes, Callable[[], bytes]] = {
         STATUS_XATTR: status.to_json,
         RUN_XATTR: status.run_to_json,
@@ -467,29 +360,3 @@ async def _wish_to_end(*, task_status: trio.TaskStatus[trio.Event] = trio.TASK_S
         task_status.started(wish)
         async for _ in signals:
             wish.set()
-
-
-class _SmallFiles:
-    """The mount's small files, whole: the manifest as the server sent it, the vmstate fetched at its first read."""
-
-    def __init__(self, client: Client, manifest: Manifest | None) -> None:
-        self._client = client
-        self._manifest = manifest
-        self._vmstate: bytes | None = None
-        self._lock = trio.Lock()
-
-    async def read(self, inode: int) -> bytes:
-        """Raises VerificationError when the vmstate is not the manifest's."""
-        if inode == MANIFEST_INODE:
-            return self._client.welcome.manifest
-        async with self._lock:
-            if self._vmstate is None:
-                data = await self._client.read_file(PublishedFile.VMSTATE, MAX_VMSTATE_BYTES)
-                self._check(data)
-                self._vmstate = data
-            return self._vmstate
-
-    def _check(self, data: bytes) -> None:
-        expected = self._manifest.vmstate if self._manifest else None
-        if expected is not None and (len(data) != expected.size or vmstate_digest(data) != expected.digest):
-            raise VerificationError("the server's vmstate is not the one that the manifest names")

@@ -1,0 +1,74 @@
+"""A mount's small files: the manifest and the vmstate, as the server sent them and as far as they can be verified."""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from lazymem.errors import VerificationError
+from lazymem.fetch.client import Client
+from lazymem.fs.tree import MANIFEST_INODE
+from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
+from lazymem.wire.messages import PublishedFile, Welcome
+
+log = logging.getLogger(__name__)
+
+MAX_VMSTATE_BYTES = 256 << 20
+"""Device state and unbacked blocks are a few MiB; it is kept in memory while the mount lives."""
+
+
+def maybe_manifest(welcome: Welcome) -> Manifest | None:
+    """The manifest that the server sent, if the snapshot is hashed and it is this RAM's.
+
+    Raises:
+        SnapshotError, VerificationError: it is broken, or not about what the server says it serves.
+    """
+    if not welcome.hashed:
+        return None
+    manifest = parse(welcome.manifest)
+    if manifest.identity != welcome.identity or manifest.ram.size != welcome.ram_bytes:
+        raise VerificationError("the server's manifest is not about the RAM that it says it serves")
+    return manifest
+
+
+def vmstate_bytes(welcome: Welcome, manifest: Manifest | None) -> int:
+    """0: there is none. Of a hashed snapshot only the one that its manifest names can be verified (rule 3).
+
+    Raises:
+        VerificationError: the server has another one than the manifest names.
+    """
+    if manifest is None or not welcome.vmstate_bytes:
+        return welcome.vmstate_bytes
+    if manifest.vmstate is None:
+        log.warning("the server has a vmstate that the snapshot's manifest does not name: not shown")
+        return 0
+    if manifest.vmstate.size != welcome.vmstate_bytes:
+        raise VerificationError("the server's vmstate is not the one that the manifest names: it has another size")
+    return manifest.vmstate.size
+
+
+class SmallFiles:
+    """The mount's small files, whole: the manifest as the server sent it, the vmstate fetched at its first read."""
+
+    def __init__(self, client: Client, manifest: Manifest | None) -> None:
+        self._client = client
+        self._manifest = manifest
+        self._vmstate: bytes | None = None
+        self._lock = trio.Lock()
+
+    async def read(self, inode: int) -> bytes:
+        """Raises VerificationError when the vmstate is not the manifest's."""
+        if inode == MANIFEST_INODE:
+            return self._client.welcome.manifest
+        async with self._lock:
+            if self._vmstate is None:
+                data = await self._client.read_file(PublishedFile.VMSTATE, MAX_VMSTATE_BYTES)
+                self._check(data)
+                self._vmstate = data
+            return self._vmstate
+
+    def _check(self, data: bytes) -> None:
+        expected = self._manifest.vmstate if self._manifest else None
+        if expected is not None and (len(data) != expected.size or vmstate_digest(data) != expected.digest):
+            raise VerificationError("the server's vmstate is not the one that the manifest names")
