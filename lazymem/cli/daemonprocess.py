@@ -5,28 +5,40 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 
+from lazymem.cli.servicemanager import without_systemds
 from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
+
+Program = Sequence[str]
+"""A command without the mount's arguments."""
+
+
+def program_of(python: str) -> Program:
+    """`lazymem-mount` as that Python has it."""
+    return (python, "-P", "-m", "lazymem.cli.mount")
 
 
 class Daemon:
-    """One that serves, or is to. `control`: our end of its socket."""
+    """One that serves, or is to. `control`: our end of its socket; `program`: what started it, or would again.
+    `maybe_code`: what it ended with, if it is our child and has been reaped; negative: by that signal."""
 
-    def __init__(self, pid: int, pidfd: int, control: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+    def __init__(self, pid: int, pidfd: int, control: socket.socket, program: Program) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.control = control
-        self.process = process  # None: not our child
+        self.program = program
         self.is_ready = self.is_warm = False
-        self.started_at = time.monotonic()
+        self.since = time.monotonic()
+        """When it was started; later, when it was told to begin."""
+        self.maybe_code: int | None = None
 
     def is_dead(self) -> bool:
         """It runs no more code. A thread that the kernel cannot end yet may be left, and with it the process."""
-        if self.process is not None and self.process.poll() is not None:
-            return True
         if is_readable(self.pidfd):
             return True
         try:
@@ -35,60 +47,80 @@ class Daemon:
         except OSError:  # this host cannot say (no descriptor, no memory), and two that serve would be worse than none
             return False
 
-    def close(self) -> None:
-        self.control.close()
-        os.close(self.pidfd)
+    def age_seconds(self) -> float:
+        return time.monotonic() - self.since
+
+    def send_signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def reap(self) -> bool:
+        """Whether nobody has to wait for it (any more). Does not block."""
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:  # not our child
+            return True
+        if pid:
+            self.maybe_code = os.waitstatus_to_exitcode(status)
+        return bool(pid)
 
 
 class Starter:
-    """Starts daemons with one command line (`command`, without the program), and reaps them."""
+    """Starts daemons with one command line (`arguments`, without the program). `in_front`: they log to our stderr."""
 
-    def __init__(self, command: list[str]) -> None:
-        self._command = command
-        self._left: list[subprocess.Popen[bytes]] = []  # not reaped yet
+    def __init__(self, arguments: list[str], *, in_front: bool = False) -> None:
+        self._arguments = arguments
+        self._stderr = None if in_front else subprocess.DEVNULL
+        self._left: list[Daemon] = []
 
-    def start(self, python: str) -> Daemon:
+    def start(self, program: Program) -> Daemon:
         """One that loads all it needs, says so, and waits for the word to begin.
 
         Raises:
             OSError: none can be started.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            process = subprocess.Popen(
-                [python, "-P", "-m", "lazymem.cli.mount", *self._command],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env={**os.environ, SUCCESSOR_VARIABLE: str(theirs.fileno())},
-                start_new_session=True,
-            )
         try:
-            return Daemon(process.pid, os.pidfd_open(process.pid), ours, process)
-        except OSError:  # no descriptor left, for one
+            with theirs:
+                process = self._start(program, theirs.fileno())
+            try:
+                return Daemon(process.pid, os.pidfd_open(process.pid), ours, program)
+            except OSError:  # no descriptor left, for one
+                os.kill(process.pid, signal.SIGKILL)
+                os.waitpid(process.pid, 0)
+                raise
+        except OSError:
             ours.close()
-            process.kill()
-            self._left.append(process)
             raise
 
-    def discard(self, daemon: Daemon) -> None:
-        """End it: it does not serve."""
-        if daemon.process is not None:
-            with contextlib.suppress(OSError):
-                daemon.process.kill()
-        self.leave(daemon)
-        daemon.close()
+    def _start(self, program: Program, control: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [*program, *self._arguments],
+            pass_fds=[control],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+            cwd="/",
+            env={**without_systemds(os.environ), SUCCESSOR_VARIABLE: str(control)},
+            start_new_session=True,
+        )
+        process.returncode = 0  # it is waited for here, and not by the library
+        return process
 
     def leave(self, daemon: Daemon) -> None:
         """It has ended or will: to be reaped, if it is our child."""
-        if daemon.process is not None:
-            self._left.append(daemon.process)
+        daemon.control.close()
+        self._left.append(daemon)
+
+    def discard(self, daemon: Daemon) -> None:
+        """End it: it does not serve."""
+        daemon.send_signal(signal.SIGKILL)
+        os.close(daemon.pidfd)
+        self.leave(daemon)
 
     def reap(self) -> None:
         """Does not block."""
-        self._left = [process for process in self._left if process.poll() is None]
+        self._left = [daemon for daemon in self._left if not daemon.reap()]
 
 
 def is_readable(descriptor: int) -> bool:

@@ -15,7 +15,7 @@ with quick_imports(trio=False):
     from lazymem.cli import logs
     from lazymem.cli.background import Announcer, run_daemon, run_in_background
     from lazymem.cli.groups import cause_of
-    from lazymem.cli.servicemanager import exit_code_of_first_start, is_first_start
+    from lazymem.cli.servicemanager import exit_code_of_first_start, is_first_start, is_service
     from lazymem.errors import LazymemError, UsageError
     from lazymem.fs import checks, mountinfo
     from lazymem.fs.descriptorstore import LOCK, SUCCESSOR_VARIABLE
@@ -75,8 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     return mount(found)
 
 
-def mount(found: argparse.Namespace) -> int:
-    """Mount what the command line, as `_parser` reads it, says; returns the command's exit code."""
+def mount(found: argparse.Namespace, *, from_ours: bool = False) -> int:
+    """Mount what the command line, as `_parser` reads it, says; returns the command's exit code. `from_ours`: the
+    server is one that lives no longer than we, and has another address the next time."""
     first, announcer = is_first_start(), Announcer()
     if found.log:
         found.log = found.log.absolute()  # a daemon works in another folder
@@ -84,6 +85,8 @@ def mount(found: argparse.Namespace) -> int:
         settings = _settings(found)
         if SUCCESSOR_VARIABLE in os.environ:
             return run_daemon(lambda announcer: _daemon(found, settings, announcer), announcer)
+        if found.foreground and is_service() and not found.no_supervisor and checks.maybe_no_resend() is None:
+            return _supervise(found, settings, takes_up=not from_ours)
         if found.foreground and "LISTEN_FDS" in os.environ:  # systemd kept a mount for us
             return _daemon(found, settings, announcer)
         _check_host(settings)
@@ -217,6 +220,15 @@ def _check_host(settings: MountSettings) -> None:
         client_context(settings.link.tls)
 
 
+def _supervise(found: argparse.Namespace, settings: MountSettings, *, takes_up: bool) -> int:
+    """As a systemd unit's main process, whose child the daemon is."""
+    from lazymem.cli.restart import restart
+    from lazymem.cli.unit import supervise
+
+    again = restart(_parser(), found, settings)
+    return supervise(again, verbose=found.verbose, check_host=lambda: _check_host(settings), takes_up=takes_up)
+
+
 def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:
     with quick_imports():
         import resource
@@ -258,6 +270,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
 
     try:
         trio.run(mountdaemon.run, settings, options, ready, _maybe_progress(found), survival, again, maybe_filler)
+        survival.nothing_is_left()
     except BaseExceptionGroup as group:
         raise cause_of(group) from group
     finally:

@@ -24,23 +24,27 @@ CROWDED_PAUSE_SECONDS = 1.0
 
 
 class Patience:
-    """Remembers deaths and complaints."""
+    """Remembers deaths and complaints. `failures`: in a row; `connection`: the mount's, whose end ends each pause."""
 
     def __init__(self) -> None:
+        self.failures = 0
         self._loud_at = 0.0
         self._deaths: list[float] = []
 
-    def note_death(self) -> bool:
-        """A daemon died; whether so many did of late that there should be a pause."""
+    def note_death(self, pid: int, was_ready: bool, connection: int) -> None:
+        """Of a daemon; then the pause before the next one, if there should be one."""
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if at > now - CROWD_SECONDS] + [now]
-        return len(self._deaths) > CROWD
+        if not was_ready:
+            self.note_failure(f"the daemon (pid {pid}) ended before it was ready", connection)
+        elif len(self._deaths) > CROWD:
+            _pause(CROWDED_PAUSE_SECONDS, connection)
 
-    def note_failure(self, what: str, failures: int, connection: int) -> None:
-        """Say it, not for ever each time; then the pause before the next try, or until the mount over `connection` is
-        over. `failures`: in a row, with this one."""
+    def note_failure(self, what: str, connection: int) -> None:
+        """Say it, not for ever each time; then the pause before the next try."""
+        self.failures += 1
         now = time.monotonic()
-        if failures < LOUD_FAILURES:
+        if self.failures < LOUD_FAILURES:
             log.error("%s", what)
         elif now > self._loud_at:
             self._loud_at = now + LOUD_SECONDS
@@ -48,12 +52,12 @@ class Patience:
                 "%s: failure %d in a row. The guest waits, and it is tried again for as long as it is mounted; what "
                 "the daemons log says why (no room? no memory?). 'lazymem umount --force' gives up",
                 what,
-                failures,
+                self.failures,
             )
-        over = select.poll()
-        over.register(connection, 0)
-        over.poll(_pause_seconds(failures) * 1000)
+        _pause(min(FIRST_PAUSE_SECONDS * 2 ** min(self.failures - 1, 16), MAX_PAUSE_SECONDS), connection)
 
 
-def _pause_seconds(failures: int) -> float:
-    return float(min(FIRST_PAUSE_SECONDS * 2 ** min(failures - 1, 16), MAX_PAUSE_SECONDS))
+def _pause(seconds: float, connection: int) -> None:
+    over = select.poll()
+    over.register(connection, 0)
+    over.poll(seconds * 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 
 from lazymem.errors import (
     EnvironmentRefusedError,
@@ -21,6 +22,15 @@ MISTAKE_EXIT_CODE = 78
 again it drops what it keeps, and with it a guest's RAM. So it must be a code that nothing else ends with: not a version
 without the option that the unit names (2), nor one that cannot be executed."""
 
+AGAIN_EXIT_CODE = 75
+"""EX_TEMPFAIL: it ended for a next one to go on. deploy/lazymem-mount@.service knows it."""
+
+SYSTEMD = "systemd"
+"""As the name of who keeps descriptors for a daemon."""
+
+_SYSTEMDS = frozenset(["NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"])
+"""In the environment, and for the service itself only."""
+
 _MISTAKES = frozenset(
     kind.exit_code
     for kind in (
@@ -35,6 +45,16 @@ _MISTAKES = frozenset(
     )
 )
 """That trying again does not mend."""
+
+
+def is_service() -> bool:
+    """Whether systemd started us, and wants to know when we are ready."""
+    return "NOTIFY_SOCKET" in os.environ
+
+
+def without_systemds(environment: Mapping[str, str]) -> dict[str, str]:
+    """For a process that is not the service."""
+    return {name: value for name, value in environment.items() if name not in _SYSTEMDS}
 
 
 def is_first_start() -> bool:

@@ -20,9 +20,8 @@ from typing import NoReturn
 import trio
 
 from lazymem.cli.restart import Restart
-from lazymem.cli.servicemanager import maybe_notify_socket
-from lazymem.cli.survival import AGAIN_EXIT_CODE, SUPERVISOR, SYSTEMD, KeptBy, Survival
-from lazymem.cli.trial import maybe_objection, own_command
+from lazymem.cli.servicemanager import AGAIN_EXIT_CODE
+from lazymem.cli.survival import SUPERVISOR, KeptBy, Survival
 from lazymem.fs import checks, descriptorstore
 from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
 
@@ -43,7 +42,8 @@ Drain = Callable[[], Awaitable[None]]
 def begin(again: Restart, *, in_front: bool, wanted: bool) -> Survival:
     """Who keeps what for this daemon, and what was kept by the one before it. Blocking.
 
-    `in_front`: whoever started us looks after us; that is systemd, or nobody. `wanted`: the user did not say no.
+    `in_front`: whoever started us looks after us (a systemd unit has a supervisor of its own: `unit`). `wanted`: the
+    user did not say no.
 
     Raises:
         EnvironmentRefusedError: what was kept cannot be understood.
@@ -51,12 +51,8 @@ def begin(again: Restart, *, in_front: bool, wanted: bool) -> Survival:
     if SUCCESSOR_VARIABLE in os.environ:
         return wait_start(int(os.environ.pop(SUCCESSOR_VARIABLE)))
     maybe_hindered_by = checks.maybe_no_resend()
-    listened = descriptorstore.take_listened()
-    if maybe_hindered_by is not None or not wanted:
-        return Survival(None, listened, maybe_hindered_by)
-    if in_front:
-        maybe_socket = maybe_notify_socket()
-        return Survival(KeptBy(SYSTEMD, maybe_socket) if maybe_socket is not None else None, listened)
+    if maybe_hindered_by is not None or not wanted or in_front:
+        return Survival(None, descriptorstore.take_listened(), maybe_hindered_by)
     try:
         return Survival(start_supervisor(again))
     except OSError as error:
@@ -111,7 +107,9 @@ def wait_start(descriptor: int) -> Survival:
         if maybe_message.maybe_descriptor is not None:
             inherited[fields["FDNAME"]] = maybe_message.maybe_descriptor
         if "START" in fields:
-            return Survival(KeptBy(SUPERVISOR, control, os.getppid()), inherited)
+            return Survival(KeptBy(fields.get("KEEPER", SUPERVISOR), control, os.getppid()), inherited)
+        if "KEEPER" in fields:  # another supervisor, which thinks that we serve
+            os._exit(0)
 
 
 class Supervised:
@@ -121,35 +119,27 @@ class Supervised:
         self._survival = survival
         self._again = again
         self._drain = drain
-        self._asked = trio.Event()
         self._handed_over = trio.Event()
 
     def upgrade(self, value: bytes) -> bool:
         """Somebody wants a next daemon to go on, of the Python that `value` names; False: there is nobody to start it.
 
-        A supervisor has it load all it needs before we end; systemd starts what the unit says, so that is tried first.
+        It loads all it needs before we end.
         """
         self._survival.maybe_refusal = None
-        maybe_keeper = self._survival.maybe_keeper
-        if maybe_keeper is None:
-            return False
-        if maybe_keeper.name == SUPERVISOR:
-            self._survival.say(UPGRADE=os.fsdecode(value))
-        else:
-            self._asked.set()
-        return True
+        self._survival.say(UPGRADE=os.fsdecode(value))
+        return self._survival.maybe_keeper is not None
 
     async def run(self) -> None:
         """Until cancelled, or this process ends for a next one."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._end_when_handed_over)
-            nursery.start_soon(self._upgrade_under_systemd)
-            while True:
-                maybe_keeper = self._survival.maybe_keeper
-                if maybe_keeper is None or maybe_keeper.name != SUPERVISOR:
-                    return
+            while (maybe_keeper := self._survival.maybe_keeper) is not None:
                 await self._listen(maybe_keeper)
-                await self._replace(maybe_keeper)
+                if maybe_keeper.name == SUPERVISOR:
+                    await self._replace(maybe_keeper)
+                else:
+                    self._let_go_of_unit(maybe_keeper)
 
     async def _listen(self, keeper: KeptBy) -> None:
         """Until it is gone."""
@@ -165,6 +155,9 @@ class Supervised:
                 self._handed_over.set()
             elif "LOADED" in maybe_message.fields:
                 self._survival.next_is_loaded = True
+            elif "KEEPER" in maybe_message.fields:  # another process of the unit's
+                self._survival.maybe_keeper = KeptBy(keeper.name, keeper.to, int(maybe_message.fields["KEEPER"]))
+                self._survival.next_is_loaded = False
             elif "REFUSED" in maybe_message.fields:
                 self._survival.maybe_refusal = maybe_message.fields["REFUSED"]
                 log.error("no upgrade: %s", self._survival.maybe_refusal)
@@ -185,17 +178,13 @@ class Supervised:
         self._survival.ready()
         await trio.sleep(RESPAWN_SECONDS)
 
-    async def _upgrade_under_systemd(self) -> None:
-        """Who asks while one is tried gets the same answer."""
-        while True:
-            await self._asked.wait()
-            maybe_refusal = await maybe_objection(own_command())
-            if maybe_refusal is None:
-                self._handed_over.set()
-                return
-            self._survival.maybe_refusal = maybe_refusal
-            log.error("no upgrade: %s", maybe_refusal)
-            self._asked = trio.Event()
+    def _let_go_of_unit(self, keeper: KeptBy) -> None:
+        """systemd keeps our supervisor's end of the socket for as long as the unit is not stopped. (It need not ask us:
+        it is stopped between a supervisor's death and the next one's start.)"""
+        log.warning("the unit was stopped: the mount ends once nobody uses it")
+        keeper.to.close()
+        self._survival.maybe_keeper = None
+        os.kill(os.getpid(), signal.SIGTERM)
 
     async def _end_when_handed_over(self) -> None:
         await self._handed_over.wait()

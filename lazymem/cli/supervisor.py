@@ -7,7 +7,8 @@ Whether to start again is read from the connection (unmounted, or aborted: over)
 do not start are tried again for as long as the mount stands, since what keeps them from it may pass (no room, no
 descriptors, no memory): the guest waits meanwhile, and the log says so. `lazymem umount --force` ends that.
 
-It ends with the mount, so SIGTERM is the daemon's to obey and not its own.
+It ends with the mount, so SIGTERM is the daemon's to obey and not its own. As a systemd unit's main process it does a
+little more: `unit`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,11 @@ import time
 from pathlib import Path
 
 from lazymem.cli import logs
-from lazymem.cli.daemonprocess import Daemon, Starter, is_readable
-from lazymem.cli.nextdaemon import NextDaemon
-from lazymem.cli.patience import CROWDED_PAUSE_SECONDS, Patience
+from lazymem.cli.daemonprocess import Daemon, Program, Starter, is_readable, program_of
+from lazymem.cli.patience import Patience
 from lazymem.errors import LazymemError
 from lazymem.fs import descriptorstore, session
-from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, RECORD, STATE, Message
-from lazymem.fs.sessionrecord import SessionRecord
+from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, RECORD, Message
 
 log = logging.getLogger("lazymem.supervisor")
 
@@ -42,64 +41,74 @@ one when it is needed would be most of the guest's wait. At once after a restart
 NO_SPARE_SECONDS = 60.0
 """Until the next try, when one died."""
 
+LOAD_SECONDS = 60.0
+"""For a next daemon to load what it needs; the present one serves meanwhile."""
+
 LOOK_SECONDS = 1.0
 """A killed daemon one of whose threads waits for the daemon itself does not end, and no descriptor tells of it."""
 
 
 class Supervisor:
-    """From the daemon's first message to the end of the mount. `run` does it all."""
+    """From the first daemon's start or first message to the end of the mount. `run` does it all. `held`: by name."""
 
-    def __init__(self, control: socket.socket) -> None:
-        self._held: dict[str, int] = {}
-        self._python = sys.executable
-        self._next_python = sys.executable
-        self._failures = 0
+    def __init__(self, starter: Starter, held: dict[str, int], maybe_daemon: Daemon | None) -> None:
+        self._starter = starter
+        self._held = held
+        self._maybe_daemon = maybe_daemon  # None: to be started
+        self._maybe_next: Daemon | None = None
+        self._upgrading = False  # to that one
+        self._program = program_of(sys.executable)
+        self._spare_at, self._spare_seconds = math.inf, SPARE_SECONDS
         self._patience = Patience()
-        self._spare_at = math.inf
-        maybe_hello = descriptorstore.receive(control)
-        if maybe_hello is None or maybe_hello.maybe_descriptor is None:
-            raise SystemExit("whoever started this went away again")
-        fields = maybe_hello.fields
-        self._starter = Starter(json.loads(fields["COMMAND"]))
-        self._next = NextDaemon(self._starter, self._refuse)
-        self.maybe_log = Path(fields["LOG"]) if fields["LOG"] else None
-        self._daemon = Daemon(int(fields["DAEMON"]), maybe_hello.maybe_descriptor, control, None)
 
     def run(self) -> int:
         """Returns when the mount is over: 0."""
         while True:
             self._wait()
-            self._starter.reap()
-            if self._next.maybe_daemon is None and time.monotonic() > self._spare_at:
-                self._spare_at = time.monotonic() + NO_SPARE_SECONDS
-                self._next.load(self._python)
-            if self._daemon.is_dead():
-                self._hear(self._daemon)  # what it said at last
-                if FUSE not in self._held or session.is_over(self._held[FUSE]):
-                    self._tidy()
-                    return 0
-                self._go_on()
+            self._look_after_next()
+            maybe_daemon = self._maybe_daemon
+            if maybe_daemon is not None and not maybe_daemon.is_dead():
+                continue
+            if maybe_daemon is not None:
+                self._hear(maybe_daemon)  # what it said at last
+                self._starter.leave(maybe_daemon)
+            maybe_code = self._maybe_end(maybe_daemon)
+            if maybe_code is not None:
+                self._discard_next()
+                return maybe_code
+            self._go_on(maybe_daemon)
 
-    def close(self) -> None:
-        """Let go of everything, after `run`."""
-        self._daemon.control.close()
-        if self._daemon.pidfd not in self._held.values():
-            os.close(self._daemon.pidfd)
-        for name in list(self._held):
-            self._let_go(name)
+    def _maybe_end(self, maybe_dead: Daemon | None) -> int | None:
+        """What to end with; None: a next daemon goes on."""
+        if FUSE in self._held and not session.is_over(self._held[FUSE]):
+            return None
+        self._tidy()
+        return 0
+
+    def _tidy(self) -> None:
+        """A daemon that was killed at the very end had no time to; one that had has taken its record back."""
+        if FUSE in self._held and RECORD in self._held:
+            from lazymem.cli.survival import Survival  # trio comes with it
+
+            try:
+                Survival(None, self._held).clear_away()
+            except LazymemError as error:
+                log.error("what the mount leaves behind is not cleared away: %s", error)
 
     # ---- waiting and hearing
 
     def _wait(self) -> None:
+        """For whoever says something, or ends."""
         waiting = select.poll()
-        waiting.register(self._daemon.pidfd, select.POLLIN)
-        for daemon in filter(None, (self._daemon, self._next.maybe_daemon)):
+        for daemon in filter(None, (self._maybe_daemon, self._maybe_next)):
+            waiting.register(daemon.pidfd, select.POLLIN)
             if daemon.control.fileno() >= 0:
                 waiting.register(daemon.control, select.POLLIN)
-        waiting.poll(LOOK_SECONDS * 1000)
-        self._hear(self._daemon)
-        if self._next.maybe_daemon is not None:
-            self._hear_next(self._next.maybe_daemon)
+        if self._maybe_daemon is not None:
+            waiting.poll(LOOK_SECONDS * 1000)
+        for daemon in filter(None, (self._maybe_daemon, self._maybe_next)):
+            self._hear(daemon)
+        self._starter.reap()
 
     def _hear(self, daemon: Daemon) -> None:
         while daemon.control.fileno() >= 0 and is_readable(daemon.control.fileno()):
@@ -115,117 +124,108 @@ class Supervisor:
     def _obey(self, daemon: Daemon, message: Message) -> None:
         fields = message.fields
         if "FDSTORE" in fields and message.maybe_descriptor is not None:
-            self._let_go(fields["FDNAME"])
-            self._held[fields["FDNAME"]] = message.maybe_descriptor
+            self._keep(fields["FDNAME"], message.maybe_descriptor)
         elif "FDSTOREREMOVE" in fields:
             self._let_go(fields["FDNAME"])
         elif "READY" in fields:
-            daemon.is_ready = True
-            self._failures = 0
-            self._python = self._next_python
-            self._spare_at = time.monotonic() + (SPARE_SECONDS if daemon.process is None else 0.0)
-        elif "WARM" in fields:
+            self._note_ready(daemon)
+        elif "WARM" in fields and daemon is self._maybe_next:
             daemon.is_warm = True
+            self._say(**{"HANDOVER" if self._upgrading else "LOADED": 1})
         elif "UPGRADE" in fields:
             self._begin_upgrade(fields["UPGRADE"])
+
+    def _note_ready(self, daemon: Daemon) -> None:
+        daemon.is_ready = True
+        self._patience.failures = 0
+        self._program = daemon.program
+        self._spare_at, self._spare_seconds = time.monotonic() + self._spare_seconds, 0.0
+
+    def _keep(self, name: str, descriptor: int) -> None:
+        self._let_go(name)
+        self._held[name] = descriptor
 
     def _let_go(self, name: str) -> None:
         descriptor = self._held.pop(name, -1)
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _let_go_of_ended(self) -> None:
-        """A thread of one that died long ago may still stand in a write: a next daemon waits for all that have not
-        ended, however many came in between."""
+    # ---- the next daemon, loaded beforehand
+
+    def _look_after_next(self) -> None:
+        daemon, now = self._maybe_next, time.monotonic()
+        if daemon is None and now > self._spare_at:
+            self._spare_at = now + NO_SPARE_SECONDS
+            with contextlib.suppress(OSError):
+                self._maybe_next = self._starter.start(self._program)
+        elif daemon is not None and (daemon.is_dead() or (not daemon.is_warm and daemon.age_seconds() > LOAD_SECONDS)):
+            self._discard_next()
+            self._spare_at = now + NO_SPARE_SECONDS
+
+    def _begin_upgrade(self, python: str) -> None:
+        """Load one of another version. The present daemon ends once that is loaded."""
+        if self._upgrading:
+            self._say(REFUSED="another upgrade is under way")
+            return
+        self._discard_next()
+        program = self._program_for(python)
+        try:
+            self._maybe_next, self._upgrading = self._starter.start(program), True
+        except OSError as error:
+            self._say(REFUSED=f"{program[0]} cannot be started: {error.strerror}")
+
+    def _program_for(self, python: str) -> Program:
+        return program_of(python)
+
+    def _discard_next(self) -> None:
+        if self._maybe_next is not None:
+            self._starter.discard(self._maybe_next)
+        if self._upgrading:
+            self._say(REFUSED="the new version's daemon does not start")
+        self._maybe_next, self._upgrading = None, False
+
+    def _say(self, **fields: object) -> None:
+        if self._maybe_daemon is not None:
+            with contextlib.suppress(OSError):  # it has died
+                descriptorstore.send(self._maybe_daemon.control, fields)
+
+    # ---- the hand-over
+
+    def _go_on(self, maybe_dead: Daemon | None) -> None:
+        """`maybe_dead` is, and the mount is not."""
+        self._maybe_daemon = None
+        if maybe_dead is not None:
+            self._patience.note_death(maybe_dead.pid, maybe_dead.is_ready, self._held[FUSE])
         for name in [name for name in self._held if name.startswith(PREDECESSOR)]:
             if is_readable(self._held[name]):
                 self._let_go(name)
-
-    # ---- the next daemon
-
-    def _go_on(self) -> None:
-        """The daemon is dead and the mount is not."""
-        dead = self._daemon
-        self._pause(dead)
-        self._let_go_of_ended()
-        # Itself: a copy would need a descriptor, of which there may be none.
-        self._held[f"{PREDECESSOR}-{dead.pid}"] = dead.pidfd
-        self._starter.leave(dead)
-        maybe_next = self._next.take()
-        while maybe_next is None or maybe_next.is_dead():
-            if maybe_next is not None:
-                self._starter.discard(maybe_next)
-                maybe_next = None
-            if session.is_over(self._held[FUSE]):
-                break  # while nothing went on
-            try:
-                maybe_next = self._starter.start(self._python)
-            except OSError as error:
-                self._note_failure(f"no next daemon can be started: {error}")
-        if maybe_next is None:
-            return
-        dead.control.close()
-        self._daemon = maybe_next
-        self._spare_at = math.inf
-        self._hand_over(maybe_next)
-
-    def _pause(self, dead: Daemon) -> None:
-        crowded = self._patience.note_death()
-        if not dead.is_ready:
-            self._next_python = self._python  # not what an upgrade wanted
-            self._note_failure(f"the daemon (pid {dead.pid}) ended before it was ready")
-        elif crowded:
-            time.sleep(CROWDED_PAUSE_SECONDS)
+        daemon, upgraded = self._maybe_next, self._upgrading
+        self._maybe_next, self._upgrading, self._spare_at = None, False, math.inf
+        try:
+            self._hand_over(daemon or self._starter.start(self._program), upgraded=upgraded)
+        except OSError as error:
+            self._note_failure(f"no next daemon can be started: {error}")
 
     def _note_failure(self, what: str) -> None:
-        self._failures += 1
-        self._patience.note_failure(what, self._failures, self._held[FUSE])
+        self._patience.note_failure(what, self._held[FUSE])
 
-    def _hand_over(self, to: Daemon) -> None:
-        """Everything that is held, then the word to begin. A daemon that dies over it is found dead like any other."""
+    def _hand_over(self, daemon: Daemon, *, upgraded: bool) -> None:
+        """Everything that is held, then the word to begin. A daemon that dies over it is found dead like any other.
+
+        Among it are pidfds of all daemons before it that have not wholly ended: a thread of one that died long ago may
+        still stand in a write. `upgraded`: it is of another version than the one before.
+        """
+        self._maybe_daemon, daemon.since = daemon, time.monotonic()
         with contextlib.suppress(OSError):
             for name, descriptor in self._held.items():
-                descriptorstore.put(to.control, name, descriptor)
-            descriptorstore.send(to.control, {"START": 1})
-        log.warning("a next daemon (pid %d) goes on with the mount", to.pid)
+                descriptorstore.put(daemon.control, name, descriptor)
+        self._keep(f"{PREDECESSOR}-{daemon.pid}", daemon.pidfd)
+        if FUSE in self._held:
+            log.warning("a next daemon (pid %d) goes on with the mount", daemon.pid)
+        self._begin(daemon)
 
-    def _begin_upgrade(self, python: str) -> None:
-        if self._next.begin_upgrade(python):
-            self._next_python = python
-
-    def _hear_next(self, daemon: Daemon) -> None:
-        was_warm = daemon.is_warm
-        self._hear(daemon)
-        if daemon.is_warm and not was_warm:
-            self._say(**{self._next.word_when_loaded: 1})
-        elif self._next.give_up_lost():
-            self._next_python, self._spare_at = self._python, time.monotonic() + NO_SPARE_SECONDS
-
-    def _refuse(self, reason: str) -> None:
-        self._say(REFUSED=reason)
-
-    def _say(self, **fields: object) -> None:
-        with contextlib.suppress(OSError):
-            descriptorstore.send(self._daemon.control, fields)
-
-    # ---- the end
-
-    def _tidy(self) -> None:
-        """A daemon that was killed at the very end had no time to."""
-        if RECORD not in self._held:
-            return
-        try:
-            contents = SessionRecord.read(self._held[RECORD]).contents
-            if not contents.state_path or not os.path.exists(contents.state_path):
-                return
-            from lazymem.store.statefolder import end_run, remove_private  # trio comes with it
-
-            if contents.state_is_private:
-                remove_private(Path(contents.state_path))
-            elif STATE in self._held:
-                end_run(Path(contents.state_path), self._held[STATE])
-        except LazymemError as error:
-            log.error("what was written is not synced: %s", error)
+    def _begin(self, daemon: Daemon) -> None:
+        self._say(START=1)
 
 
 def main() -> int:
@@ -234,10 +234,15 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
-    supervisor = Supervisor(control)
+    maybe_hello = descriptorstore.receive(control)
+    if maybe_hello is None or maybe_hello.maybe_descriptor is None:
+        return 0  # whoever started this went away again
+    fields = maybe_hello.fields
     with contextlib.suppress(LazymemError):
-        logs.set_up("lazymem-mount", in_front=False, verbose=False, file=supervisor.maybe_log)
-    return supervisor.run()
+        logs.set_up("lazymem-mount", in_front=False, verbose=False, file=Path(fields["LOG"]) if fields["LOG"] else None)
+    daemon = Daemon(int(fields["DAEMON"]), maybe_hello.maybe_descriptor, control, program_of(sys.executable))
+    held = {f"{PREDECESSOR}-{daemon.pid}": daemon.pidfd}
+    return Supervisor(Starter(json.loads(fields["COMMAND"])), held, daemon).run()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The daemon's side of its own survival: what it got from the daemon before it, and who keeps what for the next one.
 
 Kept are descriptors: the FUSE connection, the session's record, the lock of the mount and that of the state folder (so
-nobody takes either in between). By our own supervisor (`supervisor`), or by systemd
-where that started us and has the end of the mount in its hands. All else that a next daemon needs is in files.
+nobody takes either in between). By our supervisor (`supervisor`), which as a systemd unit's main process (`unit`) has
+systemd keep them, too. All else that a next daemon needs is in files.
 
 A daemon that nobody keeps anything for works as one that is kept; only its death is the end of the mount.
 """
@@ -33,22 +33,19 @@ from lazymem.store.statefolder import adopt_state, end_run, remove_private
 
 log = logging.getLogger(__name__)
 
-SUPERVISOR, SYSTEMD = "supervisor", "systemd"
-"""Who may keep descriptors for us."""
+SUPERVISOR = "supervisor"
+"""Who keeps descriptors for us; or `SYSTEMD`, as well as a supervisor that is its unit's."""
 
 UNUSUAL_SECONDS = 2.0
 """A killed process is gone in milliseconds, unless the kernel cannot end what it was at."""
 
-AGAIN_EXIT_CODE = 75
-"""EX_TEMPFAIL: the daemon ended for a next one to go on (an upgrade). deploy/lazymem-mount@.service knows it."""
-
 
 class KeptBy(Struct, frozen=True):
-    """Who keeps descriptors for us. `pid` 0: not known, or none of ours."""
+    """Who keeps descriptors for us. `to`, `pid`: our supervisor's."""
 
     name: str
     to: socket.socket
-    pid: int = 0
+    pid: int
 
 
 class SurvivalStatistics(Struct, frozen=True):
@@ -173,7 +170,7 @@ class Survival:
         """`ram`, whose writes wait until the daemons before us have ended wholly. One of their threads may stand in a
         write to the state file that the kernel cannot end, and that would come behind a later one of ours."""
         pidfds = [fd for name, fd in self._inherited.items() if name.startswith(PREDECESSOR)]
-        if not pidfds:  # systemd starts nobody before that
+        if not pidfds:
             return ram
         patient = _PatientRam(ram)
         nursery.start_soon(patient.wait_ended, pidfds)
@@ -232,12 +229,12 @@ class Survival:
         self.keep(STATE, state.lock_fd)
 
     def clear_away(self) -> None:
-        """The mount ended while it had no daemon. Blocking."""
+        """The mount ended while it had no daemon, or one that was killed over it. Blocking."""
         contents = self.record.contents
-        log.warning("the mount ended while it had no daemon")
+        log.warning("the mount ended without its daemon")
         if contents.state_is_private:
             remove_private(Path(contents.state_path))
-        elif contents.state_path:
+        elif contents.state_path and os.path.exists(contents.state_path):
             try:
                 end_run(Path(contents.state_path), self.inherited(STATE))
             except LazymemError as error:
@@ -266,14 +263,15 @@ class Survival:
                 descriptorstore.put(self.maybe_keeper.to, name, self._kept[name])
 
     def forget_all(self) -> None:
-        """The mount has ended: there will be no next daemon. (Our own supervisor sees it on the connection.)"""
-        if self.maybe_keeper is not None and self.maybe_keeper.name == SYSTEMD and FUSE in self._kept:
-            for name in self._kept:
-                self._drop(name)
+        """The mount has ended: there will be no next daemon. (Our supervisor sees it on the connection.)"""
         self._kept.clear()
         self._is_over = True
         if self._maybe_state is not None:
             self._maybe_state.kept = False
+
+    def nothing_is_left(self) -> None:
+        """The mount has ended, and all of it is stored and closed: a supervisor has nothing to clear away."""
+        self._drop(RECORD)
 
     def _drop(self, name: str) -> None:
         if self.maybe_keeper is not None:

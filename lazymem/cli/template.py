@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         path = mountinfo.real_path(found.mountpoint)
         with localserver.started(folder, found.parent, path, _log(found)) as server:
             found.server = escaped_server(f"unix:{server.socket}")
-            code = mount.mount(found)
+            code = mount.mount(found, from_ours=True)
             if code == 0 and not found.foreground:
                 server.keep()
             return code

@@ -28,7 +28,7 @@ def ends_with(unit: pytest.MonkeyPatch, error: LazymemError, *, ready: bool = Fa
         raise error
 
     unit.setattr(mount, "_daemon", daemon)
-    return mount.main(["-f", "127.0.0.1:1", "/mnt"])
+    return mount.main(["-f", "--no-supervisor", "127.0.0.1:1", "/mnt"])
 
 
 def usage() -> object:
@@ -39,7 +39,7 @@ def usage() -> object:
 
 def test_a_mistake_at_a_first_start(unit: pytest.MonkeyPatch) -> None:
     assert ends_with(unit, MountError("busy")) == MISTAKE_EXIT_CODE
-    assert mount.main(["-f", "--deadline=-1", "127.0.0.1:1", "/mnt"]) == MISTAKE_EXIT_CODE
+    assert mount.main(["-f", "--no-supervisor", "--deadline=-1", "127.0.0.1:1", "/mnt"]) == MISTAKE_EXIT_CODE
     assert usage() == MISTAKE_EXIT_CODE
 
 

@@ -63,7 +63,7 @@ async def test_writes_wait_for_all_before_us_and_so_do_those_of_the_next(nursery
         # Our supervisor dies, and another one is told of both.
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
-            survival.kept_by(KeptBy(SUPERVISOR, ours))
+            survival.kept_by(KeptBy(SUPERVISOR, ours, os.getpid()))
             messages = [descriptorstore.receive(theirs) for _ in inherited]
         assert {message.fields["FDNAME"] for message in messages if message is not None} == set(inherited)
         _end(before[0])

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lazymem.cli.servicemanager import MISTAKE_EXIT_CODE
-from lazymem.cli.survival import AGAIN_EXIT_CODE
+from lazymem.cli.servicemanager import AGAIN_EXIT_CODE, MISTAKE_EXIT_CODE
 from lazymem.errors import LazymemError
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"

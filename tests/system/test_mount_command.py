@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +14,9 @@ import pytest
 from msgspec.structs import replace
 
 from lazymem.fs import checks, mountinfo
-from tests.support.mounts import Mounted, Stage, command
+from tests.support.mounts import Mounted, Stage, command, wait_until
 from tests.support.snapshots import BuiltSnapshot
+from tests.support.standinsystemd import StandInSystemd
 
 pytestmark = pytest.mark.system
 
@@ -128,39 +128,37 @@ def test_others_see_it_only_with_allow_other(mounts: Stage, snapshot: BuiltSnaps
 
 
 def test_a_service_manager_is_told_when_the_mount_answers(
-    mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path
+    mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Type=notify: nothing when it cannot be mounted; READY=1 only once the RAM can be read."""
+    """Type=notify: nothing is said and kept when it cannot be mounted; READY=1 only once the RAM can be read."""
     point = tmp_path / "front"
     point.mkdir()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(30)
-        environ = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    address = mounts.serve(snapshot.folder).address
+    systemd = StandInSystemd(tmp_path, monkeypatch)
+    with contextlib.closing(systemd):
         arguments = (point, "--cache", mounts.cache, *QUIET)
         lost = subprocess.run(
-            command("lazymem.cli.mount", "-f", "127.0.0.1:9", *arguments), env=environ, capture_output=True, check=False
+            command("lazymem.cli.mount", "-f", "127.0.0.1:9", *arguments), capture_output=True, check=False
         )
         assert lost.returncode == 9
-        daemon = subprocess.Popen(
-            command("lazymem.cli.mount", "-f", mounts.serve(snapshot.folder).address, *arguments),
-            env=environ,
+        systemd.look()
+        assert (systemd.said, systemd.kept) == ([], {})
+        service = subprocess.Popen(
+            command("lazymem.cli.mount", "-f", address, *arguments),
             stderr=subprocess.DEVNULL,
         )
         try:
-            # A Linux that can go on with the mount after a kill has it kept first.
-            first = {"FDSTORE": "1"}
-            while "FDSTORE" in first:
-                first = dict(line.split("=") for line in manager.recv(1000).decode().splitlines())
-            # The first word that came at all, so nothing came from the one that failed.
-            assert first == {"READY": "1", "MAINPID": str(daemon.pid)}
+            wait_until(lambda: bool(systemd.look()), "it says something")
+            assert systemd.said == ["READY=1"]
             with open(point / "pc.ram", "rb", buffering=0) as file:
                 assert file.read(4096) == snapshot.page(0)
-            daemon.terminate()
-            assert daemon.wait(30) == 0
+            service.terminate()
+            assert service.wait(30) == 0
+            systemd.look()
+            assert systemd.kept == {}
         finally:
-            daemon.kill()
-            daemon.wait()
+            service.kill()
+            service.wait()
             subprocess.run(["umount", "-l", point], capture_output=True, check=False)
 
 

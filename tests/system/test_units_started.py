@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,15 @@ RAM_MIB = 16
 VM, MOUNT, SERVER = "lazymem-vm@web.service", "lazymem-mount@web.service", "lazymem-serve@7411.service"
 
 ENDED = ("failed", "inactive")
-WAYS = ("kill -KILL {pid}", "systemctl kill --signal=KILL {unit}", "lazymem mount --upgrade /run/lazymem/web")
+
+KILLS = {
+    "the daemon": "kill -KILL {daemon}",
+    "the supervisor": "kill -KILL {supervisor}",
+    "both": "kill -KILL {supervisor} {daemon}",
+    "all of the unit, and what systemd starts to clean up": "systemctl kill --signal=KILL {unit}",
+    "the daemon of a supervisor that was killed": "kill -KILL {daemon}",
+}
+UPGRADE = "lazymem mount --upgrade /run/lazymem/web"
 
 READ_SERIAL = """
 import re, socket
@@ -168,28 +177,57 @@ def test_ram_that_was_written_to_is_no_start_either(machine: SystemdMachine) -> 
     assert tick(machine)
 
 
+def status(machine: SystemdMachine) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(machine.shell("lazymem status --json /run/lazymem/web"))
+    return found
+
+
+def daemon_of(machine: SystemdMachine) -> str:
+    return str(status(machine)["pid"])
+
+
+def wait_loaded(machine: SystemdMachine) -> None:
+    wait_until(lambda: status(machine)["survival"]["next_is_loaded"], "a next daemon is loaded")
+
+
 def test_a_killed_mount_goes_on_and_so_does_its_guest(machine: SystemdMachine) -> None:
-    """Also when systemd kills it with what it starts to clean up, and when another version is to go on."""
+    """Whatever of it is killed, and when another version is to go on."""
     machine.shell(commands("start"))
-    guest, before = machine.show(VM, "MainPID"), tick(machine)
-    for restart, way in enumerate(WAYS, 1):
-        daemon = machine.show(MOUNT, "MainPID")
-        machine.shell(way.format(pid=daemon, unit=MOUNT))
-        machine.wait_shown(MOUNT, "NRestarts", str(restart))
-        machine.wait_shown(MOUNT, "ActiveState", "active")
-        assert machine.show(MOUNT, "MainPID") != daemon
+    guest, before, daemons = machine.show(VM, "MainPID"), tick(machine), 0
+    for what, way in {**KILLS, "an upgrade": UPGRADE}.items():
+        daemon, supervisor, restarted = daemon_of(machine), machine.show(MOUNT, "MainPID"), restarts(machine)
+        assert str(status(machine)["survival"]["supervisor_pid"]) == supervisor
+        machine.shell(way.format(daemon=daemon, supervisor=supervisor, unit=MOUNT))
+        if "daemon" not in what:
+            wait_until(lambda restarted=restarted: restarts(machine) > restarted, f"{what}: another supervisor")  # type: ignore[misc]
+            machine.wait_shown(MOUNT, "ActiveState", "active")
+        if what != "the supervisor":
+            wait_until(lambda daemon=daemon: daemon_of(machine) != daemon, f"{what}: another daemon")  # type: ignore[misc]
+            daemons += 1
+        assert restarts(machine) - restarted == ("daemon" not in what), what
         machine.shell("cksum /run/lazymem/web/pc.ram")
         now = tick(machine)
         assert now > before
         before = now
+        survival = status(machine)["survival"]
+        assert (survival["kept_by"], survival["restarts"]) == ("systemd", daemons), what
     assert machine.show(VM, "MainPID") == guest
-    status = json.loads(machine.shell("lazymem status --json /run/lazymem/web"))
-    assert (status["survival"]["kept_by"], status["survival"]["restarts"]) == ("systemd", len(WAYS))
     machine.run("systemctl", "stop", MOUNT)
     assert [machine.show(unit, "Result") for unit in (VM, MOUNT)] == ["success"] * 2
     assert machine.show(MOUNT, "NFileDescriptorStore") == "0"
     assert not mounted(machine)
     assert not machine.shell("find /var/cache/lazymem -name 'run-*'")
+
+
+def test_a_loaded_daemon_goes_on_without_systemd(machine: SystemdMachine) -> None:
+    machine.shell(commands("start"))
+    wait_loaded(machine)
+    daemon, supervisor, before = daemon_of(machine), machine.show(MOUNT, "MainPID"), tick(machine)
+    machine.run("kill", "-KILL", daemon)
+    wait_until(lambda: daemon_of(machine) != daemon, "another daemon")
+    machine.shell("cksum /run/lazymem/web/pc.ram")
+    assert tick(machine) > before
+    assert (machine.show(MOUNT, "MainPID"), restarts(machine)) == (supervisor, 0)
 
 
 @pytest.fixture
@@ -216,39 +254,44 @@ def restarts(machine: SystemdMachine) -> int:
 def test_a_next_version_that_does_not_start_costs_no_guest(
     machine: SystemdMachine, program: Callable[[str], None]
 ) -> None:
-    """2 is a wrong command line: an option that it does not know. An upgrade changes nothing; a kill is waited out."""
+    """2 is a wrong command line: an option that it does not know. An upgrade changes nothing; kills are waited out, of
+    the supervisor while the daemon serves, and of both while the guest waits."""
     machine.shell(commands("start"))
-    guest, daemon, before = machine.show(VM, "MainPID"), machine.show(MOUNT, "MainPID"), tick(machine)
+    guest, supervisor, before = machine.show(VM, "MainPID"), machine.show(MOUNT, "MainPID"), tick(machine)
+    daemon = daemon_of(machine)
     program("exit 2")
     done = machine.run("lazymem", "mount", "--upgrade", "/run/lazymem/web", check=False)
-    assert (done.returncode, machine.show(MOUNT, "MainPID")) == (3, daemon), done.stderr
+    assert done.returncode == 3, done.stderr
     assert f"daemon {daemon} goes on: the new version's daemon does not start" in done.stderr
-    assert restarts(machine) == 0
+    assert (machine.show(MOUNT, "MainPID"), daemon_of(machine), restarts(machine)) == (supervisor, daemon, 0)
     assert tick(machine) > before
-    machine.run("kill", "-KILL", daemon)
-    for script in ("exit 2", "exit 0"):
-        program(script)
-        tried = restarts(machine)
-        wait_until(lambda tried=tried: restarts(machine) >= tried + 2, "it is tried again")  # type: ignore[misc]
+    for killed in (supervisor, daemon):
+        machine.run("kill", "-KILL", killed)
+        for script in ("exit 2", "exit 0"):
+            program(script)
+            tried = restarts(machine)
+            wait_until(lambda tried=tried: restarts(machine) >= tried + 2, "it is tried again")  # type: ignore[misc]
+            if killed == supervisor:
+                assert daemon_of(machine) == daemon
     assert machine.show(VM, "ActiveState") == "active"
     program("")
     machine.wait_shown(MOUNT, "ActiveState", "active")
     machine.shell("cksum /run/lazymem/web/pc.ram")
     after = tick(machine)
     assert after > before
-    machine.shell("lazymem mount --upgrade /run/lazymem/web")
+    machine.shell(UPGRADE)
     assert tick(machine) > after
     assert machine.show(VM, "MainPID") == guest
 
 
-def test_a_mount_that_waits_for_its_next_daemon_can_be_given_up(
+def test_a_next_daemon_that_is_never_ready_can_be_given_up(
     machine: SystemdMachine, program: Callable[[str], None]
 ) -> None:
-    """Nothing of it is left, and the guest ends too."""
+    """Nothing of the mount is left, and the guest ends too."""
     machine.shell(commands("start"))
+    daemon, supervisor = daemon_of(machine), machine.show(MOUNT, "MainPID")
     program("exec sleep 1000")
-    daemon = machine.show(MOUNT, "MainPID")
-    machine.run("kill", "-KILL", daemon)
+    machine.run("kill", "-KILL", supervisor, daemon)
     wait_until(lambda: machine.show(MOUNT, "SubState") == "start", "the next one is started")
     machine.run("systemctl", "stop", MOUNT)
     assert not mounted(machine)
@@ -258,6 +301,66 @@ def test_a_mount_that_waits_for_its_next_daemon_can_be_given_up(
     machine.run("systemctl", "reset-failed", check=False)
     machine.shell(commands("start"))
     assert tick(machine)
+
+
+@pytest.fixture
+def slow(machine: SystemdMachine) -> Iterator[Callable[[int], None]]:
+    """systemd waits so many seconds before it starts the mount's unit again, until the test ends."""
+    folder = f"/etc/systemd/system/{MOUNT.replace('@web', '@')}.d"
+
+    def wait(seconds: int) -> None:
+        machine.shell(f"printf '[Service]\\nRestartSec={seconds}s\\n' >{folder}/slow.conf")
+        machine.run("systemctl", "daemon-reload")
+
+    yield wait
+    machine.shell(f"rm -f {folder}/slow.conf; systemctl daemon-reload")
+
+
+def test_stopped_before_another_supervisor_is_there(machine: SystemdMachine, slow: Callable[[int], None]) -> None:
+    """systemd cleans nothing up then. The daemon hears of it: it serves as long as there is a guest, and ends."""
+    machine.shell(commands("start"))
+    slow(1000)
+    daemon, before = daemon_of(machine), tick(machine)
+    machine.run("kill", "-KILL", machine.show(MOUNT, "MainPID"))
+    machine.wait_shown(MOUNT, "SubState", "auto-restart")
+    machine.run("systemctl", "stop", MOUNT)
+    wait_until(lambda: "the unit was stopped" in machine.log(), "it hears of it")
+    machine.shell("cksum /run/lazymem/web/pc.ram")
+    assert (daemon_of(machine), machine.show(VM, "ActiveState")) == (daemon, "active")
+    assert tick(machine) > before
+    machine.run("systemctl", "stop", VM)
+    wait_until(lambda: not mounted(machine), "the mount ends")
+    machine.shell(commands("start"))
+    assert tick(machine)
+
+
+def test_stopped_before_another_daemon_is_there(machine: SystemdMachine, slow: Callable[[int], None]) -> None:
+    """Nobody has its connection then: the guest has lost its RAM, and the mount stays as it is until the next start."""
+    machine.shell(commands("start"))
+    slow(1000)
+    machine.run("kill", "-KILL", machine.show(MOUNT, "MainPID"), daemon_of(machine))
+    machine.wait_shown(MOUNT, "SubState", "auto-restart")
+    machine.run("systemctl", "stop", MOUNT)
+    assert mounted(machine)
+    assert machine.run("ls", "/run/lazymem/web", check=False).returncode != 0
+    machine.run("systemctl", "stop", VM)
+    machine.run("systemctl", "reset-failed", check=False)
+    machine.shell(commands("start"))
+    assert tick(machine)
+
+
+def test_unmounted_before_another_daemon_is_there(machine: SystemdMachine, slow: Callable[[int], None]) -> None:
+    """That is an end, and no failure after which it is mounted again."""
+    machine.run("systemctl", "start", MOUNT)
+    slow(2)
+    machine.run("kill", "-KILL", machine.show(MOUNT, "MainPID"), daemon_of(machine))
+    machine.wait_shown(MOUNT, "SubState", "auto-restart")
+    assert machine.shell("find /var/cache/lazymem -name 'run-*'")
+    machine.run("umount", "--lazy", "/run/lazymem/web")
+    machine.wait_shown(MOUNT, "ActiveState", "inactive")
+    assert machine.show(MOUNT, "Result") == "success"
+    assert not mounted(machine)
+    assert not machine.shell("find /var/cache/lazymem -name 'run-*'")
 
 
 def test_a_mistake_at_a_first_start_is_not_tried_again(machine: SystemdMachine) -> None:
@@ -281,7 +384,7 @@ def test_a_mount_that_cannot_go_on_ends_the_guest_and_both_start_anew(machine: S
     machine.shell("sed -i 's/^LAZYMEM_MOUNT_OPTIONS=\"/&--no-supervisor /' /etc/lazymem/mount-web.conf")
     try:
         machine.shell(commands("start"))
-        daemon = machine.show(MOUNT, "MainPID")
+        daemon = machine.show(MOUNT, "MainPID")  # without a supervisor
         machine.shell(f"systemctl kill --signal=KILL {MOUNT}" if whole else f"kill -KILL {daemon}")
         for unit in (VM, MOUNT):
             wait_until(lambda unit=unit: machine.show(unit, "ActiveState") in ENDED, f"{unit} ends")  # type: ignore[misc]
@@ -314,10 +417,9 @@ def test_a_guest_from_another_host_over_tls(installed: SystemdMachine) -> None:
         assert "0.0.0.0:7411" in machine.shell(
             f"systemctl show --property=Listen {SERVER.replace('.service', '.socket')}"
         )
-        before, daemon = tick(machine), machine.show(MOUNT, "MainPID")
+        before, daemon = tick(machine), daemon_of(machine)
         machine.shell(f"kill -KILL {daemon}")
-        machine.wait_shown(MOUNT, "NRestarts", "1")
-        machine.wait_shown(MOUNT, "ActiveState", "active")
+        wait_until(lambda: daemon_of(machine) != daemon, "another daemon")
         machine.shell("cksum /run/lazymem/web/pc.ram")
         machine.run("systemctl", "restart", SERVER)
         assert tick(machine) > before
