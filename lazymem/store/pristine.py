@@ -17,7 +17,7 @@ import contextlib
 import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from operator import gt
+from operator import gt, or_
 
 import trio
 
@@ -49,7 +49,7 @@ MAX_GIVEN_EARLY = 1024
 
 _HELD = bytes((SET, SET_ZERO))
 _FILL_STATES = bytes({UNSET: 2, SET: 1}.get(state, 0) for state in range(256))
-_WITH_DATA = bytes(state == SET for state in range(256))
+_MAY_HAVE_DATA = bytes(state != SET_ZERO for state in range(256))
 
 
 class PristinePages:
@@ -285,11 +285,17 @@ class PristinePages:
             return
         first = start - start % BLOCK_PAGES
         block = PageRange(first, min(-end % BLOCK_PAGES + end, self.total_pages) - first)
-        left = self._cache.held.states(block).translate(_WITH_DATA)
-        if any(map(gt, left, self._given[first : block.end])):
-            self._cache.pages.let_go(pages)  # which helps only if they came into the file by themselves
-        else:
-            self._cache.pages.let_go(block)
+        # Of a block that is not done, this helps only if they came into the file by themselves.
+        self._cache.pages.let_go(block if self._is_done(block) else pages)
+
+    def _is_done(self, block: PageRange) -> bool:
+        """Whether nobody will read any page of `block` from the cache's file. What is missing may come: the kernel is
+        asked to let go of what is named for a second, and would drop what comes in that time."""
+        left = self._cache.held.states(block).translate(_MAY_HAVE_DATA)
+        done = self._given[block.start : block.end]
+        if self._written is not None and not self._written.all_unset(block):  # by the guest: read from its own file
+            done = bytes(map(or_, done, self._written.states(block)))
+        return not any(map(gt, left, done))
 
     async def _let_go_of_kept(self) -> None:
         for count in range(1, len(self._given_early) + 1):
