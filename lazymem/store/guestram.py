@@ -139,6 +139,10 @@ class GuestRam:
         if self._state is None or self._state.written.all_unset(pages):
             if self._pristine.none_held(pages):
                 return self._start_missing(pages, done)
+            if count == 1 and (zeros := self._pristine.maybe_zero_page(pages)) is not None:
+                self._reads += 1
+                self._reads_at_hand += 1
+                return zeros
             data = self._pristine.maybe_read_held_nowait(pages)
             if data is not None:
                 self._reads += 1

@@ -23,7 +23,7 @@ import trio
 
 from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape
 from lazymem.errors import StoreError
-from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun, runs
+from lazymem.pages import PAGE_SIZE, ZERO_PAGE, Fetched, PageRange, PageRun, runs
 from lazymem.store.cachefolder import CacheFolder
 from lazymem.store.candidates import Candidates
 from lazymem.store.copies import Copies
@@ -236,6 +236,13 @@ class PristinePages:
             return self.maybe_zeros(pages)
         data = self._cache.pages.maybe_read_nowait(pages.offset_bytes, pages.length_bytes)
         return data if data is not None and is_right(data, self._verifier.digests_of(pages)) else None
+
+    def maybe_zero_page(self, page: PageRange) -> bytes | None:
+        """One page of zeros, if the map calls `page` zero and its digest says so too. Nothing of it is in a file, so
+        nobody has to hear that it was given."""
+        if self._cache.held.states(page)[0] != SET_ZERO or self._verifier.digests_of(page) != ZERO_PAGE_DIGEST:
+            return None
+        return ZERO_PAGE
 
     def maybe_zeros(self, pages: PageRange) -> bytes | None:
         """Verified bytes of pages that the map calls `SET_ZERO`, if it is right."""

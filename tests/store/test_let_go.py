@@ -8,6 +8,7 @@ import pytest
 
 from lazymem.pages import PAGE_SIZE, ZERO_PAGE, PageRange
 from lazymem.store.pagefile import BLOCK_PAGES
+from lazymem.store.pagemap import SET_ZERO
 from tests.support.snapshots import make_snapshot
 from tests.support.stores import OpenStore, opened_store
 
@@ -72,3 +73,21 @@ async def test_nobody_waits_for_what_the_guest_wrote(tmp_path: Path, monkeypatch
         named = named_by(store, monkeypatch)
         await give(store, PageRange(BLOCK.end - 1, 1))
         assert named == [BLOCK]
+
+
+async def test_a_zero_page_is_given_without_naming_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(tmp_path / "snapshot", ram=ram_of(range(BLOCK.start, BLOCK.end)))
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await give(store, BLOCK)
+        named = named_by(store, monkeypatch)
+        assert store.ram.read_soon(BLOCK.offset_bytes, PAGE_SIZE, lambda answer: None) == ZERO_PAGE
+        assert named == []
+
+
+async def test_a_page_that_only_the_map_calls_zero_is_not_believed(tmp_path: Path) -> None:
+    snapshot = make_snapshot(tmp_path / "snapshot", ram=ram_of(range(0)))
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await give(store, BLOCK)
+        store.pristine.cache.held.set(PageRange(BLOCK.start, 1), SET_ZERO)
+        assert store.ram.read_soon(BLOCK.offset_bytes, PAGE_SIZE, lambda answer: None) is False
+        assert await store.ram.read(BLOCK.offset_bytes, PAGE_SIZE) == snapshot.page(BLOCK.start)
