@@ -1,8 +1,9 @@
 """The kernel's end of the mount: READ and WRITE of the RAM are answered here, everything else is pyfuse3's.
 
-pyfuse3 sits at one end of a socket pair as if that were `/dev/fuse`; we read the real one and hand over what is not
-ours, and its answers back (record 0006). So a page fault meets no library on its way: from the kernel's request to its
-answer it is ordinary function calls in trio's thread, with the demand connection's socket looked at in between.
+pyfuse3 sits at one end of a socket pair as if that were `/dev/fuse` (`libraryend`); we read the real one and hand over
+what is not ours, and its answers back (record 0006). So a page fault meets no library on its way: from the kernel's
+request to its answer it is ordinary function calls in trio's thread, with the demand connection's socket looked at in
+between.
 
 Tasks: `run` waits for requests and serves bursts of them; one task hands pyfuse3's answers to the kernel; each READ
 that cannot be answered the short way, and each WRITE, has one. All state belongs to trio's thread.
@@ -15,13 +16,11 @@ is none.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import mmap
 import os
 import select
-import socket
 from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
@@ -29,9 +28,11 @@ from typing import Protocol
 import trio
 
 from lazymem.errors import EnvironmentRefusedError, LazymemError
-from lazymem.fs import fuseabi, readers
+from lazymem.fs import fuseabi
 from lazymem.fs.agreement import Agreement
 from lazymem.fs.failures import told_errno
+from lazymem.fs.libraryend import LibraryEnd
+from lazymem.fs.openrequests import OpenRequests, OpenWrite
 from lazymem.fs.syscalls import lock_in_memory
 from lazymem.fs.tree import RAM_INODE, Tree
 
@@ -55,11 +56,6 @@ NEAR_SECONDS = 0.0004
 """Where an answer has come so fast, answers are waited for on the processor, for `MAX_LINGER_SECONDS`."""
 
 DRAIN_LOOK_SECONDS = 0.005
-
-SEEN_AGAIN_SECONDS = 1.0
-"""A reader may be killed after it was merely interrupted, and the kernel does not tell of that: look this often."""
-
-_SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python has no name for it
 
 Answer = Callable[[bytes | memoryview | LazymemError | None], None]
 
@@ -128,31 +124,6 @@ def _resident_buffer(size: int) -> mmap.mmap:
     return buffer
 
 
-def _let_send(end: socket.socket, size: int) -> None:
-    """Messages of `size` bytes: what is larger than its buffer a socket refuses, and that READ would have no answer."""
-    try:
-        end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, size)
-    except OSError:  # no CAP_NET_ADMIN: as much as the host allows, 416 KiB by default
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
-
-
-class _OpenWrite:
-    """A WRITE that is not answered. `thread`: who waits for it and may be let go of; 0: nobody, its bytes are in no
-    other place than this request and the kernel's memory (write-back)."""
-
-    __slots__ = ("is_storing", "offset", "scope", "size", "thread")
-
-    def __init__(self, offset: int, size: int, thread: int) -> None:
-        self.offset = offset
-        self.size = size
-        self.thread = thread
-        self.scope = trio.CancelScope()
-        self.is_storing = False
-
-    def begin_storing(self) -> None:
-        self.is_storing = True
-
-
 class Channel:
     """Serves the mount behind `descriptor`, which stays the caller's and becomes non-blocking; nobody else reads it.
 
@@ -183,19 +154,16 @@ class Channel:
         self._writable = bool(tree.ram.mode & 0o222)
         self._link = link
         self._link_fd = -1
-        self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._ours.setblocking(False)
-        _let_send(theirs, 2 * fuseabi.REQUEST_BYTES)
-        self._theirs = theirs
+        self._library = LibraryEnd(maybe_agreement, self._send)
         self._agreement = maybe_agreement
         self._takes_back = takes_back
         self._closed_to_new = False
         self._buffer = _resident_buffer(fuseabi.REQUEST_BYTES)
         self._view = memoryview(self._buffer)
         self._into = [self._view]
-        self._open: dict[int, int] = {}  # unique: thread id of who waits
-        self._open_writes: dict[int, _OpenWrite] = {}
-        self._interrupted: set[int] = set()
+        self._waiting = OpenRequests(ram.is_unseen, self._send)
+        self._open = self._waiting.reads
+        self._open_writes = self._waiting.writes
         self._linger = MIN_LINGER_SECONDS
         self._answered_at = 0.0
         self._crowded_until = 0.0
@@ -207,13 +175,13 @@ class Channel:
 
     def take_library_end(self) -> int:
         """The descriptor that pyfuse3 takes for `/dev/fuse`; it closes it. To be called once."""
-        return self._theirs.detach()
+        return self._library.take_descriptor()
 
     async def run(self) -> None:
         """Serve until cancelled, or until the mount is gone."""
         try:
             async with trio.open_nursery() as self._nursery:
-                self._nursery.start_soon(self._bring_library_answers)
+                self._nursery.start_soon(self._library.bring_answers)
                 await self._take_over()
                 while not self._over:
                     await trio.lowlevel.wait_readable(self._fd)
@@ -241,7 +209,7 @@ class Channel:
             return
         maybe_init = agreement.maybe_repeat()
         if maybe_init is not None:
-            self._ours.send(fuseabi.without_splice(maybe_init))
+            self._library.repeat(maybe_init)
             await agreement.wait_agreed()
         self._resend()
 
@@ -256,8 +224,7 @@ class Channel:
 
     def close(self) -> None:
         """After `run`."""
-        self._ours.close()
-        self._theirs.close()
+        self._library.close()
 
     # ---- bursts
 
@@ -342,7 +309,13 @@ class Channel:
             # Some are our own, or a killed daemon's before us, whose close must not wait for our answers (`ownfile`).
             self._send((fuseabi.open_answer(unique, RAM_INODE),))
         elif opcode != fuseabi.INTERRUPT or not self._take_interrupt():
-            self._hand_over(opcode, bytes(self._view[:length]))
+            self._turn_wanted = True
+            self._library.hand_over(opcode, bytes(self._view[:length]), self._nursery)
+
+    def _take_interrupt(self) -> bool:
+        """Whether it is about one of ours."""
+        (unique,) = fuseabi.INTERRUPT_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
+        return self._waiting.interrupt(unique, self._nursery)
 
     def _only_reads(self) -> bool:
         """Of the OPEN in the buffer. To truncate is refused elsewhere."""
@@ -412,11 +385,11 @@ class Channel:
         end = fuseabi.WRITE_DATA_AT + size
         if self._nursery is not None:
             kept = flags & fuseabi.WRITE_CACHE or not self._takes_back
-            write = self._open_writes[unique] = _OpenWrite(offset, size, 0 if kept else thread)
+            write = self._open_writes[unique] = OpenWrite(offset, size, 0 if kept else thread)
             self._nursery.start_soon(self._write, unique, write, bytes(self._view[fuseabi.WRITE_DATA_AT : end]))
             self._turn_wanted = True
 
-    async def _write(self, unique: int, write: _OpenWrite, data: bytes) -> None:
+    async def _write(self, unique: int, write: OpenWrite, data: bytes) -> None:
         try:
             with write.scope:
                 await self._ram.write(write.offset, data, write.begin_storing)
@@ -433,46 +406,6 @@ class Channel:
         self._open.pop(unique, None)
         self._send((fuseabi.error_answer(unique, told_errno(name, error)),))
 
-    # ---- who waits, and is killed
-
-    def _take_interrupt(self) -> bool:
-        """Whether it is about one of ours. Only a request whose thread is being killed is ended by it: any other signal
-        finds its thread when the page has come, as with memory that is here."""
-        (unique,) = fuseabi.INTERRUPT_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
-        if unique not in self._open and unique not in self._open_writes:
-            return False
-        if self._nursery is not None and not self._let_go_if_killed(unique):
-            self._interrupted.add(unique)
-            if len(self._interrupted) == 1:
-                self._nursery.start_soon(self._look_again)
-        return True
-
-    def _let_go_if_killed(self, unique: int) -> bool:
-        """False: it may still be killed."""
-        if unique in self._open_writes:
-            return self._take_back_if_killed(self._open_writes[unique])
-        if unique in self._open and not readers.is_killed(self._open[unique]):
-            return False
-        if self._open.pop(unique, None) is not None:
-            self._send((fuseabi.error_answer(unique, errno.EINTR),))
-        return True
-
-    def _take_back_if_killed(self, write: _OpenWrite) -> bool:
-        """It waits for a page to fill up, say, and its server is away. Not if the kernel may have one of its pages: it
-        would no longer believe its own, which somebody else may have changed through a map."""
-        if write.thread == 0 or write.is_storing:
-            return True
-        if not readers.is_killed(write.thread):
-            return False
-        if self._ram.is_unseen(write.offset, write.size):
-            write.scope.cancel()
-        return True
-
-    async def _look_again(self) -> None:
-        while self._interrupted:
-            await trio.sleep(SEEN_AGAIN_SECONDS)
-            self._interrupted = {unique for unique in self._interrupted if not self._let_go_if_killed(unique)}
-
     # ---- answers
 
     def _answer_read(self, unique: int, data: bytes | memoryview) -> None:
@@ -486,40 +419,3 @@ class Channel:
             # ENOENT: nobody waits any more. ENODEV, EPERM: the mount is gone.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EPERM):
                 log.error("the kernel does not take an answer: %s", error)
-
-    # ---- pyfuse3's requests
-
-    def _hand_over(self, opcode: int, request: bytes) -> None:
-        if opcode == fuseabi.INIT:
-            maybe_answer = self._agreement.maybe_answer(request) if self._agreement is not None else None
-            if maybe_answer is not None:
-                self._send((maybe_answer,))
-                return
-            request = fuseabi.without_splice(request)
-        self._turn_wanted = True
-        try:
-            self._ours.send(request)
-        except BlockingIOError:
-            if self._nursery is not None:
-                self._nursery.start_soon(self._hand_over_later, request)
-        except OSError as error:
-            log.error("pyfuse3 takes no request any more: %s", error)
-
-    async def _hand_over_later(self, request: bytes) -> None:
-        """Names and attributes depend on nothing and change nothing, so their order does not matter."""
-        while True:
-            await trio.lowlevel.wait_writable(self._ours)
-            try:
-                self._ours.send(request)
-                return
-            except BlockingIOError:
-                continue
-
-    async def _bring_library_answers(self) -> None:
-        view = memoryview(bytearray(fuseabi.REQUEST_BYTES))
-        while True:
-            await trio.lowlevel.wait_readable(self._ours)
-            with contextlib.suppress(BlockingIOError):
-                length = self._ours.recv_into(view)
-                if length and not (self._agreement is not None and self._agreement.takes(view[:length])):
-                    self._send((view[:length],))
