@@ -96,17 +96,10 @@ def synthetic(work: Path, size_mib: int) -> Image:
     return _kept(folder) or _made(folder, lambda ram: _write_synthetic(ram, size_mib << 20))
 
 
-def sparse(work: Path, size_gib: int) -> Image:
-    """An image of one hole but for its last page; not hashed, since only its size matters."""
-    folder = work / f"sparse-{size_gib}g-v{FORMAT}"
-    if not (found := _kept(folder)):
-        folder.mkdir(parents=True)
-        with (folder / RAM_NAME).open("wb") as file:
-            file.truncate((size_gib << 30) - PAGE_SIZE)
-            file.seek(0, os.SEEK_END)
-            file.write(b"\1" * PAGE_SIZE)
-        found = _sealed(folder, Facts((size_gib << 30) // PAGE_SIZE, 1, 1, 30))
-    return found
+def sparse(work: Path, size_gib: float) -> Image:
+    """The image of one hole but for its last page, hashed as all are. Its digests are 4 MiB a GiB."""
+    folder = work / f"sparse-{size_gib:g}g-hashed-v{FORMAT}"
+    return _kept(folder) or _made(folder, lambda ram: _write_sparse(ram, int(size_gib * (1 << 30))))
 
 
 def adopt(folder: Path) -> Image:
@@ -192,6 +185,13 @@ def _data_extents(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 # --- what is in the pages
+
+
+def _write_sparse(ram: Path, size: int) -> None:
+    with ram.open("wb") as file:
+        file.truncate(size - PAGE_SIZE)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\1" * PAGE_SIZE)
 
 
 def _write_synthetic(ram: Path, size: int) -> None:
