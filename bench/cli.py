@@ -10,7 +10,7 @@ from pathlib import Path
 from bench import machine
 from bench.links import LINKS
 from bench.measures import MEASURES
-from bench.plots import draw
+from bench.plots import draw, is_there, plots_of
 from bench.record import Results
 from bench.runner import Plan, run
 from bench.table import markdown
@@ -118,19 +118,13 @@ def _measured(found: argparse.Namespace, folder: Path) -> Results:
 
 def report(results: Results, folder: Path, *, plots: bool) -> None:
     """Writes results.md and the plots into `folder`, and prints the table."""
-    text = markdown(
-        results,
-        list(MEASURES.values()),
-        {link.name: link.title for link in LINKS.values()},
-        {way.name: way.title for way in WAYS.values()},
-    )
+    links = {link.name: link.title for link in LINKS.values()}
+    ways = {way.name: way.title for way in WAYS.values()}
+    text = markdown(results, list(MEASURES.values()), links, ways)
     (folder / "results.md").write_text(text)
     print(text)
-    if plots:
-        draw(
-            results,
-            folder,
-            {link.name: link.title for link in LINKS.values()},
-            {way.name: way.title for way in WAYS.values()},
-        )
+    if plots and not is_there():
+        print("no plots: matplotlib is not there (`make bench` installs it; --no-plots asks for none)", file=sys.stderr)
+    elif plots:
+        draw(plots_of(results, links, ways), folder)
     print(f"written to {folder}")

@@ -58,6 +58,7 @@ class Target:
     """One row of the table: `figure` of `way` over `link`, beside the same (or `other_figure`) of `beside`.
 
     `must` and `aim`: for the ratio, or with `beside` None for the figure itself; `at_least` when more is better.
+    `slack`: with `beside`, a figure that is larger than theirs by no more than this reaches `must`, whatever the ratio.
     """
 
     title: str
@@ -69,6 +70,7 @@ class Target:
     must: float | None = None
     aim: float | None = None
     at_least: bool = False
+    slack: float | None = None
     beyond: str | None = None
     """The way whose median is taken off both first."""
 

@@ -77,19 +77,20 @@ def _goal(results: Results, measure: Measure, target: Target) -> tuple[str, ...]
         return None
     if target.beside is None:
         judged: Summary | None = summarize(ours)
-        beside = "-"
+        beside, more = "-", None
     else:
         theirs = _values(results, measure, target, target.beside, target.other_figure or target.figure)
         judged = ratio(ours, theirs)
         beside = f"{shown(summarize(theirs).median, target.figure)}" if theirs else "-"
+        more = summarize(ours).median - summarize(theirs).median if theirs else None
     figure = target.figure if target.beside is None else "ratio"
     return (
         shown(summarize(ours).median, target.figure),
         f"{target.beside} {beside}" if target.beside else "-",
         _with_spread(judged, figure) if judged else "-",
-        _border(target.must, figure, target.at_least),
+        _border(target.must, figure, target.at_least) + _slack(target),
         _border(target.aim, figure, target.at_least),
-        _met(judged, target),
+        _met(judged, target, more),
     )
 
 
@@ -106,7 +107,12 @@ def _border(value: float | None, figure: str, at_least: bool) -> str:
     return "" if value is None else f"{'>=' if at_least else '<='} {shown(value, figure)}"
 
 
-def _met(judged: Summary | None, target: Target) -> str:
+def _slack(target: Target) -> str:
+    return "" if target.slack is None else f" or + {shown(target.slack, target.figure)}"
+
+
+def _met(judged: Summary | None, target: Target, maybe_more: float | None) -> str:
+    """`maybe_more`: by how much ours is larger than theirs."""
     if judged is None or target.must is None:
         return ""
 
@@ -115,7 +121,8 @@ def _met(judged: Summary | None, target: Target) -> str:
 
     if target.aim is not None and reaches(target.aim):
         return "yes, the aim too"
-    return "yes" if reaches(target.must) else "**no**"
+    is_within_slack = target.slack is not None and maybe_more is not None and maybe_more <= target.slack
+    return "yes" if reaches(target.must) or is_within_slack else "**no**"
 
 
 # --- all figures

@@ -41,6 +41,7 @@ MEASURES: dict[str, Measure] = {
         clones.VM,
         clones.QEMU,
         rewrite.MEASURE,
+        rewrite.IN_GROUP,
         relay.MEASURE,
     )
 }

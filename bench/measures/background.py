@@ -8,12 +8,20 @@ from bench.summary import quantile
 from bench.touching import chosen, toucher
 
 TOUCHES = 3000
-FILL_SECONDS = 8.0
-"""Of touching: shorter than any link here needs for the whole image, so that all of it happens while it fills."""
+TOUCHING_SECONDS = 8.0
+"""At most. Over a fast link all is held before that, and what is touched from then on misses no more."""
 
-HIT_SECONDS = 0.0002
-"""On loopback a touch that is shorter found its page in the daemon; on a slower link, one shorter than half a round
-trip. Hits are left out: they are what the background is good for, and would hide what it costs."""
+SLACK_SECONDS = 0.002
+"""What a demand may wait longer where twice its time without the background is less."""
+
+
+def missed_waits(waits: list[float], demands: int) -> list[float]:
+    """The waits of touches that missed, ascending. Hits are left out: they are what the background is good for, and
+    would hide what it costs. One page is touched at a time, each by a READ of its own, so the daemon knows how many
+    missed; which ones they were, time alone cannot tell over a fast link. The longest are taken for them: a hit that
+    waited longer than a miss counts against us.
+    """
+    return sorted(waits)[max(0, len(waits) - demands) :]
 
 
 def _run(context: Context) -> Sample:
@@ -24,11 +32,10 @@ def _run(context: Context) -> Sample:
         toucher(folder, numbers) as hand,
         context.way.mount(seen, context.image, folder) as mount,
     ):
-        hand.go(mount.ram, FILL_SECONDS)
+        hand.go(mount.ram, TOUCHING_SECONDS)
         touches = hand.result(context.image, numbers)
         status = mount.status()
-    border = max(context.link.round_trip_seconds / 2, HIT_SECONDS)
-    missed = sorted(wait for wait in touches.waits if wait >= border)
+    missed = missed_waits(touches.waits, status["demand_faults"])
     figures = touches.figures()
     figures["missed"] = len(missed)
     figures["pages_held_at_end"] = status["pages_held"]
@@ -43,17 +50,18 @@ def _run(context: Context) -> Sample:
 MEASURE = Measure(
     "background",
     "demand wait while the background fills",
-    pairs(("1ms", "20ms"), ("lazymem", "lazymem-none")),
+    pairs(("loopback", "1ms", "20ms"), ("lazymem", "lazymem-none")),
     _run,
     tuple(
         Target(
-            f"demand wait p99, background filling, beside off (or + 2 ms), {link}",
+            "demand wait p99, background filling, beside off",
             link,
             "lazymem",
             "missed_p99_seconds",
             "lazymem-none",
             must=2.0,
+            slack=SLACK_SECONDS,
         )
-        for link in ("1ms", "20ms")
+        for link in ("loopback", "1ms", "20ms")
     ),
 )

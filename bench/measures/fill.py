@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from bench.context import Context, Measure, Target, pairs
@@ -15,13 +17,25 @@ from bench.way import Mount
 _READ_BYTES = 1 << 20
 
 
-def fill_figures(context: Context, image: Image) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Mount, and wait until all is held: by itself (lazymem), by the command (copy), or by reading it (the others)."""
+Beside = Callable[[Mount, Path], AbstractContextManager[object]]
+
+
+def _nobody(mount: Mount, folder: Path) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def fill_figures(
+    context: Context, image: Image, beside: Beside = _nobody
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Mount, and wait until all is held: by itself (lazymem), by the command (copy), or by reading it (the others).
+
+    `beside`: begins at once after the mount, is part of the time, and lasts until all is held.
+    """
     figures: dict[str, float] = {}
     series: dict[str, list[float]] = {}
     with context.folder() as folder, context.served(image, folder) as (server, seen):
         before = cpu_seconds(server.pid)
-        with context.way.mount(seen, image, folder) as mount:
+        with context.way.mount(seen, image, folder) as mount, beside(mount, folder):
             if mount.is_lazymem:
                 series = wait_held(mount).series()
             elif mount.daemon_pid is not None:

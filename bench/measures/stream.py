@@ -1,16 +1,40 @@
-"""A Linux guest's RAM wholly here: lazymem's fill beside QEMU post-copy's stream and a copy."""
+"""A Linux guest's RAM wholly here, the guest resumed and idle: lazymem's fill beside QEMU post-copy's stream.
+
+The same work for both, from the destination's first process on. Post-copy has its guest run before it sends the rest,
+so lazymem's runs on the mount while that fills. A copy comes before anything runs, and so has no guest beside it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from bench.context import Context, Measure, Target, pairs
 from bench.linuximage import linux_image
 from bench.measures.fill import fill_figures
 from bench.postcopy import migrated
 from bench.record import Sample
+from bench.way import Mount
+from lazymem.demo.qemu import QemuOptions
+from lazymem.demo.qemurun import started, take_over
+
+
+@contextmanager
+def _resumed(mount: Mount, folder: Path) -> Iterator[None]:
+    """The guest, idle."""
+    size = mount.ram.stat().st_size
+    options = QemuOptions(mount.ram, size, folder / "qmp", folder / "serial", incoming="defer")
+    with started(options, folder / "qemu.log") as qemu:
+        with qemu.open_monitor() as qmp:
+            take_over(qmp, mount.ram.parent / "vmstate")
+        yield
 
 
 def _run(context: Context) -> Sample:
     image = linux_image(context.work)
+    if context.way.is_lazymem:
+        return context.sample(*fill_figures(context, image, _resumed))
     if context.way.name != "postcopy":
         return context.sample(*fill_figures(context, image))
     with context.folder() as folder, migrated(context.link, image, folder) as guest:
@@ -24,7 +48,7 @@ def _run(context: Context) -> Sample:
 
 MEASURE = Measure(
     "stream",
-    "everything of a Linux guest held",
+    "everything of a Linux guest held, the guest running",
     pairs(("1ms", "20ms"), ("lazymem", "postcopy", "copy")),
     _run,
     (

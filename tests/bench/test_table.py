@@ -63,6 +63,21 @@ def test_a_goal_says_whether_it_was_reached(ours: list[float], met: str) -> None
     assert row[-3:] == ["<= 1.25", "<= 1", met]
 
 
+@pytest.mark.parametrize(
+    ("ours", "met"), [(0.0019, "yes"), (0.0029, "yes"), (0.0031, "**no**"), (0.0010, "yes, the aim too")]
+)
+def test_a_goal_may_be_twice_or_two_milliseconds_more_whichever_is_larger(ours: float, met: str) -> None:
+    target = Target("wait", "loopback", "lazymem", "wait_seconds", "nbdfuse", must=2.0, aim=1.0, slack=0.002)
+    row = _goal_row(_results(lazymem=[ours], nbdfuse=[0.001]), target)
+    assert row[-3:] == ["<= 2 or + 2 ms", "<= 1", met]
+
+
+def test_where_twice_is_larger_the_two_milliseconds_do_not_matter() -> None:
+    target = Target("wait", "loopback", "lazymem", "wait_seconds", "nbdfuse", must=2.0, slack=0.002)
+    assert _goal_row(_results(lazymem=[0.039], nbdfuse=[0.020]), target)[-1] == "yes"
+    assert _goal_row(_results(lazymem=[0.041], nbdfuse=[0.020]), target)[-1] == "**no**"
+
+
 def test_a_ratio_comes_with_its_spread() -> None:
     row = _goal_row(_results(lazymem=[0.005, 0.010], nbdfuse=[0.010, 0.010]), BESIDE)
     assert row[4] == "0.75 (0.5 to 1)"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from bench.memorygroup import memory_group
 from lazymem.cli import handoverend, receivehost
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.receivehost import GONE_CODE, ReceiveHost, Wanted, command_line
@@ -20,7 +21,6 @@ from lazymem.fs import hostmemory, mountinfo
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.messages import VERSION, Offer
 from tests.support import skips
-from tests.support.memorygroup import memory_group
 
 OURS: dict[str, Any] = {"name": "lazymem-vm", "version": "0.1"}
 QEMU: dict[str, Any] = {"name": "qemu", "version": "7.2", "machine": "pc-i440fx-7.2", "cpu": "qemu64", "options": []}

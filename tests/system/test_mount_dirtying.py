@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.memorygroup import memory_group
 from lazymem.fs.session import MAX_READ_BYTES
 from lazymem.pages import PAGE_SIZE
 from tests.support import dirtier, skips
-from tests.support.memorygroup import memory_group
 from tests.support.mounts import Stage, drop_kernel_cache
 
 pytestmark = [

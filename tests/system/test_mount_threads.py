@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.memorygroup import control_group
 from lazymem.pages import PAGE_SIZE
 from tests.support import privileges
-from tests.support.memorygroup import control_group
 from tests.support.mounts import Mounted, Stage, wait_until
 from tests.support.skips import MOUNTS, skip_without
 from tests.support.snapshots import BuiltSnapshot

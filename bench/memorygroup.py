@@ -1,4 +1,4 @@
-"""A control group of its own for a process under test: either version of them, removed at the end."""
+"""A control group of its own for a process that is measured or tested: either version of them, removed at the end."""
 
 from __future__ import annotations
 
