@@ -24,6 +24,7 @@ _EPILOG = """examples:
   lazymem status /mnt/ram
   lazymem status /mnt/ram --json | jq .pages_held
   lazymem status /mnt/ram --watch       live, until ctrl-C or the mount's end
+  lazymem status /mnt/ram --watch --json | jq --unbuffered .seconds_to_go
 """
 
 
@@ -36,15 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("mountpoint", metavar="MOUNTPOINT")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--json", action="store_true", help="print one JSON object")
-    way.add_argument("--watch", action="store_true", help="a live view: map of the RAM, rates, waiting times")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; with --watch, one a line and look")
+    parser.add_argument("--watch", action="store_true", help="a live view: map of the RAM, rates, waiting times")
     found = parser.parse_args(arguments)
     try:
         if found.watch:
-            from lazymem.cli.watch import watch
+            from lazymem.cli.watch import watch, watch_json
 
-            return watch(lambda: read_status(found.mountpoint, with_map=True))
+            return (watch_json if found.json else watch)(lambda: read_status(found.mountpoint, with_map=True))
         status = read_status(found.mountpoint, with_map=found.json)
     except LazymemError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)

@@ -1,9 +1,14 @@
-"""The live view of `lazymem status --watch`: what it shows (pure: records in, text out), and the loop that shows it."""
+"""The live view of `lazymem status --watch`: what it shows (pure: records in, text out), and the loop that shows it;
+with `--json` the same numbers for programs, a line a look.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lazymem.errors import MountError
@@ -38,21 +43,45 @@ def watch(look: Callable[[], Record]) -> int:
     """
     from rich.live import Live
 
-    rates = Rates()
+    looks = _looks(look)
     try:
-        with Live(view(look(), rates), auto_refresh=False) as live:
-            while True:
-                time.sleep(INTERVAL_SECONDS)
-                try:
-                    record = look()
-                except MountError:
-                    break
-                rates.add(time.monotonic(), record)
+        with Live(view(*next(looks)), auto_refresh=False) as live:
+            for record, rates in looks:
                 live.update(view(record, rates), refresh=True)
     except KeyboardInterrupt:
         return 0
     print("the mount has ended")
     return 0
+
+
+def watch_json(look: Callable[[], Record]) -> int:
+    """The same as a JSON object a line on stdout (`with_rates`).
+
+    Raises:
+        MountError: there is no mount at the start.
+    """
+    try:
+        for record, rates in _looks(look):
+            print(json.dumps(with_rates(record, rates)), flush=True)
+    except BrokenPipeError:  # whoever read has seen enough; Python's own flush at the end would say so again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _looks(look: Callable[[], Record]) -> Iterator[tuple[Record, Rates]]:
+    """At once, then one an interval, until the mount's end."""
+    rates = Rates()
+    record = look()
+    while True:
+        rates.add(time.monotonic(), record)
+        yield record, rates
+        time.sleep(INTERVAL_SECONDS)
+        try:
+            record = look()
+        except MountError:
+            return
 
 
 class Rates:
@@ -74,6 +103,19 @@ class Rates:
             return 0.0
         (start, before), (end, after) = self._seen[0], self._seen[-1]
         return float(after[name] - before[name]) / (end - start) if end > start else 0.0
+
+
+def with_rates(record: Record, rates: Rates) -> Record:
+    """The record with what only several looks together tell, and `working_set_hit_rate` (`hit_rate`)."""
+    return record | {
+        "rates": {
+            "wire_received_bytes_per_second": rates.per_second("wire_received_bytes"),
+            "ram_bytes_per_second": rates.per_second("pages_held") * PAGE_SIZE,
+            "demand_faults_per_second": rates.per_second("demand_faults"),
+        },
+        "seconds_to_go": maybe_seconds_to_go(record, rates),
+        "working_set_hit_rate": hit_rate(record),
+    }
 
 
 def view(record: Record, rates: Rates) -> Group:
@@ -100,18 +142,44 @@ def headlines(record: Record, rates: Rates) -> list[str]:
         f"   in flight {_size(record['pages_in_flight'] * PAGE_SIZE)}   {time_to_go(record, rates)}",
         f"wire {_size(received)}/s   RAM {_size(rates.per_second('pages_held') * PAGE_SIZE)}/s   faults {faults:.0f}/s"
         f"   demanded {record['pages_demanded']} pages, guessed {record['pages_prefetched']}",
+        *working_set(record),
     ]
 
 
-def time_to_go(record: Record, rates: Rates) -> str:
-    """Until all is held, if nothing changes."""
+def hit_rate(record: Record) -> float | None:
+    """Of the working set's pages that the guest has asked for, the share that was here before. None: it has asked for
+    none of them, or there is no set."""
+    found = record.get("working_set")
+    return found["set_ready"] / found["set_touched"] if found and found["set_touched"] else None
+
+
+def working_set(record: Record) -> list[str]:
+    """A line, where a set is used."""
+    found = record.get("working_set")
+    if not found:
+        return []
+    rate = hit_rate(record)
+    hits = "" if rate is None else f", {found['set_ready']} of these were here before that: {rate:.0%}"
+    return [f"working set: {found['set_touched']} of {found['set_pages']} pages asked for{hits}"]
+
+
+def maybe_seconds_to_go(record: Record, rates: Rates) -> float | None:
+    """Until all is held, if nothing changes. None: nothing comes now."""
     missing = record["pages_total"] - record["pages_held"]
     if missing <= 0:
-        return "all is here"
+        return 0.0
     rate = rates.per_second("pages_held")
-    if rate <= 0:
+    return missing / rate if rate > 0 else None
+
+
+def time_to_go(record: Record, rates: Rates) -> str:
+    """The same, for people."""
+    maybe_seconds = maybe_seconds_to_go(record, rates)
+    if maybe_seconds is None:
         return "to go: not known"
-    seconds = round(missing / rate)
+    if maybe_seconds == 0:
+        return "all is here"
+    seconds = round(maybe_seconds)
     return f"to go: {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 

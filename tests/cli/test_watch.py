@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
 import trio
+from rich.console import Console
 
-from lazymem.cli import frontprogress
-from lazymem.cli.watch import Rates, dominant, headlines, map_text, time_to_go, waits
+from lazymem.cli import frontprogress, watch
+from lazymem.cli.watch import Rates, dominant, headlines, map_text, time_to_go, waits, watch_json, with_rates
+from lazymem.errors import MountError
 
 RECORD: dict[str, Any] = {
     "mountpoint": "/mnt/ram", "snapshot": "web", "server": "h:1", "connection": "connected",
@@ -85,6 +88,56 @@ def test_headlines() -> None:
     text = "\n".join(headlines(RECORD, _later(wire_received_bytes=4 << 20, demand_faults=80)))
     for part in ("/mnt/ram", "held  25.0% of 3.9 MiB", "wire 2.0 MiB/s", "faults 20/s", "guessed 200"):
         assert part in text
+
+
+SET = {"touched": 90, "set_pages": 100, "set_touched": 80, "set_ready": 60}
+
+
+def test_the_view_has_the_working_sets_hit_rate() -> None:
+    def shown(record: dict[str, Any]) -> str:
+        console = Console(width=100, file=io.StringIO(), record=True)
+        console.print(watch.view(record, Rates()))
+        return console.export_text()
+
+    line = "working set: 80 of 100 pages asked for, 60 of these were here before that: 75%"
+    assert line in shown(RECORD | {"working_set": SET})
+    untouched = SET | {"set_touched": 0, "set_ready": 0}
+    assert "working set: 0 of 100 pages asked for\n" in shown(RECORD | {"working_set": untouched}).replace(" \n", "\n")
+    assert "working set" not in shown(RECORD | {"working_set": None})
+
+
+def test_json_has_what_several_looks_tell() -> None:
+    later = {"pages_held": 300, "demand_faults": 80, "wire_received_bytes": 4 << 20}
+    found = with_rates(RECORD | later | {"working_set": SET}, _later(**later))
+    assert found["rates"] == {
+        "wire_received_bytes_per_second": 2 << 20,
+        "ram_bytes_per_second": 25 * 4096,
+        "demand_faults_per_second": 20,
+    }
+    assert found["seconds_to_go"] == 28
+    assert found["working_set_hit_rate"] == 0.75
+    assert found["map"] == RECORD["map"]
+    assert with_rates(RECORD | {"pages_held": 1000}, _later())["seconds_to_go"] == 0
+    none = with_rates(RECORD, _later())
+    assert none["seconds_to_go"] is none["working_set_hit_rate"] is None
+
+
+def test_json_lines_end_with_the_mount(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(watch, "INTERVAL_SECONDS", 0.0)
+    records = iter([RECORD, RECORD | {"pages_held": 1000}])
+
+    def look() -> dict[str, Any]:
+        try:
+            return next(records)
+        except StopIteration:
+            raise MountError("gone") from None
+
+    assert watch_json(look) == 0
+    first, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["pages_held"], first["seconds_to_go"]) == (250, None)
+    assert (last["pages_held"], last["seconds_to_go"]) == (1000, 0)
+    with pytest.raises(MountError):
+        watch_json(look)
 
 
 def test_the_line_of_a_mount_in_front_fits_a_terminal() -> None:

@@ -114,6 +114,35 @@ def test_json_has_the_same_numbers(mount: Mounted) -> None:
     assert sum(count for _, count in record["fetch"]["wait_octaves"]) > 0
 
 
+def test_watched_json_has_rates_a_line_a_look(mount: Mounted) -> None:
+    words = command("lazymem.cli.status", mount.path, "--watch", "--json")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = json.loads(process.stdout.readline())
+        assert first["rates"]["ram_bytes_per_second"] == 0
+        _touch_all(mount)
+        found = first
+        while found["seconds_to_go"] != 0:
+            found = json.loads(process.stdout.readline())
+        assert found["rates"]["ram_bytes_per_second"] > 0
+        assert found["rates"]["demand_faults_per_second"] > 0
+        assert found["pages_held"] == found["pages_total"]
+        assert any(found["map"]["demanded"])
+        mount.unmount()
+        assert process.wait(WAIT_SECONDS) == 0
+
+
+def test_a_reader_of_json_lines_that_goes_away_ends_them_without_a_word(mount: Mounted) -> None:
+    words = command("lazymem.cli.status", mount.path, "--watch", "--json")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(WAIT_SECONDS) == 0
+        assert process.stderr.read() == ""
+
+
 def test_without_a_mount_there_is_no_view(tmp_path: Path) -> None:
     done = subprocess.run(
         command("lazymem.cli.status", tmp_path, "--watch"), capture_output=True, text=True, check=False, timeout=60
