@@ -28,7 +28,7 @@ from msgspec import Struct
 from lazymem.fs import fillplan, hostmemory, mountinfo
 from lazymem.fs.ownfile import OwnFile
 from lazymem.fs.tuning import MAX_BACKGROUND
-from lazymem.pages import PAGE_SHIFT, PageRange
+from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, PageRange
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ class PageCache:
         self._room = room
         self._preferred: list[PageRange] = []
         self._asked = mmap.mmap(-1, held.total_pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._brought = mmap.mmap(-1, held.total_pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._asked_pages = 0
         self._room_known_until = 0
         self._thread = 0  # of the step that is being made
@@ -138,16 +139,25 @@ class PageCache:
 
     def takes(self, thread: int, offset: int, size: int) -> bool:
         """Whether the READ that thread `thread` made the kernel send is one of ours. To be asked once for each."""
+        start, end = offset >> PAGE_SHIFT, (offset + size + PAGE_SIZE - 1) >> PAGE_SHIFT
         if thread == self._thread != 0:  # 0: a thread that we cannot see, outside of our pid namespace
             self._reads += 1
+            self._brought[start:end] = b"\1" * (end - start)
             self._expected_bytes -= size
             if self._expected_bytes <= 0:
                 self._arrived.set()
             return True
         self._guest_reads += 1
-        if self._asked[offset >> PAGE_SHIFT]:
+        if self._asked[start]:
             self._dropped_reads += 1
+        if self._reads:
+            self._brought[start:end] = bytes(end - start)
         return False
+
+    def brought_at(self, pages: range) -> bytes:
+        """One byte for each page number of `pages`, 1: the kernel got it by our READs alone. That the guest has touched
+        such a page since is seen by nobody: it was there."""
+        return self._brought[pages.start : pages.stop : pages.step]
 
     def prefer(self, ranges: Sequence[PageRange]) -> None:
         """These before others, in this order, once they are held."""

@@ -24,8 +24,8 @@ Look = Callable[[range], bytes]
 class CoarseMap(Struct, frozen=True):
     """Each list has a share (0 to 1) a cell; what is left of 1 is missing. A page counts once: as written, if it is.
 
-    `demanded`: held, and the guest's kernel asked for it. `guessed`: held, and nobody asked yet; known zeros too.
-    `pages_per_cell`: the last cell may have fewer.
+    `demanded`: held, and the guest's kernel asked for it. `guessed`: held, and nobody asked yet, or only we did, ahead
+    of the guest; known zeros too. `pages_per_cell`: the last cell may have fewer.
     """
 
     pages_per_cell: int
@@ -34,16 +34,20 @@ class CoarseMap(Struct, frozen=True):
     written: list[float]
 
 
-def coarse_map(total_pages: int, held: Look, asked: Look, written: Look, cells: int = CELLS) -> CoarseMap:
-    """Look at `total_pages` (at least 1) pages, in at most `cells` cells."""
+def coarse_map(
+    total_pages: int, held: Look, asked: Look, written: Look, maybe_ours: Look | None = None, cells: int = CELLS
+) -> CoarseMap:
+    """Look at `total_pages` (at least 1) pages, in at most `cells` cells. `maybe_ours`: of those asked for, the ones
+    for which only we did ask."""
     per_cell = -(-total_pages // cells)
     found = CoarseMap(per_cell, [], [], [])
     for start in range(0, total_pages, per_cell):
         end = min(total_pages, start + per_cell)
         looks = range(start, end, -(-(end - start) // MAX_LOOKS))
         is_held, is_asked, is_written = (_bits(look(looks)) for look in (held, asked, written))
+        is_ours = _bits(maybe_ours(looks)) if maybe_ours is not None else 0
         here = is_held & ~is_written
-        demanded = (here & is_asked).bit_count()
+        demanded = (here & is_asked & ~is_ours).bit_count()
         found.guessed.append(_share(here.bit_count() - demanded, looks))
         found.demanded.append(_share(demanded, looks))
         found.written.append(_share(is_written.bit_count(), looks))

@@ -60,6 +60,17 @@ def test_a_thread_that_we_cannot_see_is_the_guests() -> None:
     assert cache.statistics().reads == 0
 
 
+def test_a_page_is_brought_by_us_until_the_guest_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = filler(Held())
+    monkeypatch.setattr(cache, "_thread", 77)
+    assert not cache.takes(5, 0, 2 * PAGE_SIZE)
+    assert cache.takes(77, 2 * PAGE_SIZE, 3 * PAGE_SIZE)
+    assert cache.brought_at(range(8)) == bytes([0, 0, 1, 1, 1, 0, 0, 0])
+    assert cache.brought_at(range(0, 8, 2)) == bytes([0, 1, 1, 0])
+    assert not cache.takes(5, 3 * PAGE_SIZE, 4 * PAGE_SIZE), "the kernel had dropped it"
+    assert cache.brought_at(range(8)) == bytes([0, 0, 1, 0, 0, 0, 0, 0])
+
+
 async def test_a_host_without_threads_is_waited_for(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever step it is in, and no file stays open, or the file system would outlive its unmount."""
     held = Held()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.cli.status import read_status
 from lazymem.fs.pagecache import FILLED
 from lazymem.pages import PAGE_SIZE
 from tests.support import skips
@@ -56,6 +57,23 @@ def test_touching_what_was_filled_asks_nobody(mounts: Stage, snapshot: BuiltSnap
     assert mapped[zero * PAGE_SIZE] == 0
     assert mount.requests() == before["store"]["reads"] + 1
     mapped.close()
+
+
+def test_what_only_we_made_the_kernel_read_is_not_demanded_on_the_map(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address)
+    wait_until(lambda: _filled(mount), "the kernel has it all")
+    assert mount.status()["fill"]["reads"] > 0
+    untouched = read_status(str(mount.path), with_map=True)["map"]
+    assert not any(untouched["demanded"]), "nobody has touched anything"
+    assert set(untouched["guessed"]) == {1.0}
+    drop_kernel_cache(mount.ram_path)
+    with open(mount.ram_path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        last = _nonzero(snapshot)[-1]
+        assert os.pread(file.fileno(), PAGE_SIZE, last * PAGE_SIZE) == snapshot.page(last)
+    touched = read_status(str(mount.path), with_map=True)["map"]
+    cells = [cell for cell, share in enumerate(touched["demanded"]) if share]
+    assert cells == [last // touched["pages_per_cell"]]
 
 
 def test_without_guessing_nothing_is_filled(mounts: Stage, snapshot: BuiltSnapshot) -> None:
