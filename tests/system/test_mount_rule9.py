@@ -1,17 +1,20 @@
 """Rule 9 on a real mount: reading equals the published file with the guest's writes over it, whatever the order.
 
 Hypothesis draws map writes, plain writes of any part of a page, msync, fsync, dropped kernel caches and remounts; the
-model is a bytearray.
+model is a bytearray. Each example begins with nothing fetched. With the background on the link is slow, so that pages
+come on demand and ahead of that while the example runs.
 """
 
 import mmap
 import os
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from bench.links import Link, through
 from lazymem.pages import PAGE_SIZE
 from tests.support.mounts import Mounted, Stage, drop_kernel_cache
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
@@ -24,11 +27,28 @@ offsets = st.integers(0, SIZE - 1) | st.builds(lambda page: page * PAGE_SIZE, st
 lengths = st.integers(1, 3 * PAGE_SIZE) | st.sampled_from([PAGE_SIZE, 2 * PAGE_SIZE, 10])
 
 
-class MountMachine(RuleBasedStateMachine):
-    """One run over one snapshot; each remount keeps its state folder."""
+SLOW = Link("slow", "2 ms, 16 Mb/s", 0.002, 2e6)
+"""The RAM takes half a second: longer than an example needs for its first operations."""
 
-    def __init__(self, stage: Stage, snapshot: BuiltSnapshot, address: str, number: int) -> None:
+
+@dataclass
+class Seen:
+    """What an example's mounts did."""
+
+    demanded: int = 0
+    prefetched: int = 0
+    writes: int = 0
+    reads: int = 0
+
+
+class MountMachine(RuleBasedStateMachine):
+    """One run over one snapshot; each remount keeps its state folder, and its cache, which nobody else has had."""
+
+    def __init__(self, stage: Stage, snapshot: BuiltSnapshot, address: str, number: int, prefetch: str) -> None:
         super().__init__()
+        self.seen = Seen()
+        self._prefetch = prefetch
+        stage.cache = stage.folder / f"cache{number}"
         self._stage = stage
         self._address = address
         self._number = number
@@ -38,15 +58,15 @@ class MountMachine(RuleBasedStateMachine):
         self._map: mmap.mmap | None = None
         self._descriptor = -1
 
-    @initialize(quiet=st.booleans())
-    def begin(self, quiet: bool) -> None:
-        self._quiet = quiet
+    @initialize(offset=offsets, length=lengths)
+    def begin(self, offset: int, length: int) -> None:
+        """With a write that is stored and forgotten while hardly a page is here."""
         self._enter()
+        self.write_through_the_map(offset, length)
+        self.store_and_forget()
 
     def _enter(self) -> None:
-        arguments: list[object] = ["--state", self._stage.folder / f"state{self._number}"]
-        if self._quiet:
-            arguments += ["--prefetch", "none"]
+        arguments = ["--state", self._stage.folder / f"state{self._number}", "--prefetch", self._prefetch]
         self._mount = self._stage.mount(self._address, *arguments)
         self._map = self._mount.open_map()
         self._descriptor = os.open(self._mount.ram_path, os.O_RDWR)
@@ -56,6 +76,11 @@ class MountMachine(RuleBasedStateMachine):
         assert self._mount is not None
         self._map.close()
         os.close(self._descriptor)
+        status = self._mount.status()
+        self.seen.demanded += status["pages_demanded"]
+        self.seen.prefetched += status["pages_prefetched"]
+        self.seen.writes += status["store"]["writes"]
+        self.seen.reads += status["store"]["reads"]
         self._mount.unmount()
         self._mount = None
 
@@ -100,6 +125,12 @@ class MountMachine(RuleBasedStateMachine):
         drop_kernel_cache(self._mount.ram_path)
 
     @rule()
+    def store_and_forget(self) -> None:
+        """Written back and dropped: what is read next comes from the daemon."""
+        self.msync()
+        self.drop_the_kernels_cache()
+
+    @rule()
     def remount(self) -> None:
         self._leave()
         self._enter()
@@ -116,22 +147,53 @@ class MountMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if self._mount is not None:
+            self.store_and_forget()
             self.read_all()
             self._leave()
 
 
-def test_reading_equals_the_file_with_the_writes_over_it(mounts: Stage) -> None:
-    snapshot = make_snapshot(mounts.folder / "rule9", pages=PAGES, seed=9)
-    address = mounts.serve(snapshot.folder, arguments=("--quiet",)).address
-    numbers = iter(range(1_000_000))
+def _run(mounts: Stage, address: str, snapshot: BuiltSnapshot, prefetch: str) -> list[Seen]:
+    machines: list[MountMachine] = []
+
+    def machine() -> MountMachine:
+        machines.append(MountMachine(mounts, snapshot, address, len(machines), prefetch))
+        return machines[-1]
+
     run_state_machine_as_test(
-        lambda: MountMachine(mounts, snapshot, address, next(numbers)),  # type: ignore[arg-type] # a factory will do
+        machine,  # type: ignore[arg-type] # a factory will do
         settings=settings(
-            max_examples=12,
-            stateful_step_count=30,
+            max_examples=5,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             derandomize=bool(os.environ.get("CI")),  # what CI finds, it must find again
             database=None,
         ),
     )
+    return [machine.seen for machine in machines]
+
+
+def _share(flags: list[bool]) -> float:
+    return sum(flags) / len(flags)
+
+
+@pytest.fixture
+def published(mounts: Stage) -> BuiltSnapshot:
+    return make_snapshot(mounts.folder / "rule9", pages=PAGES, seed=9)
+
+
+def test_reading_equals_the_file_with_the_writes_over_it(mounts: Stage, published: BuiltSnapshot) -> None:
+    address = mounts.serve(published.folder, arguments=("--quiet",)).address
+    seen = _run(mounts, address, published, "none")
+    assert all(found.prefetched == 0 for found in seen)
+    assert _share([found.demanded > 0 for found in seen]) > 0.5
+
+
+@pytest.mark.timeout(300)
+def test_reading_equals_it_while_the_background_brings_pages(mounts: Stage, published: BuiltSnapshot) -> None:
+    """Most examples see pages demanded and pages that came ahead; all, writes and reads that got to the daemon."""
+    server = mounts.serve(published.folder, arguments=("--quiet",))
+    with through(SLOW, server.address) as slow:
+        seen = _run(mounts, slow.address, published, "all")
+    assert _share([found.demanded > 0 and found.prefetched > 0 for found in seen]) > 0.5, seen
+    assert all(found.writes > 0 and found.reads > 0 for found in seen), seen
