@@ -97,12 +97,16 @@ def let_go_of_inherited(*keep: int) -> None:
     """In a forked child: a lock or a pipe that the parent has open would otherwise be held for as long as we live.
 
     Put over, not closed: an object of the parent's that is collected here would close its number once more, and with it
-    whatever of ours had got that number.
+    whatever of ours had got that number. Over numbers beyond RLIMIT_NOFILE, which was lowered since, nothing can be put;
+    nothing of ours will get them either.
     """
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
         if descriptor > 2 and descriptor not in (nothing, *keep):
-            os.dup2(nothing, descriptor, inheritable=False)
+            try:
+                os.dup2(nothing, descriptor, inheritable=False)
+            except OSError:
+                os.close(descriptor)
 
 
 def _leave_terminal() -> None:

@@ -46,6 +46,9 @@ class Host(Struct, frozen=True):
     capabilities: int = field(default_factory=_effective_capabilities)
     which: Callable[[str], str | None] = shutil.which
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    """As `file_bytes` and `locked_bytes` the soft limit, -1 for none: nothing of ours raises it."""
+    file_bytes: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_FSIZE)[0])
+    locked_bytes: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
 
     @property
     def version(self) -> tuple[int, int]:

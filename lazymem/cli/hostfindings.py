@@ -19,11 +19,20 @@ from lazymem.errors import LazymemError
 from lazymem.fs import checks, ownfile
 from lazymem.settings import default_cache_dir
 
-_CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 21, 24
+_CAP_IPC_LOCK, _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 14, 21, 24
 _KVM_GET_API_VERSION, _KVM_API_VERSION = 0xAE00, 12
+
+MIN_MOUNT_DESCRIPTORS = 64
+"""A mount that does nothing has 35 open; more are for connections that are renewed, readers, and a recording."""
 
 MIN_DESCRIPTORS = 1024
 """A server needs one or two a client; this many is what every distribution gives."""
+
+MIN_FILE_BYTES = 64 << 20
+"""The RAM of the smallest guests. The files of fetched and of written pages are as long as the guest's RAM."""
+
+MIN_LOCKED_BYTES = 8 << 20
+"""What a kernel gives by itself since Linux 5.16. A page map has a byte a page: enough for two of 16 GiB of RAM."""
 
 MIN_CACHE_BYTES = 1 << 30
 
@@ -170,11 +179,35 @@ def ahead_of_the_guest(host: Host) -> Iterator[Finding]:
 
 
 def limits(host: Host) -> Iterator[Finding]:
-    if 0 <= host.descriptors < MIN_DESCRIPTORS:
-        mend = f"ulimit -n {MIN_DESCRIPTORS}, or LimitNOFILE= in the unit"
-        yield Finding("open files", State.LACKING, f"{host.descriptors} allowed: few clients at a time", mend)
+    """What a shell or a unit may have lowered (`ulimit`)."""
+    yield _open_files(host.descriptors)
+    yield _file_size(host.file_bytes)
+    if host.can(_CAP_IPC_LOCK) or not 0 <= host.locked_bytes < MIN_LOCKED_BYTES:
+        yield Finding("locked memory", State.OK, "the map of pages stays in memory")
     else:
-        yield Finding("open files", State.OK, f"{host.descriptors} allowed")
+        yield Finding(
+            "locked memory",
+            State.LACKING,
+            f"{host.locked_bytes >> 10} KiB allowed: a failing disk may end a daemon that looks at its map of pages",
+            f"ulimit -l {MIN_LOCKED_BYTES >> 10}, or LimitMEMLOCK= in the unit",
+        )
+
+
+def _open_files(allowed: int) -> Finding:
+    mend = f"ulimit -n {MIN_DESCRIPTORS}, or LimitNOFILE= in the unit"
+    if 0 <= allowed < MIN_MOUNT_DESCRIPTORS:
+        return Finding("open files", State.MISSING, f"{allowed} allowed: too few for a mount", mend)
+    if 0 <= allowed < MIN_DESCRIPTORS:
+        return Finding("open files", State.LACKING, f"{allowed} allowed: few clients at a time", mend)
+    return Finding("open files", State.OK, f"{allowed} allowed" if allowed >= 0 else "any number allowed")
+
+
+def _file_size(allowed_bytes: int) -> Finding:
+    if allowed_bytes < 0:
+        return Finding("file size", State.OK, "no limit")
+    state = State.LACKING if allowed_bytes >= MIN_FILE_BYTES else State.MISSING
+    detail = f"{allowed_bytes >> 20} MiB allowed: no guest with more RAM can be mounted"
+    return Finding("file size", state, detail, "ulimit -f unlimited, or LimitFSIZE=infinity in the unit")
 
 
 def cache_folder(host: Host) -> Iterator[Finding]:

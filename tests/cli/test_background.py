@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from lazymem.errors import StoreError
 from tests.support.mounts import WAIT_SECONDS, wait_until
 
 
-def run(body: str, tmp_path: Path, *, pass_fds: tuple[int, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run `daemon(announcer)` with that body in the background; the log goes to `log`."""
+def run(
+    body: str, tmp_path: Path, *, pass_fds: tuple[int, ...] = (), before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run `daemon(announcer)` with that body in the background, `before` before that; the log goes to `log`."""
     script = f"""
-import logging, os, sys
+import logging, os, resource, sys
 from pathlib import Path
 from lazymem.cli.background import Announcer, run_in_background
 from lazymem.errors import StoreError
@@ -29,6 +32,7 @@ def daemon(announcer: Announcer) -> int:
 {textwrap.indent(textwrap.dedent(body), "    ")}
     return 0
 
+{before}
 sys.exit(run_in_background("prog", daemon))
 """
     return subprocess.run(
@@ -80,6 +84,22 @@ def test_nothing_of_the_callers_stays_open_in_the_daemon(tmp_path: Path) -> None
         wait_until(lambda: (tmp_path / "fds").exists() and bool((tmp_path / "fds").read_text()), "the daemon's files")
         assert os.read(read_end, 1) == b""  # the end of the pipe: nobody has its other end
         assert pipe not in (tmp_path / "fds").read_text(), "its number may be taken, by nothing"
+    finally:
+        os.close(read_end)
+
+
+def test_a_file_beyond_the_limit_of_open_files_is_let_go_of_too(tmp_path: Path) -> None:
+    """As in `ulimit -n 64` in a shell that has more open: nothing can be put over such a number any more."""
+    read_end, write_end = os.pipe()
+    high = fcntl.fcntl(write_end, fcntl.F_DUPFD, 200)
+    os.close(write_end)
+    try:
+        body = "announcer.ready()\n(folder / 'ran').touch()"
+        result = run(body, tmp_path, pass_fds=(high,), before="resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))")
+        assert (result.returncode, result.stderr) == (0, "")
+        os.close(high)
+        wait_until((tmp_path / "ran").exists, "the daemon")
+        assert os.read(read_end, 1) == b"", "nobody has its other end"
     finally:
         os.close(read_end)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from lazymem.cli import doctor
 from lazymem.cli.host import Finding, Host, State
 from lazymem.cli.hostfindings import examine
 from lazymem.errors import EnvironmentRefusedError
+from tests.support.mounts import command, stage
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 ALL_CAPABILITIES = (1 << 41) - 1
 
@@ -39,6 +42,8 @@ def _host(root: Path, **changes: object) -> Host:
         "capabilities": ALL_CAPABILITIES,
         "which": {"qemu-system-x86_64": str(qemu)}.get,
         "descriptors": 1024,
+        "file_bytes": -1,
+        "locked_bytes": 8 << 20,
     }
     return Host(**(fields | changes))  # type: ignore[arg-type]  # fields of many types
 
@@ -67,6 +72,15 @@ def test_a_host_with_everything(tmp_path: Path) -> None:
         ({"uid": 1000}, "right to mount", State.MISSING, "install the package fuse3"),
         ({"uid": 1000}, "dirty throttle", State.LACKING, "mount as root"),
         ({"descriptors": 256}, "open files", State.LACKING, "ulimit -n 1024"),
+        ({"descriptors": 63}, "open files", State.MISSING, "ulimit -n 1024"),
+        ({"file_bytes": 1000 << 10}, "file size", State.MISSING, "ulimit -f unlimited"),
+        ({"file_bytes": 1 << 30}, "file size", State.LACKING, "1024 MiB allowed"),
+        (
+            {"locked_bytes": 0, "capabilities": ALL_CAPABILITIES & ~(1 << 14)},
+            "locked memory",
+            State.LACKING,
+            "ulimit -l 8192",
+        ),
         ({"which": {}.get}, "QEMU", State.LACKING, "install the package qemu-system-x86"),
     ],
 )
@@ -128,6 +142,47 @@ def test_a_kvm_that_is_none(tmp_path: Path) -> None:
     assert "is missing" in _found(host, "/dev/kvm").detail
     (tmp_path / "dev/kvm").symlink_to("/dev/null")
     assert "does not answer" in _found(host, "/dev/kvm").detail
+
+
+def test_without_limits_or_with_the_right_to_lock_all_is_well(tmp_path: Path) -> None:
+    names = ("open files", "file size", "locked memory")
+    for host in (_host(tmp_path, descriptors=-1, locked_bytes=-1, capabilities=0), _host(tmp_path, locked_bytes=0)):
+        assert {_found(host, name).state for name in names} == {State.OK}
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("limit", "lowered", "name"),
+    [(resource.RLIMIT_FSIZE, 1000 << 10, "file size"), (resource.RLIMIT_NOFILE, 24, "open files")],
+)
+def test_what_doctor_calls_missing_is_refused_by_a_mount(
+    tmp_path: Path, snapshot: BuiltSnapshot, limit: int, lowered: int, name: str
+) -> None:
+    """And named: both are told to the user before anything is mounted."""
+
+    def lower() -> None:
+        resource.setrlimit(limit, (lowered, lowered))
+
+    words = [sys.executable, "-m", "lazymem.cli.main", "doctor", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=lower)
+    assert done.returncode == EnvironmentRefusedError.exit_code
+    states = {found["name"]: found["state"] for found in json.loads(done.stdout)["findings"]}
+    assert states[name] == "missing"
+    with stage(tmp_path) as mounts:
+        address = mounts.serve(snapshot.folder).address
+        point = tmp_path / "mnt"
+        point.mkdir()
+        words = command("lazymem.cli.mount", address, point, "--cache", tmp_path / "cache")
+        mounted = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=lower)
+    assert mounted.returncode != 0
+    assert mounted.stderr.count("\n") == 1
+    assert ("File too large" if name == "file size" else "Too many open files") in mounted.stderr
+    assert not os.path.ismount(point)
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> BuiltSnapshot:
+    return make_snapshot(tmp_path / "snap", pages=1024)
 
 
 def test_on_this_host() -> None:
