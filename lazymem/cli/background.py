@@ -97,8 +97,8 @@ def let_go_of_inherited(*keep: int) -> None:
     """In a forked child: a lock or a pipe that the parent has open would otherwise be held for as long as we live.
 
     Put over, not closed: an object of the parent's that is collected here would close its number once more, and with it
-    whatever of ours had got that number. Over numbers beyond RLIMIT_NOFILE, which was lowered since, nothing can be put;
-    nothing of ours will get them either.
+    whatever of ours had got that number. Over numbers beyond RLIMIT_NOFILE, which was lowered since, nothing can be
+    put; nothing of ours will get them either.
     """
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,14 +69,16 @@ def test_resume_leaves_the_guest_running_and_the_snapshot_alone(
     behaviour: Behaviour, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with fake_emulator(behaviour, tmp_path) as fake:
+        began = time.monotonic()
         assert run(fake, tmp_path / "snap 'x\"", "--resume", "--json") == 0
+        took = time.monotonic() - began
         result = json.loads(capsys.readouterr().out)
         before = check_whole(tmp_path / "snap 'x\"", tmp_path)
         assert fake.runs()
         assert fake.counter() > int.from_bytes(before[:8], "little")
         assert (tmp_path / "snap 'x\"" / "pc.ram").read_bytes() == before
         assert before[8:] == fake.ram.read_bytes()[8:]
-    assert 0 < result["pause_seconds"] < 5
+    assert 0 < result["pause_seconds"] < took, "a part of the whole"
     assert result["resumed"] is True
     assert result["vmstate_bytes"] == len(VMSTATE)
     assert Path(result["directory"]) == tmp_path / "snap 'x\""

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,7 @@ def test_a_service_manager_is_told_when_the_mount_answers(
 
 
 def test_status_says_all_that_it_should(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    began = time.monotonic()
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     mapped = mount.open_map()
     assert mapped[5 * 4096] == snapshot.ram[5 * 4096]
@@ -175,7 +177,9 @@ def test_status_says_all_that_it_should(mounts: Stage, snapshot: BuiltSnapshot) 
     assert (status["pages_written"], status["pages_in_flight"], status["connected"]) == (1, 0, True)
     assert status["pages_held"] >= 1
     assert status["demand_faults"] >= 2
-    assert 0 < status["demand_wait_p50_seconds"] <= status["demand_wait_p99_seconds"] < 30
+    assert 0 < status["demand_wait_p50_seconds"] <= status["demand_wait_p99_seconds"]
+    # The upper edge of what it was counted in: a fifth more at most.
+    assert status["demand_wait_p99_seconds"] < 1.2 * (time.monotonic() - began), "waited since we began"
     assert status["wire_received_bytes"] > 2 * 4096
     assert 0 < status["wire_sent_bytes"] < status["wire_received_bytes"]
     people = subprocess.run(command("lazymem.cli.status", mount.path), capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,9 +45,11 @@ def test_guest_runs_on_and_the_snapshot_does_not_change(
     guest: BootedGuest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / 'it\'s a "snapshot", $HOME'
+    began = time.monotonic()
     assert snapshot.main([str(guest.qemu.monitor), str(target), "--resume", "--json"]) == 0
+    took = time.monotonic() - began
     result = json.loads(capsys.readouterr().out)
-    assert 0 < result["pause_seconds"] < 60
+    assert 0 < result["pause_seconds"] < took, "a part of the whole"
     root = write_digests(target / "pc.ram", RAM_BYTES, tmp_path / "before")
 
     # It makes the guest run on and change much of its RAM.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,12 +71,14 @@ def test_two_snapshots_of_one_guest_that_runs_on(vm: Vm, tmp_path: Path, sockets
 
 
 def test_manifest_of_lazymem_vm(vm: Vm, tmp_path: Path) -> None:
+    began = time.monotonic()
     assert snapshot.main([str(vm.monitor), str(tmp_path / "snap"), "--resume"]) == 0
+    took = time.monotonic() - began
     manifest = parse((tmp_path / "snap" / "manifest.json").read_bytes())
     assert manifest.emulator.name == "lazymem-vm"
     assert manifest.emulator.machine is not None
     assert manifest.pause_seconds is not None
-    assert 0 < manifest.pause_seconds < 60
+    assert 0 < manifest.pause_seconds < took, "a part of the whole"
 
 
 def test_ram_file_that_became_a_snapshots_is_refused(
