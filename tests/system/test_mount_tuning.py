@@ -4,14 +4,18 @@ Those that not even root of a user namespace may turn stay as they are, and the 
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from lazymem.cli.host import Host
 from lazymem.fs import mountinfo, tuning
 from lazymem.fs.session import MAX_READ_BYTES
+from lazymem.pages import PAGE_SIZE
 from tests.support import skips
 from tests.support.mounts import Mounted, Stage, wait_until
+from tests.support.skips import needs_resend
 from tests.support.snapshots import BuiltSnapshot
 
 pytestmark = [
@@ -101,3 +105,55 @@ def test_a_new_mount_starts_with_the_kernels_own_knobs_whatever_was_before(
             if path.name == turned:
                 path.write_text("3")
         mount.unmount()
+
+
+IO_FLUSHER = 0x0018_0000
+"""PF_LOCAL_THROTTLE and PF_MEMALLOC_NOIO (<linux/sched.h>), which PR_SET_IO_FLUSHER sets: the kernel then holds a write
+back for what is dirty of the file's own disk, and for nothing else."""
+
+CAP_SYS_RESOURCE = 24
+REFUSED = "no I/O flusher (Operation not permitted)"
+
+
+def _flags(pid: int) -> dict[str, int]:
+    """Of each thread of a process, what /proc/PID/task/TID/stat has as flags."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        _, _, fields = (path / "stat").read_text().rpartition(")")
+        found[f"{path.name} {(path / 'comm').read_text().strip()}"] = int(fields.split()[6])
+    return found
+
+
+def _assert_not_held_back(mount: Mounted, daemons: int) -> None:
+    """After the daemon has written and synced, so that the threads that do so are there; the how manieth it is."""
+    with mount.open_map() as mapped:
+        mapped[:: 16 * PAGE_SIZE] = b"w" * -(-len(mapped) // (16 * PAGE_SIZE))
+        mapped.flush()
+    assert mount.status()["store"]["writes"] > 0
+    flags = _flags(mount.status()["pid"])
+    assert len(flags) > 1, "it has threads that write"
+    if Host().can(CAP_SYS_RESOURCE):
+        assert {thread: bits & IO_FLUSHER for thread, bits in flags.items()} == dict.fromkeys(flags, IO_FLUSHER)
+    else:
+        assert mount.log.read_text().count(REFUSED) == daemons, "it asked"
+
+
+@needs_resend
+def test_what_a_daemon_writes_is_not_held_back_for_what_its_guest_has_dirtied(
+    mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Each thread of the daemon, and of the one that goes on when it is killed.
+
+    A host that has reached its limit of dirty memory is nobody's to make in a test: the limit is the whole machine's
+    (`vm.dirty_bytes`), and what is dirty of a FUSE file counts in no memory control group's.
+    """
+    if not Host().can(CAP_SYS_RESOURCE):
+        skips.stood_in(
+            request.node, "the daemon's asking to be an I/O flusher, for being one: no CAP_SYS_RESOURCE here"
+        )
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, "--state", tmp_path / "state", "-v")
+    _assert_not_held_back(mount, 1)
+    before = mount.status()["pid"]
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: mount.status()["pid"] != before, "another daemon goes on")
+    _assert_not_held_back(mount, 2)
