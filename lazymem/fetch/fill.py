@@ -34,7 +34,7 @@ KEPT_AT_ONCE_PAGES = 1024
 """4 MiB in one call of the sink: a thread's way there and back is paid once for them."""
 
 WHOLE_LEAVES_FROM_PAGES = LEAF_PAGES // 2
-"""Of a request: where it is so large anyway, its last leaf is asked for to its end, though that is more."""
+"""Of a request: where it is so large anyway, its last leaf is asked for to its end, as far as the window has room."""
 
 LOOK_AGAIN_SECONDS = 0.001
 """At least so long after demands were given way to."""
@@ -136,12 +136,13 @@ class Fill:
         disk first stands idle."""
         while self._unkept_pages < MAX_UNKEPT_PAGES:
             piece = self._window.piece_pages
-            if self._window.pages - self.in_flight_pages < piece:
+            room = self._window.pages - self.in_flight_pages
+            if room < piece:
                 break
             if not self._may_send():
                 self._to_go_on.set()
                 break
-            ranges = self._gather(piece)
+            ranges = self._gather(piece, room)
             if ranges:
                 self._send(ranges)
                 continue
@@ -162,8 +163,9 @@ class Fill:
         out = self.in_flight_pages > 0
         return self._right_of_way.passes(perf_counter(), demanded_at, self._round_trip_seconds, requests_out=out)
 
-    def _gather(self, pages: int) -> list[PageRange]:
-        """Ranges of at most so many pages, ascending; empty: nothing to ask for now, or enough was looked at."""
+    def _gather(self, pages: int, most: int) -> list[PageRange]:
+        """Ranges of so many pages or, for the sake of whole leaves, of `most`; ascending. Empty: nothing to ask for
+        now, or enough was looked at."""
         found: list[PageRange] = []
         room, looked_at = pages, 0
         least = LEAF_PAGES if pages >= WHOLE_LEAVES_FROM_PAGES else 0
@@ -172,7 +174,7 @@ class Fill:
             if looked_at > MAX_LOOKED_AT_PAGES:
                 self._looked_enough = True
                 break
-            guess = self._guesses.next_range(max(room, least))
+            guess = self._guesses.next_range(min(max(room, least), room + most - pages))
             if guess is None:
                 break
             looked_at += guess.count

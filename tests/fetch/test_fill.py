@@ -292,3 +292,24 @@ async def test_what_may_well_be_demanded_next_does_not_give_way(
         nursery.start_soon(work.run)
         await until(lambda: len(source.asked) > 1)
     nursery.cancel_scope.cancel()
+
+
+class SettledWindow:
+    """So many pages; a piece is a third of it, as for a short round trip."""
+
+    rate_bytes_per_second = 125e6
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.piece_pages = min(256, pages // 3)
+
+
+@pytest.mark.parametrize("window", [48, 120, 384, 400, 640, 768, 1024])
+def test_what_is_out_is_never_more_than_the_window(window: int) -> None:
+    """Also where requests are of whole leaves; and all of it is used, but for less than a request."""
+    source = OnlyAsked()
+    work = Fill(source, TakesAll(), PAGES, prepager(everything, PAGES), LastDemand())  # type: ignore[arg-type]
+    work._window = SettledWindow(window)  # type: ignore[assignment]
+    work._send_more()
+    assert window - work._window.piece_pages < work.in_flight_pages <= window
+    assert work.in_flight_pages == sum(pages.count for asked in source.asked for pages in asked)
