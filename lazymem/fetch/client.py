@@ -22,7 +22,7 @@ from lazymem.fetch.lane import Lane, Turn
 from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest, LeafRequest, StoreRequest
 from lazymem.fetch.servers import DialAddress, Servers, dial_endpoint
 from lazymem.fetch.session import Session
-from lazymem.fetch.starter import OnFetched, OnHere
+from lazymem.fetch.starter import OnEarly, OnFetched, OnHere
 from lazymem.fetch.stats import LinkCounters, LinkStatistics
 from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
 from lazymem.settings import LinkSettings, ServerAddress
@@ -50,9 +50,11 @@ class FetchHandle:
         """The answer is not wanted any more; `on_done` is not called. After the end: nothing."""
         self._client._cancel(self._request)
 
-    def promote(self) -> None:
-        """It was a guess, and now a reader waits: if it is not on the background connection, it changes the lane."""
+    def promote(self, pages: PageRange, on_early: OnEarly) -> None:
+        """It was a guess, and now a reader waits: if it is not on the background connection, it changes the lane. As
+        `Handle.promote` for what comes early."""
         self._client._promote(self._request)
+        self._request.tell_early(pages, on_early)
 
 
 class Client:

@@ -31,7 +31,8 @@ class State(enum.Enum):
 
 
 class Want:
-    """Consecutive pages that travel together. `runs` (of the whole request) is set once they are here."""
+    """Consecutive pages that travel together. `runs` (of the whole request) is set once they are here; before that it
+    is what came early, for readers who wait for no more of it."""
 
     __slots__ = ("attempts", "background", "demands", "error", "pages", "runs", "state")
 
@@ -110,7 +111,7 @@ class InFlightTable:
         for piece, maybe_want in self._pieces(pages):
             want = maybe_want or self._enter(Want(piece, background=False))
             demand.wants.append(want)
-            if want.state is not State.HERE:
+            if want.state is not State.HERE and not _covers(want.runs, piece):
                 want.demands.append(demand)
                 demand.open += 1
         return demand
@@ -195,6 +196,19 @@ class InFlightTable:
             if not demand.open and demand.error is None:
                 demand.wake()
 
+    def came_early(self, want: Want, runs: Sequence[PageRun]) -> None:
+        """Verified pages of it are here before the others: wake the readers that waited for nothing else."""
+        assert want.state is State.SENT
+        fresh = [run for run in runs if not _covers(want.runs, run.pages)]  # a later reader has a frame given again
+        want.runs = sorted([*want.runs, *fresh], key=lambda run: run.pages.start)
+        for demand in list(want.demands):
+            start, end = max(want.pages.start, demand.pages.start), min(want.pages.end, demand.pages.end)
+            if _covers(want.runs, PageRange(start, end - start)):
+                want.demands.remove(demand)
+                demand.open -= 1
+                if not demand.open and demand.error is None:
+                    demand.wake()
+
     def kept(self, want: Want) -> None:
         """The sink has the pages (or never will): readers ask the sink from now on."""
         assert want.state is State.HERE
@@ -261,6 +275,15 @@ class InFlightTable:
         for page in range(pages.start, pages.start + pages.count):
             del by_page[page]
         want.state = State.GONE
+
+
+def _covers(runs: Sequence[PageRun], pages: PageRange) -> bool:
+    """Whether ascending `runs`, which do not overlap, have all of `pages`."""
+    page = pages.start
+    for run in runs:
+        if run.pages.start <= page < run.pages.end:
+            page = run.pages.end
+    return page >= pages.end
 
 
 def cut_runs(runs: Sequence[PageRun], pages: PageRange) -> list[PageRun]:

@@ -43,6 +43,8 @@ from lazymem.wire.messages import (
 )
 from lazymem.wire.pagedata import decode_data, decode_pages
 
+OnEarly = Callable[[Fetched], None]
+
 Part = tuple[PageRange, ...]
 """What one wire request asks for; its meaning is its request's (pages, leaves, bytes)."""
 
@@ -108,6 +110,7 @@ class FetchRequest:
         self._asked: Sequence[PageRange] = self.ranges  # what `parts` last cut: a frame's pages follow each other there
         self._packed: list[tuple[Packed, list[PageRange]]] = []  # with the pages that it brought
         self._leaves: dict[int, bytes] = {}
+        self._early: list[tuple[PageRange, OnEarly]] = []
 
     def parts(self, limits: Limits) -> list[Part]:
         rest = subtract(self.ranges, self._here()) if self._frames or self._packed else self.ranges
@@ -141,13 +144,46 @@ class FetchRequest:
     def take(self, answer: Message) -> bool:
         if type(answer) is Pages:
             self._frames.append(answer)
+            if self._early and not answer.final:
+                self._give_early(answer, [answer.pages], self._early)
             return answer.final
         if type(answer) is Packed:
-            self._packed.append((answer, spanned(self._asked, answer.first, answer.count)))
+            brought = spanned(self._asked, answer.first, answer.count)
+            self._packed.append((answer, brought))
+            if self._early and not answer.final:
+                self._give_early(answer, brought, self._early)
             return answer.final
         assert type(answer) is Digests
         self._leaves[answer.index] = answer.data
         return False
+
+    def tell_early(self, pages: PageRange, on_early: OnEarly) -> None:
+        """Frames with some of `pages` are decoded for `on_early` as they come; those that came, now. Of several calls
+        the callbacks do the same: a frame is given to one."""
+        asked = [(pages, on_early)]
+        self._early += asked
+        for frame in list(self._frames):
+            self._give_early(frame, [frame.pages], asked)
+        for packed, brought in list(self._packed):
+            self._give_early(packed, brought, asked)
+
+    def _give_early(
+        self, frame: Pages | Packed, brought: Sequence[PageRange], asked: Sequence[tuple[PageRange, OnEarly]]
+    ) -> None:
+        """Once, whoever of them wants it. A frame that does not decode is an error at the end, as without this."""
+        wanted = [on_early for pages, on_early in asked if any(_meet(pages, here) for here in brought)]
+        if not wanted:
+            return
+        try:
+            if type(frame) is Packed:
+                runs = _unpacked(frame, brought)
+            else:
+                assert type(frame) is Pages
+                runs = [PageRun(frame.pages, decode_pages(frame))]
+        except RemoteProtocolError:
+            return
+        digests = {frame.pages.start: frame.digests} if type(frame) is Pages and frame.digests else {}
+        wanted[0](Fetched(tuple(runs), dict(self._leaves), digests))
 
     def end(self, maybe_error: LazymemError | None) -> None:
         self._on_done(self, maybe_error)
@@ -158,14 +194,14 @@ class FetchRequest:
         return pages + sum([packed.count for packed, _ in self._packed if packed.encoding == Encoding.ZSTD])
 
     def fetched(self) -> Fetched:
-        """Decode. May run in a thread: nothing else looks at the request any more.
+        """Decode. May run in a thread: nothing changes the request any more.
 
         Raises:
             RemoteProtocolError: compressed data that does not decode to its pages.
         """
-        frames = self._frames
+        frames = self._frames  # not sorted in place: a reader who comes now looks at it (`tell_early`)
         if len(frames) > 1:
-            frames.sort(key=lambda frame: frame.pages.start)
+            frames = sorted(frames, key=lambda frame: frame.pages.start)
         runs = [PageRun(frame.pages, decode_pages(frame)) for frame in frames]
         if self._packed:
             for packed, brought in self._packed:
@@ -173,6 +209,10 @@ class FetchRequest:
             runs.sort(key=lambda run: run.pages.start)
         digests = {frame.pages.start: frame.digests for frame in frames if frame.digests}
         return Fetched(tuple(runs), self._leaves, digests)
+
+
+def _meet(pages: PageRange, others: PageRange) -> bool:
+    return pages.start < others.end and others.start < pages.end
 
 
 def _unpacked(packed: Packed, brought: Sequence[PageRange]) -> list[PageRun]:

@@ -13,6 +13,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from time import perf_counter
 
 import trio
@@ -21,7 +22,7 @@ from lazymem.errors import DeadlineError, LazymemError
 from lazymem.fetch.faultway import Demands, Entered, Fault, FaultWay, Here
 from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
-from lazymem.fetch.inflight import Demand, InFlightTable, State, Want
+from lazymem.fetch.inflight import Demand, InFlightTable, State, Want, cut_runs
 from lazymem.fetch.keeper import Keeper
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.plan import Budget, Load, background_allowance, plan_demand
@@ -196,9 +197,25 @@ class Scheduler:
     def _promote(self, demand: Demand) -> None:
         for want in demand.wants:
             if want.background and want.state is State.SENT:
-                handle = self._flights[want].handle
-                if handle is not None:
-                    handle.promote()
+                flight = self._flights[want]
+                if flight.handle is not None:
+                    flight.handle.promote(demand.pages, partial(self._came_early, flight))
+
+    def _came_early(self, flight: Flight, part: Fetched) -> None:
+        """A frame of a guess that is still coming, with pages that a reader waits for, who need not wait for the rest.
+        The whole answer is judged, and kept, when it is here."""
+        if not any(want.demands for want in flight.wants if want in self._flights):
+            return
+        try:
+            self._sink.accept(part)
+        except LazymemError as error:
+            logger.debug("a part of a guess that came is of no use: %s", error)
+            return
+        for want in flight.wants:
+            if want.state is State.SENT and self._flights.get(want) is flight:
+                runs = cut_runs(part.runs, want.pages)
+                if runs:
+                    self._table.came_early(want, runs)
 
     def _leave(self, demand: Demand) -> None:
         for flight in {self._flights[want] for want in self._table.leave(demand) if want in self._flights}:

@@ -17,6 +17,7 @@ from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
 logger = logging.getLogger(__name__)
 
 OnFetched = Callable[[Fetched | LazymemError], None]
+OnEarly = Callable[[Fetched], None]
 OnHere = Callable[[bytes | None], None]
 
 BACKOFF_BASE_SECONDS = 0.05
@@ -41,8 +42,9 @@ class Handle(Protocol):
         """`on_done` is not called any more."""
         ...
 
-    def promote(self) -> None:
-        """A reader waits for this guess now."""
+    def promote(self, pages: PageRange, on_early: OnEarly) -> None:
+        """A reader waits for `pages` of this guess now. Parts of the answer that have some of them are given to
+        `on_early` as they come, those that are here already at once; `on_done` gets them again, with the rest."""
         ...
 
 
@@ -104,8 +106,8 @@ class _TaskHandle:
     def cancel(self) -> None:
         self._scope.cancel()
 
-    def promote(self) -> None:
-        pass
+    def promote(self, pages: PageRange, on_early: OnEarly) -> None:
+        """Its answer comes as a whole."""
 
 
 class TaskStarter:

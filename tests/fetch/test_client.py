@@ -431,7 +431,7 @@ async def test_promoted_guess_changes_the_lane_when_the_background_connection_is
     handle = client.start_fetch([PageRange(0, 2)], want_leaves=False, background=True, on_done=done.append)
     await trio.sleep(60)
     assert not done
-    handle.promote()
+    handle.promote(PageRange(0, 1), lambda part: None)
     await settle()
     assert len(done) == 1
     assert [is_background(fetch) for fetch in peer.fetches] == [False]
@@ -445,7 +445,7 @@ async def test_promoted_guess_changes_the_lane_when_its_connection_is_lost(
     done: list[object] = []
     handle = client.start_fetch([PageRange(0, 2)], want_leaves=False, background=True, on_done=done.append)
     await settle()
-    handle.promote()
+    handle.promote(PageRange(0, 1), lambda part: None)
     assert [is_background(fetch) for fetch in peer.fetches] == [True]
     peer.answers = None
     await network.lines.pop().aclose()

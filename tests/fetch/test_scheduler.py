@@ -799,3 +799,79 @@ async def test_a_sink_whose_disk_fails_while_it_verifies_stalls_the_reader_and_n
         await scheduler.wait_kept()
     assert sink.held == set(range(3, 3 + count))
     assert_empty(scheduler)
+
+
+async def test_a_read_that_joined_a_guess_waits_for_its_own_frame_only(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """The guess is of several frames; the first one has all that the reader wants. One who comes when it is here does
+    not wait at all, and one who wants pages of two frames waits for both. Nothing is asked for twice."""
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    nursery.start_soon(scheduler.prefetch, [PageRange(0, 10)])
+    await settle()
+    (guess,) = peer.fetches
+    assert guess.ranges == (PageRange(0, 10),)
+    read: list[bytes] = []
+
+    async def reader() -> None:
+        read.append(joined(await scheduler.demand(PageRange(1, 1))))
+
+    nursery.start_soon(reader)
+    await settle()
+    first, *rest = peer.pages(guess.id, guess.ranges, frame_pages=2)
+    await peer.say(first)
+    await settle()
+    was_answered = read == [peer.bytes_of(PageRange(1, 1))]
+    assert was_answered, "it waited for the frames of pages 2 to 9 as well"
+    with trio.fail_after(0):
+        assert joined(await scheduler.demand(PageRange(0, 2))) == peer.bytes_of(PageRange(0, 2))
+    both: list[bytes] = []
+
+    async def reader_of_both() -> None:
+        both.append(joined(await scheduler.demand(PageRange(1, 3))))
+
+    nursery.start_soon(reader_of_both)
+    await settle()
+    assert not both
+    await peer.say(rest.pop(0))
+    await settle()
+    assert both == [peer.bytes_of(PageRange(1, 3))]
+    for frame in rest:
+        await peer.say(frame)
+    await settle()
+    await scheduler.wait_kept()
+    await settle()
+    assert len(peer.fetches) == 1
+    assert_empty(scheduler)
+
+
+async def test_what_is_wrong_in_an_early_frame_is_given_to_nobody(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """It is judged before a reader gets it (rule 3), and asked for again for that reader."""
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    nursery.start_soon(scheduler.prefetch, [PageRange(0, 4)])
+    await settle()
+    (guess,) = peer.fetches
+    read: list[bytes] = []
+    is_read = trio.Event()
+
+    async def reader() -> None:
+        read.append(joined(await scheduler.demand(PageRange(1, 1))))
+        is_read.set()
+
+    nursery.start_soon(reader)
+    await settle()
+    _, second = peer.pages(guess.id, guess.ranges, frame_pages=2)
+    await peer.say(
+        Pages(guess.id, PageRange(0, 2), Encoding.RAW, b"x" * 2 * PAGE_SIZE, digests_of(peer.bytes_of(PageRange(0, 2))))
+    )
+    await settle()
+    assert not read
+    peer.answers = None
+    await peer.say(second)
+    with trio.fail_after(60):
+        await is_read.wait()
+    assert read == [peer.bytes_of(PageRange(1, 1))]
