@@ -15,7 +15,7 @@ import trio.testing
 from lazymem_server.serving import Serving, serve
 
 from lazymem.fetch.client import Client, connect
-from lazymem.fetch.fill import Fill
+from lazymem.fetch.fill import MAX_UNKEPT_PAGES, Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import prepager
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange
@@ -222,6 +222,10 @@ class OnlyAsked:
         self.asked.append(ranges)
         self._done.append(on_done)
 
+    def answer_first(self) -> None:
+        """The oldest that is open."""
+        self._done.pop(0)(Fetched(()))
+
     def answer(self) -> None:
         self.wire_received_bytes += sum(pages.length_bytes for pages in self.asked[-len(self._done)])
         self._done.pop(0)(Fetched(()))
@@ -313,3 +317,51 @@ def test_what_is_out_is_never_more_than_the_window(window: int) -> None:
     work._send_more()
     assert window - work._window.piece_pages < work.in_flight_pages <= window
     assert work.in_flight_pages == sum(pages.count for asked in source.asked for pages in asked)
+
+
+class SlowDisk(TakesAll):
+    """What is to be kept stays unkept."""
+
+    async def keep(self, fetched: Fetched) -> None:
+        await trio.sleep_forever()
+
+
+LARGE = 4 * MAX_UNKEPT_PAGES
+
+
+def much(start: int, limit: int) -> PageRange | None:
+    return PageRange(start, min(limit, LARGE - start)) if start < LARGE else None
+
+
+async def test_what_a_slow_disk_has_not_kept_bounds_what_is_asked_for(nursery: trio.Nursery) -> None:
+    """Rule 8: answers that wait in memory are no more than the bound, and what was out when it was met."""
+    source = OnlyAsked()
+    work = Fill(source, SlowDisk(), LARGE, prepager(much, LARGE), LastDemand())  # type: ignore[arg-type]
+    work._window = SettledWindow(1024)  # type: ignore[assignment]
+    work._note = lambda *_: None  # type: ignore[method-assign]  # the window stays as it is
+    nursery.start_soon(work.run)
+    await trio.testing.wait_all_tasks_blocked()
+    while work.in_flight_pages:
+        source.answer_first()
+        await trio.testing.wait_all_tasks_blocked()
+    assert MAX_UNKEPT_PAGES <= work.brought_pages <= MAX_UNKEPT_PAGES + 1024
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("demanded", [True, False])
+async def test_a_fills_window_is_one_product_while_a_guest_demands_and_two_otherwise(
+    nursery: trio.Nursery, demanded: bool
+) -> None:
+    """Rule 5, over a link of 20 ms that brings 125 MB/s: what is out beyond one product stands in its queue."""
+    source, demands = OnlyAsked(), Demanding()
+    demands.ends = not demanded
+    work = Fill(source, TakesAll(), LARGE, prepager(much, LARGE), demands)  # type: ignore[arg-type]
+    product = int(0.02 * 125e6) // PAGE_SIZE
+    for _ in range(20):
+        source.wire_received_bytes += 125_000_000 // 50
+        work.brought_pages += product
+        work._note(0.02, source.wire_received_bytes - 125_000_000 // 50, work.brought_pages - product)
+    work._send_more()
+    assert work.in_flight_pages <= (1 if demanded else 2) * product + 1
+    assert work.in_flight_pages > product // 2
+    nursery.cancel_scope.cancel()
