@@ -875,3 +875,25 @@ async def test_what_is_wrong_in_an_early_frame_is_given_to_nobody(
     with trio.fail_after(60):
         await is_read.wait()
     assert read == [peer.bytes_of(PageRange(1, 1))]
+
+
+@pytest.mark.parametrize("demanded", [True, False])
+async def test_guesses_beside_demands_are_of_a_smaller_window(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    monkeypatch: pytest.MonkeyPatch,
+    demanded: bool,
+) -> None:
+    """Rule 5: the window learns from each guess that comes whether somebody demanded a moment ago."""
+    told: list[bool] = []
+    last_demand = LastDemand()
+    scheduler = Scheduler(await network.connect(), sink, nursery, last_demand=last_demand)
+    monkeypatch.setattr(scheduler._window, "note", lambda *args: told.append(args[-1]))
+    if demanded:
+        await scheduler.demand(PageRange(100, 1))
+    await scheduler.prefetch([PageRange(0, 8)])
+    assert told
+    assert set(told) == {demanded}
