@@ -126,6 +126,7 @@ async def _serve(
             recorded=recorded if maybe_filler is None else (),
             sweep=everything and maybe_filler is None,
             maybe_leaf_missing=pristine.missing_leaves,
+            others_bring_set=lambda: maybe_filler is not None and maybe_filler.latest.set_is_coming,
         )
     maybe_adopting = _maybe_adopting(client, pristine, maybe_prepager, lambda: scheduler)
     scheduler = Scheduler(

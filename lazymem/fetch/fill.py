@@ -25,7 +25,7 @@ from lazymem.fetch.rightofway import TRICKLE_SECONDS, RightOfWay
 from lazymem.fetch.scheduler import DEMANDED_SECONDS
 from lazymem.fetch.sink import Sink
 from lazymem.fetch.starter import FetchStarter
-from lazymem.fetch.window import BEHIND_DEMANDS, BackgroundWindow
+from lazymem.fetch.window import BEHIND_DEMANDS, BESIDE_DEMANDS, BackgroundWindow
 from lazymem.pages import Fetched, PageRange
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Fill:
         self._sink = sink
         self._guesses = guesses
         self._last_demand = last_demand
-        self._window = BackgroundWindow(BEHIND_DEMANDS)
+        self._window = BackgroundWindow()
         self._best_answer = math.inf
         # Memory only where one is set, which a bytearray would not do.
         self._coming = mmap.mmap(-1, pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -227,6 +227,8 @@ class Fill:
 
     def _note(self, elapsed: float, bytes_before: int, brought_before: int) -> None:
         self._best_answer = min(self._best_answer, elapsed)
+        # A recorded set is what the guest is about to demand.
+        self._window.when_demanded = BESIDE_DEMANDS if self._guesses.set_is_coming else BEHIND_DEMANDS
         self._window.note(
             self._source.wire_received_bytes - bytes_before,
             self.brought_pages - brought_before,

@@ -54,7 +54,9 @@ class Prepager:
         streams: Streams,
         maybe_recorded: RecordedSet | None = None,
         maybe_sweep: Sweeps | None = None,
+        others_bring_set: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._others_bring_set = others_bring_set
         self._recorded = maybe_recorded
         self._neighbourhoods = neighbourhoods
         self._streams = streams
@@ -92,6 +94,8 @@ class Prepager:
             if found is not None:
                 return found
             self._recorded = None  # all of it was asked for
+        if self._others_bring_set():
+            return None  # what surrounds a fault is mostly of the set, and would cross the link twice
         found = (
             self._neighbourhoods.nearest_range(max_pages)
             or self._streams.next_range(max_pages)
@@ -107,11 +111,14 @@ def prepager(
     recorded: tuple[PageRange, ...] = (),
     sweep: bool = True,
     maybe_leaf_missing: LeafMissing | None = None,
+    others_bring_set: Callable[[], bool] = lambda: False,
 ) -> Prepager:
-    """A strategy over the sink's `next_missing`, and its `missing_leaves` (without that the sweep has no scouts)."""
+    """A strategy over the sink's `next_missing`, and its `missing_leaves` (without that the sweep has no scouts).
+    `others_bring_set`: whether another process is bringing a recorded set; nothing is guessed meanwhile."""
     return Prepager(
         Neighbourhoods(missing, total_pages),
         Streams(missing, total_pages),
         RecordedSet(missing, recorded) if recorded else None,
         sweep_of(missing, total_pages, maybe_leaf_missing) if sweep else None,
+        others_bring_set,
     )

@@ -85,8 +85,9 @@ MEMORY_SAMPLES = 10
 class BackgroundWindow:
     """Fed with what was delivered; says how many pages may be out."""
 
-    def __init__(self, demanded: Demanded = BESIDE_DEMANDS) -> None:
-        self._demanded = demanded
+    def __init__(self) -> None:
+        self.when_demanded = BESIDE_DEMANDS
+        """How much smaller it is then; may be set before each `note`."""
         self._best_now = 0.0  # wire bytes a second: largest sample since `_since`
         self._best_before = 0.0  # and in the span before
         self._since = -math.inf
@@ -136,7 +137,7 @@ class BackgroundWindow:
         rate = self.rate_bytes_per_second
         share = max(self._share, *self._shares) if demanded and self._shares else self._share
         pages_a_second = rate / (PAGE_SIZE * share)
-        gain, least, floor_pages = self._demanded if demanded else (GAIN, MIN_QUEUE_SECONDS, FLOOR_PAGES)
+        gain, least, floor_pages = self.when_demanded if demanded else (GAIN, MIN_QUEUE_SECONDS, FLOOR_PAGES)
         wanted = pages_a_second * max(gain * best_round_trip_seconds, least)
         floor = min(floor_pages, pages_a_second * FLOOR_SECONDS)
         self._pages = int(min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, wanted, floor)))

@@ -288,6 +288,16 @@ def test_what_was_recorded_comes_first_and_in_its_order() -> None:
     assert asked[4:] == [PageRange(901, 27), PageRange(896, 4)], "of 896 to 928"
 
 
+def test_nothing_is_guessed_while_others_bring_the_set() -> None:
+    """Faults are noted meanwhile: what surrounds them is guessed afterwards."""
+    others: list[str] = ["bring it"]
+    strategy = prepager(Pages(set(range(TOTAL))).next_missing, TOTAL, others_bring_set=lambda: bool(others))
+    strategy.faulted(PageRange(320, 1))
+    assert strategy.next_range(64) is None
+    others.clear()
+    assert strategy.next_range(64) == PageRange(321, MIN_REACH_PAGES - 1)
+
+
 def test_recorded_pages_that_are_here_are_not_asked_for() -> None:
     pages = Pages(set(range(0, TOTAL, 2)))
     recorded = RecordedSet(pages.next_missing, (PageRange(9, 4), PageRange(1, 1), PageRange(3, 2)))

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from lazymem.fetch.window import (
+    BEHIND_DEMANDS,
     MAX_WINDOW_PAGES,
     MEMORY_SAMPLES,
     MEMORY_SECONDS,
@@ -117,6 +118,14 @@ def test_while_somebody_demands_there_is_less_of_a_queue() -> None:
     before = window.pages
     window.note(int(RATE * 2 * ROUND_TRIP), 122, 2 * ROUND_TRIP, ROUND_TRIP, now + 0.01, demanded=True)
     assert window.pages == pytest.approx(before * 0.75, abs=2)
+
+
+def test_behind_demands_there_is_no_queue_that_lasts() -> None:
+    window, now = settled()
+    before = window.pages
+    window.when_demanded = BEHIND_DEMANDS
+    window.note(int(RATE * 2 * ROUND_TRIP), 122, 2 * ROUND_TRIP, ROUND_TRIP, now + 0.01, demanded=True)
+    assert window.pages == pytest.approx(before * 0.5, abs=2)
 
 
 def test_a_link_that_becomes_faster_is_filled() -> None:
