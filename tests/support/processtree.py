@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def descendants_of(pid: int) -> list[int]:
 def fillers_of(daemon: int) -> list[int]:
     """Children that a mount's daemon forked: not its supervisor, which has a command line of its own."""
     return [found.pid for found in children_of(daemon) if command_of(found.pid) == command_of(daemon) != []]
+
+
+def started_with(name: str, value: str) -> list[int]:
+    """Those that live and have this in their environment: daemons too, which are nobody's children."""
+    found, entry = [], f"{name}={value}".encode()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            if entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") and not is_gone(pid):
+                found.append(pid)
+    return found
 
 
 def command_of(pid: int) -> list[str]:
