@@ -158,10 +158,15 @@ class FaultWay:
 
     def settle(self) -> None:
         """A fault that is on the direct way leaves it: something else is done before its answer is here."""
+        if self._enter():
+            self._on_sent()
+
+    def _enter(self) -> bool:
+        """Whether there was one."""
         self._keep_given()
         direct = self._maybe_direct
         if direct is None:
-            return
+            return False
         self._maybe_direct = None
         fault = Fault(direct.pages, direct.started_at, direct.entered())
         self._table.enter_sent(fault)
@@ -171,7 +176,7 @@ class FaultWay:
             lambda answer: self._on_otherwise(fault, answer),
         )
         self._note_fault(direct.pages)
-        self._on_sent()
+        return True
 
     def receive_nowait(self) -> bool:
         """Act on what came on the demand connection; whether there was something."""
@@ -181,8 +186,10 @@ class FaultWay:
             return self._starter.receive_nowait()
         maybe_data = self._starter.maybe_asked_answer()
         if maybe_data is None or page_digests(maybe_data) != direct.digests:
-            self.settle()
-            return self._starter.receive_nowait()
+            self._enter()
+            came = self._starter.receive_nowait()  # before what nobody waits for
+            self._on_sent()
+            return came
         self._maybe_direct = None
         try:
             direct.here(maybe_data)

@@ -21,7 +21,7 @@ from lazymem.fetch.guesses import MAX_GUESS_RANGES, MAX_LOOKED_AT_PAGES
 from lazymem.fetch.keeper import joined
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager
-from lazymem.fetch.rightofway import TRICKLE_SECONDS, RightOfWay
+from lazymem.fetch.rightofway import TRICKLE_PAGES, TRICKLE_SECONDS, RightOfWay
 from lazymem.fetch.scheduler import DEMANDED_SECONDS
 from lazymem.fetch.sink import Sink
 from lazymem.fetch.starter import FetchStarter
@@ -142,9 +142,10 @@ class Fill:
             if not self._may_send():
                 self._to_go_on.set()
                 break
-            ranges = self._gather(piece, room)
+            gives_way = self._gives_way()
+            ranges = self._gather(min(room, max(piece, TRICKLE_PAGES)) if gives_way else piece, room)
             if ranges:
-                self._send(ranges)
+                self._send(ranges, gives_way=gives_way)
                 continue
             if self._looked_enough:
                 self._to_look_at.set()
@@ -156,11 +157,17 @@ class Fill:
     def _round_trip_seconds(self) -> float:
         return min(self._best_answer, self._source.best_round_trip_seconds)
 
-    def _may_send(self) -> bool:
-        demanded_at = self._last_demand.seconds
+    def _gives_way(self) -> bool:
+        """To demands that are near each other: else a sweep may bring the next one, and a recorded set is what the
+        guest is about to demand."""
         if not self._last_demand.is_near or self._guesses.set_is_coming:
-            return True  # a sweep may bring the next one; a recorded set is what the guest is about to demand
-        out = self.in_flight_pages > 0
+            return False
+        return self._right_of_way.left_seconds(perf_counter(), self._last_demand.seconds, self._round_trip_seconds) > 0
+
+    def _may_send(self) -> bool:
+        if not self._gives_way():
+            return True
+        out, demanded_at = self.in_flight_pages > 0, self._last_demand.seconds
         return self._right_of_way.passes(perf_counter(), demanded_at, self._round_trip_seconds, requests_out=out)
 
     def _gather(self, pages: int, most: int) -> list[PageRange]:
@@ -199,7 +206,7 @@ class Fill:
             start = states.find(b"\0", end)
         return free
 
-    def _send(self, ranges: list[PageRange]) -> None:
+    def _send(self, ranges: list[PageRange], *, gives_way: bool) -> None:
         pages = sum([part.count for part in ranges])
         self.in_flight_pages += pages
         sent_at, bytes_before = perf_counter(), self._source.wire_received_bytes
@@ -211,7 +218,8 @@ class Fill:
                 self._rejected(ranges, answer)
                 return
             self.brought_pages += pages
-            self._note(perf_counter() - sent_at, bytes_before, brought_before)
+            if not gives_way:  # how slow a trickle is says nothing of the link
+                self._note(perf_counter() - sent_at, bytes_before, brought_before)
             try:
                 self._sink.accept(answer)
             except LazymemError as error:

@@ -21,6 +21,10 @@ TRICKLE_SECONDS = 0.05
 """One request in so long passes all the same: a guest that demands without end must not keep the rest from coming."""
 
 
+TRICKLE_PAGES = 32
+"""Of that request at least, if the window has them."""
+
+
 class RightOfWay:
     """Of one fill. Times are seconds of any one clock."""
 

@@ -18,6 +18,7 @@ from lazymem.fetch.client import Client, connect
 from lazymem.fetch.fill import MAX_UNKEPT_PAGES, Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import prepager
+from lazymem.fetch.rightofway import TRICKLE_PAGES
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange
 from lazymem.settings import LinkSettings, parse_server
 from lazymem.store.cachefolder import open_cache
@@ -279,7 +280,10 @@ async def test_a_fill_gives_way_to_demands_that_are_near_each_other(nursery: tri
         await trio.testing.wait_all_tasks_blocked()
         assert (len(source.asked), work.in_flight_pages) == (1, 0)
         await until(lambda: len(source.asked) == 2)  # the trickle
+        assert [sum(pages.count for pages in ranges) for ranges in source.asked] == [TRICKLE_PAGES, TRICKLE_PAGES]
+        assert work.bytes_per_second == 0, "how slow a trickle is says nothing of the link"
         demands.ends = True
+        source.answer()
         await until(lambda: len(source.asked) > 2)
     nursery.cancel_scope.cancel()
 
