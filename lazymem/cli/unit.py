@@ -91,6 +91,8 @@ class UnitSupervisor(Supervisor):
         daemon = self._maybe_daemon
         if daemon is None or daemon.is_ready or not self._continues or daemon.age_seconds() < BEGIN_SECONDS:
             return
+        if not self._is_told:  # we are being started ourselves, and systemd has its own patience
+            return
         log.error("the next daemon (pid %d) is not ready after %g s", daemon.pid, BEGIN_SECONDS)
         daemon.send_signal(signal.SIGKILL)
 

@@ -151,9 +151,20 @@ def test_a_program_that_is_not_there_is_too(start: Made) -> None:
 
 
 def test_a_next_daemon_that_is_never_ready_is_too(start: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = serving(start, ready=False)
+    made = serving(start)
     monkeypatch.setattr(unit, "BEGIN_SECONDS", 0.01)
+    made._program = (sys.executable, "-c", SERVES, "silent")
+    made.daemon.send_signal(signal.SIGKILL)
     assert made.rest_of_run() == AGAIN_EXIT_CODE
+
+
+def test_while_systemd_starts_the_unit_its_own_patience_counts(start: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its TimeoutStartSec=, or a mount whose daemon needs longer would be started again and again."""
+    made = serving(start, ready=False)
+    monkeypatch.setattr(unit, "BEGIN_SECONDS", 0.0)
+    for _ in range(3):
+        made._wait()
+    assert not made.daemon.is_dead()
 
 
 def test_another_supervisor_takes_the_daemon_up(systemd: StandInSystemd, start: Made) -> None:
