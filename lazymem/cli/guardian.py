@@ -61,6 +61,7 @@ class Guard(Struct, frozen=True):
             on_alone()
 
         with trio.open_signal_receiver(*_users(), _PASSED_ON) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (_PASSED_ON,))
             async with trio.open_nursery() as nursery:
                 if self.parents_end < 0:
                     alone.set()
@@ -68,9 +69,11 @@ class Guard(Struct, frozen=True):
                     nursery.start_soon(wait_alone)
                 for _ in range(self.interrupts):
                     on_interrupt()
+                hung_up = False
                 async for number in signals:
-                    if number == _PASSED_ON or alone.is_set():
+                    if number == _PASSED_ON or (alone.is_set() and not (number == signal.SIGHUP and hung_up)):
                         on_interrupt()
+                    hung_up |= alone.is_set()
 
 
 def guarded(work: Callable[[Guard], int], say: Callable[[str], None]) -> int:
@@ -114,11 +117,17 @@ class _Guardian:
                 os.close(descriptor)
 
     def _start(self, *, is_again: bool) -> None:
-        for stream in (sys.stdout, sys.stderr):  # else both would write what waits there
-            with suppress(OSError):
-                stream.flush()
-        self._began = time.monotonic()
-        self._child = os.fork()
+        _flush()  # else both would write what waits there
+        while True:
+            self._began = time.monotonic()
+            try:
+                self._child = os.fork()
+                break
+            except OSError as error:  # no memory, too many processes: what killed the one before may be the reason
+                if not is_again:
+                    raise
+                self._say(f"it cannot be started yet: {error.strerror}")
+                self._note(signal.sigtimedwait(self._users, _PAUSE_SECONDS[1]))
         if not self._child:
             os.close(self._pipe[1])
             _be_child(self._work, Guard(is_again, self._interrupts, self._pipe[0]), self._users)
@@ -129,8 +138,7 @@ class _Guardian:
             found, status = os.waitpid(self._child, os.WNOHANG)
             if found:
                 return os.waitstatus_to_exitcode(status)
-            if signal.sigwait((*self._users, signal.SIGCHLD)) != signal.SIGCHLD:
-                self._interrupts += 1
+            if self._note(signal.sigwaitinfo((*self._users, signal.SIGCHLD))):
                 os.kill(self._child, _PASSED_ON)  # not waited for, so it has its number yet
 
     def _is_to_be_again(self, code: int) -> bool:
@@ -144,7 +152,16 @@ class _Guardian:
             return
         first, longest = _PAUSE_SECONDS
         pause = min(first * 2 ** min(self._in_a_row - 2, 10), longest)
-        self._interrupts += signal.sigtimedwait(self._users, pause) is not None
+        self._note(signal.sigtimedwait(self._users, pause))
+
+    def _note(self, maybe_found: signal.struct_siginfo | None) -> bool:
+        """Whether it is one more that the user has sent. A terminal that is closed, or a session that is stopped, may
+        say so twice, and that is no second thought."""
+        number = None if maybe_found is None else maybe_found.si_signo
+        if number not in self._users or (number == signal.SIGHUP and self._interrupts):
+            return False
+        self._interrupts += 1
+        return True
 
 
 def _name(code: int) -> str:
@@ -157,7 +174,9 @@ def _be_child(work: Callable[[Guard], int], guard: Guard, users: tuple[signal.Si
         for number in users:  # not SIG_IGN, which what is started from here would inherit
             signal.signal(number, _let_be)
         signal.signal(_PASSED_ON, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*users, signal.SIGCHLD, _PASSED_ON))
+        # One that may find something to undo is not ended before it has: it hears of an interrupt in `Guard.watch`.
+        at_once = () if guard.is_again else (_PASSED_ON,)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*users, signal.SIGCHLD, *at_once))
         code = work(guard)
     except KeyboardInterrupt:
         code = 130
@@ -165,10 +184,14 @@ def _be_child(work: Callable[[Guard], int], guard: Guard, users: tuple[signal.Si
         with suppress(OSError):
             traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
-                stream.flush()
+        _flush()
         os._exit(code)
+
+
+def _flush() -> None:
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # either may be closed
+        with suppress(OSError):
+            stream.flush()
 
 
 def _let_be(_number: int, _frame: FrameType | None) -> None:

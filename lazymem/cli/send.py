@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lazymem.cli.groups import cause_of
 from lazymem.cli.guardian import Guard, guarded
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.handoverserver import HandoverServer
-from lazymem.errors import BusyError, IdentityError, MonitorError, RamFileError, UsageError
+from lazymem.errors import BusyError, IdentityError, LazymemError, MonitorError, RamFileError, UsageError
 from lazymem.handover import requests
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.departure import Leaving, Outcome
@@ -132,6 +133,8 @@ def _run(found: argparse.Namespace, folder: Path, guard: Guard) -> int:
 
 
 def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> int:
+    if guard.is_again and _is_over(journal):  # the one before was killed while it said its last word
+        return _told(Outcome(Source.RELEASED, ""), 0, as_json=found.json, reclaimed=found.reclaim)
     before = _maybe_before(journal)
     if found.reclaim and not _may_be_reclaimed(journal, before, guard):
         raise IdentityError(f"nothing was given away that could be taken back ({journal.folder})")
@@ -142,6 +145,8 @@ def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> 
             undo.callback(guest.close)
             if is_here and before is not None and before.emulator_pid not in (None, guest.pid):
                 before = None  # that guest has ended, and nothing of it was given away
+        if is_here and before is not None and guest is not None:
+            undo.enter_context(_going_on_if_refused(guest, before))
         tls = maybe_tls(found)
         if tls is None and found.allow:
             raise UsageError("--allow needs --tls-cert, --tls-key and --tls-ca: without TLS nobody has a name")
@@ -155,6 +160,26 @@ def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> 
         except BaseExceptionGroup as group:
             raise cause_of(group) from group
     return _told(outcome, state_bytes, as_json=found.json, reclaimed=found.reclaim)
+
+
+@contextmanager
+def _going_on_if_refused(guest: LeavingGuest, before: Leaving) -> Iterator[None]:
+    """A guest that is here, and may stand since a process before this one was killed, goes on where this one cannot
+    begin: no port, no certificate, no room."""
+    try:
+        yield
+    except (LazymemError, OSError):
+        with suppress(MonitorError):
+            guest.go_on(run=before.was_running)
+        raise
+
+
+def _is_over(journal: Journal) -> bool:
+    return (
+        journal.found is not None
+        and journal.found.state == Source.RELEASED.value
+        and msgspec.convert(journal.found.details, Leaving).over
+    )
 
 
 def _may_be_reclaimed(journal: Journal, before: Leaving | None, guard: Guard) -> bool:

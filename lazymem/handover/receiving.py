@@ -33,6 +33,10 @@ from lazymem.handover.taking import Taking
 _LOOK_SECONDS = 0.2
 """Between two looks at the mount (is all here?) and at the emulator (does it live?)."""
 
+_READ_AGAIN_SECONDS = 8.0
+"""For a lazymem send that hands the guest on from here, and was killed, to be started again: its guardian pauses for up
+to 5 s."""
+
 _DONE_SECONDS = 5.0
 """After the guest's end, for the source to say that it has let go."""
 
@@ -115,11 +119,11 @@ class Receiver:
                 await self._link.say(messages.Ready())
             nursery.start_soon(self._link.run, self._from_source)
             nursery.start_soon(self._watch_emulator)
-            nursery.start_soon(self.taking.watch)
+            nursery.start_soon(self.taking.asked.watch)
             while not self._is_over():
                 await self._take(*await self._events.take())
             await self._finish()
-            await self.taking.answered()  # as at the source
+            await self.taking.asked.answered()  # as at the source
             nursery.cancel_scope.cancel()
         return Outcome(self.state, self._reason, self._exit_code)
 
@@ -213,11 +217,15 @@ class Receiver:
     async def _wait_unread(self) -> None:
         """The guest may have gone on to another host, which still wants pages of it, also some that come from our
         source."""
-        told = False
-        while (maybe_reader := await trio.to_thread.run_sync(self._host.maybe_reader)) is not None:
-            if not told:
-                told = True
+        read_at = -math.inf
+        while True:
+            maybe_reader = await trio.to_thread.run_sync(self._host.maybe_reader)
+            now = trio.current_time()
+            if maybe_reader is None and now > read_at + _READ_AGAIN_SECONDS:
+                return
+            if maybe_reader is not None and read_at == -math.inf:
                 self._say(f"the emulator has ended, and the guest's RAM is still needed: {maybe_reader}")
+            read_at = read_at if maybe_reader is None else now
             await trio.sleep(_LOOK_SECONDS)
 
     async def _watch_pages(self) -> None:

@@ -48,22 +48,7 @@ class Reclaiming:
 
     def __init__(self, source: Reclaimable, folder: Path) -> None:
         self._source = source
-        self._folder = folder
-        self._answering = trio.Lock()
-
-    async def watch(self) -> None:
-        """Answer who asks, until cancelled."""
-        while True:
-            await trio.sleep(requests.LOOK_SECONDS)
-            async with self._answering:
-                if requests.maybe_asked(self._folder) == "reclaim":
-                    done, text = await self.reclaim(0.0)
-                    requests.answer(self._folder, done=done, text=text)
-
-    async def answered(self) -> None:
-        """Until whoever has asked is told: the source may end by what he asked for."""
-        async with self._answering:
-            pass
+        self.asked = requests.Asked(folder, "reclaim", lambda: self.reclaim(0.0))
 
     async def reclaim(self, seconds: float) -> tuple[bool, str]:
         """Take the guest back, unless the destination answers, or comes back within so long; whether, and a word."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
+import trio
 from msgspec import Struct
 
 from lazymem.errors import BusyError
@@ -56,6 +58,30 @@ def ask(folder: Path, word: str, seconds: float) -> Answer:
         (folder / _REQUEST).unlink(missing_ok=True)
         (folder / _ANSWER).unlink(missing_ok=True)
     raise BusyError(f"the process that is at this hand-over ({folder}) does not answer")
+
+
+class Asked:
+    """Answers those who ask for `word` through `folder`. `act`: does it; whether it was done, and a word."""
+
+    def __init__(self, folder: Path, word: str, act: Callable[[], Awaitable[tuple[bool, str]]]) -> None:
+        self._folder = folder
+        self._word = word
+        self._act = act
+        self._answering = trio.Lock()
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            async with self._answering:
+                if maybe_asked(self._folder) == self._word:
+                    done, text = await self._act()
+                    answer(self._folder, done=done, text=text)
+
+    async def answered(self) -> None:
+        """Until whoever has asked is told: what he asked for may be this process's end."""
+        async with self._answering:
+            pass
 
 
 def maybe_asked(folder: Path) -> str | None:

@@ -119,11 +119,11 @@ class Sender:
             over = await self._resume() if self._restarted else False
             if not over:
                 self._opened.set()
-            self._nursery.start_soon(self.reclaiming.watch)
+            self._nursery.start_soon(self.reclaiming.asked.watch)
             while not over:
                 over = await self._take(*await self._events.take())
             await self._linger()
-            await self.reclaiming.answered()  # it may be this very end that was asked for
+            await self.reclaiming.asked.answered()  # it may be this very end that was asked for
             self._nursery.cancel_scope.cancel()
         return Outcome(self.state, self._reason, self._report, self.stands)
 

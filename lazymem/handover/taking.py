@@ -38,22 +38,7 @@ class Taking:
 
     def __init__(self, destination: Takeable, folder: Path) -> None:
         self._destination = destination
-        self._folder = folder
-        self._answering = trio.Lock()
-
-    async def watch(self) -> None:
-        """Answer who asks, until cancelled."""
-        while True:
-            await trio.sleep(requests.LOOK_SECONDS)
-            async with self._answering:
-                if requests.maybe_asked(self._folder) == "take":
-                    done, text = await self.take()
-                    requests.answer(self._folder, done=done, text=text)
-
-    async def answered(self) -> None:
-        """Until whoever has asked is told."""
-        async with self._answering:
-            pass
+        self.asked = requests.Asked(folder, "take", self.take)
 
     async def take_when_alone(self) -> tuple[bool, str]:
         """As `take`, in a process that has just been started: the source gets its time to answer first."""

@@ -173,6 +173,8 @@ def ram_left_out(qmp: QmpClient) -> Iterator[None]:
 def _capability_on(qmp: QmpClient) -> Iterator[None]:
     states = {entry["capability"]: entry["state"] for entry in qmp.maybe_command("query-migrate-capabilities") or []}
     _set_capability(qmp, True)
+    if states.get(LEAVE_UNSYNCED):  # a lazymem send that was killed just after it had set it
+        qmp.command("migrate-set-capabilities", capabilities=[{"capability": LEAVE_UNSYNCED, "state": False}])
     try:
         yield
     finally:
