@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import struct
+import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -105,6 +106,19 @@ def sparse(work: Path, size_gib: float) -> Image:
 def adopt(folder: Path) -> Image:
     """A snapshot folder that somebody else made, looked through once."""
     return _kept(folder) or _sealed(folder, look_through(folder / RAM_NAME))
+
+
+def image_of_guest(folder: Path, save: Callable[[Path, Path], Path]) -> Image:
+    """The snapshot `folder`, made once. `save`: runs a guest and returns where its snapshot is. It gets a folder whose
+    path is short, as sockets need it, and one beside `folder`, so that what is made there can be moved."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="lazymem-bench-") as sockets,
+            tempfile.TemporaryDirectory(prefix=".guest-", dir=folder.parent) as near,
+        ):
+            shutil.move(save(Path(sockets), Path(near)), folder)
+    return adopt(folder)
 
 
 def _kept(folder: Path) -> Image | None:

@@ -5,12 +5,11 @@ One has a screen, too, and a program that writes it once it is told to (`draw`, 
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import tempfile
+from functools import partial
 from pathlib import Path
 
-from bench.images import FORMAT, Image, adopt
+from bench.images import FORMAT, Image, image_of_guest
 from lazymem.cli.progress import Reporter
 from lazymem.demo import cpio, linuxguest
 from lazymem.demo.qemu import QemuOptions
@@ -39,15 +38,7 @@ _DRAW = """        draw) for device in /sys/bus/pci/devices/*; do
 def linux_image(work: Path, *, screen: bool = False) -> Image:
     """The snapshot; booting it the first time takes half a minute under emulation."""
     folder = work / f"linux{'-screens' if screen else ''}-{RAM_BYTES >> 20}-v{FORMAT}"
-    if not folder.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        # Sockets need a short path; the RAM file stands beside the snapshot, so that it can be moved there.
-        with (
-            tempfile.TemporaryDirectory(prefix="lazymem-bench-") as sockets,
-            tempfile.TemporaryDirectory(prefix=".linux-", dir=work) as near,
-        ):
-            _boot_and_save(Path(sockets), Path(near), folder, screen=screen)
-    return adopt(folder)
+    return image_of_guest(folder, partial(_boot_and_save, screen))
 
 
 def build_guest(
@@ -79,15 +70,14 @@ def _assembled(folder: Path) -> bytes:
     return target.read_bytes()
 
 
-def _boot_and_save(sockets: Path, near: Path, folder: Path, *, screen: bool) -> None:
+def _boot_and_save(screen: bool, sockets: Path, near: Path) -> Path:
     guest = build_guest(sockets, screen=screen)
     ram = near / "guest.ram"
     with ram.open("xb") as file:
         file.truncate(RAM_BYTES)
     options = QemuOptions(ram, RAM_BYTES, sockets / "qmp", sockets / "serial", guest, more=SCREEN * screen)
-    partial = near / "snapshot"
     with started(options, sockets / "log") as qemu:
         qemu.serial.expect("lazymem ready", _BOOT_SECONDS)
         qemu.serial.ask("tick", "tick")
-        take_snapshot(Options(qemu.monitor, partial), Reporter())
-    shutil.move(partial, folder)
+        take_snapshot(Options(qemu.monitor, near / "snapshot"), Reporter())
+    return near / "snapshot"

@@ -17,7 +17,8 @@ from lazymem.cli.main import main as lazymem
 from lazymem.errors import IdentityError
 from lazymem.vm.guests import build_guest
 from lazymem.vm.identity import check_state_belongs
-from tests.support.mounts import Mounted, Server, Stage
+from tests.support.mounts import Mounted, Stage
+from tests.support.snapshotguest import stalled
 from tests.support.streamreader import read_stream
 from tests.support.vmprocess import WAIT_SECONDS, Process, Start, wait_until
 
@@ -142,15 +143,6 @@ def test_pages_that_are_dirty_in_the_kernel_only_count_as_written(mounts: Stage,
         ram[5 << 12] ^= 1
         with pytest.raises(IdentityError, match="has written 1 pages"):
             check_state_belongs(mount.ram_path, "pc.ram", stream, pytest.fail)
-
-
-@contextlib.contextmanager
-def stalled(server: Server) -> Iterator[None]:
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
 
 
 def test_the_monitor_answers_while_the_vcpu_waits_for_a_page(
