@@ -87,6 +87,8 @@ class Journal:
                 if time.monotonic() > deadline:
                     raise BusyError(f"another process is at this hand-over ({self.folder})") from error
                 time.sleep(_LOCK_POLL_SECONDS)
+            except OSError as error:
+                raise StoreError(f"cannot lock {self.folder / _LOCK_NAME}: {error.strerror}") from error
             else:
                 return
 

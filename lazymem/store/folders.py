@@ -94,7 +94,11 @@ def open_file(path: Path, size_bytes: int) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise StoreError(f"cannot open {path}: {error.strerror}") from error
-    status = os.fstat(fd)
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        os.close(fd)
+        raise StoreError(f"cannot look at {path}: {error.strerror}") from error
     reason = None
     if not stat.S_ISREG(status.st_mode):
         reason = "is not a plain file"
@@ -157,7 +161,7 @@ def maybe_lock(path: Path) -> int | None:
     somebody else has it.
 
     Raises:
-        StoreError: it cannot be opened.
+        StoreError: it cannot be opened, or locked.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
@@ -166,9 +170,11 @@ def maybe_lock(path: Path) -> int | None:
     try:
         os.fchmod(fd, FILE_MODE)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(fd)
-        return None
+        if isinstance(error, BlockingIOError):
+            return None
+        raise StoreError(f"cannot lock {path}: {error.strerror}") from error
     return fd
 
 

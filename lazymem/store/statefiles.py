@@ -129,7 +129,8 @@ class StateFolder(Struct):
         if self.lock_fd >= 0:
             fd, self.lock_fd = self.lock_fd, -1
             if not self.kept:
-                fcntl.flock(fd, fcntl.LOCK_UN)  # in every copy
+                with contextlib.suppress(OSError):  # closing it does the same, where nobody has a copy
+                    fcntl.flock(fd, fcntl.LOCK_UN)  # in every copy
             os.close(fd)
 
 

@@ -81,8 +81,10 @@ def open_state(path: Path, origin: RamOrigin, *, wait_seconds: float = 0.0) -> S
             _note(path, record)
         state = open_files(path, origin, lock_fd, private=False)
         state.notices = notices
-    except BaseException:
+    except BaseException as error:
         os.close(lock_fd)
+        if isinstance(error, OSError):
+            raise StoreError(f"cannot look into the state folder {path}: {error.strerror}") from error
         raise
     try:
         # Durable before a page can be written: else a crash after that would not be seen.
@@ -194,11 +196,15 @@ def adopt_state(path: Path, origin: RamOrigin, lock_fd: int, *, private: bool) -
         IdentityError: it holds writes over another snapshot.
         StoreError: it is gone or damaged, or the disk refused. Nothing in it was changed.
     """
-    if not (path / META_NAME).exists():
-        raise StoreError(f"the state folder {path} is gone, and with it what the guest wrote")
-    _bind(path, origin)
+    try:
+        if not (path / META_NAME).exists():
+            raise StoreError(f"the state folder {path} is gone, and with it what the guest wrote")
+        _bind(path, origin)
+        has_reserve = (path / RESERVE_NAME).exists()
+    except OSError as error:
+        raise StoreError(f"cannot look into the state folder {path}: {error.strerror}") from error
     state = open_files(path, origin, lock_fd, private=private)
-    if (path / RESERVE_NAME).exists():
+    if has_reserve:
         state.reserve = reserve.go_on_with(path)
     return state
 
@@ -307,7 +313,7 @@ def _remove_abandoned(cache: Path) -> None:
 def _only_ours_in(path: Path) -> bool:
     try:
         return all(_is_own(name) for name in os.listdir(path))
-    except FileNotFoundError:  # its own mount was faster
+    except OSError:  # its own mount was faster, or the disk does not say
         return False
 
 

@@ -30,8 +30,11 @@ WIDE = os.environ.get("LAZYMEM_SWEEP") == "wide"
 
 KINDS = list(itertools.product(("send", "receive"), ("disk", "network")))
 
-FEW = {("send", "network"): 9, ("receive", "disk"): 8}
-"""What else is done of the sweep: a call in the middle."""
+FEW = {("send", "network"): 9, ("send", "disk"): 34, ("receive", "disk"): 14}
+"""What else is done of the sweep: a call in the middle. (34: a read of the guest's RAM; 14: a decision.)"""
+
+ENOUGH = 5
+"""So many N of which no call failed, and all have: how many calls a hand-over makes is not the same each time."""
 
 
 def free_port() -> int:
@@ -90,7 +93,9 @@ def test_a_call_fails(tmp_path: Path, side: str, kind: str) -> None:
     if not WIDE:
         assert hand_over(tmp_path / "one", side, kind, FEW[side, kind])
         return
+    spared = 0
     for number in itertools.count():
-        if not hand_over(tmp_path / str(number), side, kind, number):
-            assert number > 4
+        spared = 0 if hand_over(tmp_path / str(number), side, kind, number) else spared + 1
+        if spared == ENOUGH:
+            assert number > 4 + ENOUGH
             return

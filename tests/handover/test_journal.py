@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_a_write_that_was_cut_leaves_the_decision_before_it(
     with Journal(folder, "source") as journal:
         assert journal.found is not None
         assert journal.found.state == "first"
+
+
+def test_a_journal_that_cannot_be_locked_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "told to fail")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StoreError, match="cannot lock"):
+        Journal(tmp_path / "j", "source")
 
 
 def test_what_is_found_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import stat
@@ -259,3 +261,41 @@ def test_a_state_folder_beside_private_runs_is_kept(tmp_path: Path) -> None:
     state = open_state(tmp_path / "run-1", ORIGIN)
     assert state.written.count == 1
     state.close()
+
+
+def test_a_killed_runs_folder_that_the_disk_does_not_give_keeps_no_mount_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is left alone: nobody knows what is in it."""
+    killed = open_private_state(tmp_path, ORIGIN)
+    killed.kept = True
+    killed.close()
+    real = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if path == killed.path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "listdir", listdir)
+        open_private_state(tmp_path, ORIGIN).close()
+    assert killed.path.exists()
+    open_private_state(tmp_path, ORIGIN).close()
+    assert not killed.path.exists(), "it was one that goes where it can be looked at"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOLCK])
+def test_a_folder_that_cannot_be_locked_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", flock)
+        with pytest.raises(StoreError, match="cannot lock"):
+            open_state(tmp_path / "state", ORIGIN)
+    assert len(os.listdir("/proc/self/fd")) == before, "and nothing is left open"
+    open_state(tmp_path / "state", ORIGIN).close()

@@ -12,6 +12,7 @@ that is gone, for both sides, and before it is gone its bytes may have left (`la
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import threading
@@ -22,9 +23,19 @@ from typing import Any
 import pytest
 import trio
 
-DISK_READS = ("pread", "preadv")
-DISK_WRITES = ("pwrite", "pwritev", "write", "fsync", "fdatasync", "ftruncate", "posix_fallocate")
-DISK_BY_PATH = ("open", "mkdir", "rename", "truncate", "listdir", "lstat")
+from lazymem.store import fallocate
+
+DISK_READS = ("pread", "preadv", "fstatvfs")
+DISK_WRITES = (
+    *("pwrite", "pwritev", "write", "fsync", "fdatasync", "ftruncate", "posix_fallocate"),
+    *("copy_file_range", "fchmod"),
+)
+DISK_BY_PATH = (
+    *("open", "mkdir", "rename", "replace", "truncate", "listdir"),
+    *("lstat", "stat", "statvfs", "chmod", "unlink"),
+)
+OTHER_DISK_CALLS = ((fallocate, "_fallocate"), (fcntl, "flock"))
+"""Which are not functions of `os`."""
 NETWORK = ("send", "recv")
 
 
@@ -55,8 +66,8 @@ class Faults:
                 monkeypatch.setattr(socket.socket, name, self._on_socket(name, getattr(socket.socket, name)))
             monkeypatch.setattr(trio, "open_tcp_stream", self._on_dial(trio.open_tcp_stream))
         else:
-            for name in (*DISK_READS, *DISK_WRITES):
-                monkeypatch.setattr(os, name, self._on_descriptor(name, getattr(os, name)))
+            for module, name in (*((os, name) for name in (*DISK_READS, *DISK_WRITES)), *OTHER_DISK_CALLS):
+                monkeypatch.setattr(module, name, self._on_descriptor(name.lstrip("_"), getattr(module, name)))
             for name in DISK_BY_PATH:
                 monkeypatch.setattr(os, name, self._on_path(name, getattr(os, name)))
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.support.faults import DISK_BY_PATH, DISK_READS, DISK_WRITES
+from tests.support.faults import DISK_BY_PATH, DISK_READS, DISK_WRITES, OTHER_DISK_CALLS
 
 NETWORK = ("send", "sendall", "sendmsg", "recv", "recv_into", "connect")
 
@@ -130,9 +130,9 @@ class _Faults:
         self._folder = folder
         self._server = server
         self._lock = threading.Lock()
-        for name in (*DISK_READS, *DISK_WRITES):
-            setattr(os, name, self._on_descriptor(name, getattr(os, name)))
-        for name in (*DISK_BY_PATH, "unlink"):
+        for module, name in (*((os, name) for name in (*DISK_READS, *DISK_WRITES)), *OTHER_DISK_CALLS):
+            setattr(module, name, self._on_descriptor(name.lstrip("_"), getattr(module, name)))
+        for name in DISK_BY_PATH:
             setattr(os, name, self._on_path(name, getattr(os, name)))
         builtins.open = io.open = self._on_path("open", io.open)
         for name in NETWORK:
