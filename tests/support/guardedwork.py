@@ -52,5 +52,6 @@ async def _wait(guard: Guard) -> None:
 if __name__ == "__main__":
     import trio.testing
 
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup(1)
     guardian._PAUSE_SECONDS = (float(sys.argv[2]),) * 2
     sys.exit(main(sys.argv[1]))
