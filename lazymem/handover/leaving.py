@@ -24,7 +24,7 @@ from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, SnapshotError
+from lazymem.errors import MonitorError, RamFileError, SnapshotError
 from lazymem.snapshot.manifest import MANIFEST_NAME
 from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
@@ -100,7 +100,7 @@ class LeavingGuest:
                 "became of that is not in this journal. If it is nowhere else, let it go on first (cont)"
             )
         emulator.refuse_other_migration(self._qmp)
-        self._refuse_incapable()
+        emulator.refuse_incapable(self._qmp)
         ram = emulator.ram_backing(self._qmp)
         _check_ram(ram)
         disks = emulator.writable_disks(self._qmp)
@@ -118,14 +118,6 @@ class LeavingGuest:
             return str(self._qmp.command("query-vm-generation-id").get("guid"))
         except CommandError:  # a guest without the device, or lazymem-vm
             return None
-
-    def _refuse_incapable(self) -> None:
-        known = {entry["capability"] for entry in self._qmp.maybe_command("query-migrate-capabilities") or []}
-        if CAPABILITY not in known:
-            raise EnvironmentRefusedError(
-                f"this emulator cannot leave RAM that is a file out of what it sends ({CAPABILITY}): use QEMU 7.2 or "
-                "newer"
-            )
 
     def send(self, uri: str, on_stopped: Callable[[float], None]) -> float:
         """Let it send its state to `uri`; returns once all is sent and the guest stands. `on_stopped` is called as soon

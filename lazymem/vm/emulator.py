@@ -11,9 +11,10 @@ from typing import Any
 
 from msgspec import Struct
 
-from lazymem.errors import MonitorError, RamFileError
+from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError
 from lazymem.snapshot.manifest import RAM_BLOCK, Emulator
 from lazymem.vm.qmpclient import QmpClient
+from lazymem.vm.savestate import CAPABILITY
 
 CANNOT_SAVE_WITH = frozenset(
     {
@@ -180,6 +181,18 @@ def refuse_other_migration(qmp: QmpClient) -> None:
     unfit = sorted(on & CANNOT_SAVE_WITH)
     if unfit:
         raise MonitorError(f"the guest's migration capabilities {', '.join(unfit)} are on; a snapshot needs them off")
+
+
+def refuse_incapable(qmp: QmpClient) -> None:
+    """
+    Raises:
+        EnvironmentRefusedError: it would send all of RAM along.
+    """
+    known = {entry["capability"] for entry in qmp.maybe_command("query-migrate-capabilities") or []}
+    if CAPABILITY not in known:
+        raise EnvironmentRefusedError(
+            f"this emulator cannot leave RAM that is a file out of what it sends ({CAPABILITY}): use QEMU 7.2 or newer"
+        )
 
 
 def run_state(qmp: QmpClient) -> str:

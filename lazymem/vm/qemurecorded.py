@@ -45,6 +45,9 @@ _NOT_CARRIED = ("mem-merge=", "dump-guest-core=", "accel=")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?:,[+-]?[A-Za-z0-9_.-]+(?:=[A-Za-z0-9_.-]+)?)*")
 
+_ONLY_LOOK = ("check", "enforce")
+"""Whether QEMU says, or refuses, that the host lacks a feature: the guest's CPU is the same."""
+
 ACCELERATORS = ("kvm", "tcg")
 
 
@@ -101,7 +104,7 @@ def check_agrees(recorded: Recorded, machine: str | None, more: Sequence[str]) -
     if machine is not None and machine != recorded.machine:
         raise _disagreement("-machine", machine, recorded.machine)
     cpu = given(more, "-cpu")
-    if cpu is not None and recorded.cpu is not None and _model(cpu) != _model(recorded.cpu):
+    if cpu is not None and recorded.cpu is not None and _features(cpu) != _features(recorded.cpu):
         raise _disagreement("-cpu", cpu, recorded.cpu)
     for option in _FIXED:
         his, its = given(more, option), given(recorded.words, option)
@@ -201,6 +204,16 @@ def _cpu(model: str | None, pairs: list[tuple[str, str | None]]) -> str | None:
 
 def _model(cpu: str) -> str:
     return cpu.partition(",")[0]
+
+
+def _features(cpu: str) -> tuple[str, dict[str, str]]:
+    """The model, and what was said about it, without what only looks. As QEMU reads it: a + counts more than a word
+    without a sign, a - more than both, whatever comes first."""
+    said: dict[str, str] = {}
+    for part in sorted(cpu.split(",")[1:], key=lambda part: "+-".find(part[:1])):  # -1: no sign
+        name, _, value = part.lstrip("+-").partition("=")
+        said[name.replace("_", "-")] = {"+": "on", "-": "off"}.get(part[:1], value or "on")
+    return _model(cpu), {name: value for name, value in said.items() if name not in _ONLY_LOOK}
 
 
 def _accelerator(options: Sequence[str], pairs: list[tuple[str, str | None]]) -> str | None:

@@ -98,6 +98,7 @@ def _look(qmp: QmpClient, options: Options) -> _Guest:
     """Everything that can be refused is refused here, before the guest notices anything."""
     state = emulator.run_state(qmp)
     emulator.refuse_other_migration(qmp)
+    emulator.refuse_incapable(qmp)
     ram = emulator.ram_backing(qmp)
     mount = maybe_mount_run(ram.path)
     template = mount is not None and mount.template

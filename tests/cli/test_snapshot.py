@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from lazymem.cli import snapshot
-from lazymem.errors import MonitorError, RamFileError, SnapshotError
+from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, SnapshotError
 from lazymem.snapshot.manifest import parse
 from lazymem.snapshot.writer import write_digests
 from lazymem.vm import taking
@@ -173,6 +173,7 @@ REFUSALS: list[tuple[dict[str, Any], str, int]] = [
         "multifd",
         MonitorError.exit_code,
     ),
+    ({"answers": {"query-migrate-capabilities": []}}, "x-ignore-shared", EnvironmentRefusedError.exit_code),
     ({"properties": {"share": False}}, "share=off", RamFileError.exit_code),
     ({"properties": {"mem-path": None}}, "no mem-path", RamFileError.exit_code),
     ({"properties": {"mem-path": "/"}}, "unnamed file in the folder", RamFileError.exit_code),

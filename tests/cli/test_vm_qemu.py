@@ -247,6 +247,19 @@ class TestPrint:
         main(words)
         assert said in capsys.readouterr().err
 
+    def test_it_is_what_runs(self, snapshot: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        """But for the monitor of our own, on a socket that only a child has."""
+        fake = FakeQemu(tmp_path, "refuses")
+        words = ["--engine", "qemu", "-m", "16", "--qemu", str(fake.program), *resume(snapshot), "--serial", "none"]
+        more = ["--", "-name", "a guest's", "-device", "virtio-rng-pci"]
+        assert main([*words, "--print", *more]) == 0
+        printed = shlex.split(capfd.readouterr().out)
+        assert fake.words is None
+        assert main([*words, *more]) == 1
+        assert fake.words is not None
+        assert fake.words[:3:2] == ["-chardev", "-mon"]
+        assert [str(fake.program), *fake.words[4:]] == printed
+
 
 class TestChild:
     def test_what_follows_the_dashes_arrives_as_it_is(

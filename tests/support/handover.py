@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lazymem.cli.receivehost import _began
+from lazymem.cli.status import read_status
 from lazymem.cli.umount import end_mount
 from lazymem.errors import LazymemError
 from lazymem.fs import mountinfo
@@ -24,6 +25,7 @@ from tests.support.emulatorwatch import EmulatorWatch, both_ran, stopped_and_res
 from tests.support.forkedcommands import Forked, ForkServer
 from tests.support.networkhosts import NetworkHost
 from tests.support.processtree import descendants_of, is_gone
+from tests.support.residency import cached_pages
 from tests.support.vmprocess import WAIT_SECONDS, wait_until
 
 
@@ -206,6 +208,11 @@ class Pair:
         """The moments of that, Unix time."""
         self.runs()
         return stopped_and_resumed(*self._watches)
+
+    def touched_pages(self) -> int:
+        """By whoever maps the mount at the destination, or maps and waits: what is in memory of it, and faults."""
+        status = read_status(str(self.mountpoint))
+        return int(cached_pages(self.mountpoint / "pc.ram") + status["demand_faults"])
 
     def events_here(self) -> list[str]:
         """The names of what the source's emulator told, in that order."""

@@ -11,19 +11,24 @@ from pathlib import Path
 
 import pytest
 
+from bench.memorygroup import memory_group
 from lazymem.cli.receivehost import GONE_CODE
-from lazymem.errors import BusyError, MountError, ServerRefusedError, StoreError
+from lazymem.errors import BusyError, EnvironmentRefusedError, MountError, ServerRefusedError, StoreError
 from lazymem.handover import messages
 from lazymem.handover.journal import read
 from lazymem.vm.guests import build_guest
+from tests.support import skips
 from tests.support.handover import Pair, pair
-from tests.support.networkhosts import booted_by_itself, two_hosts
+from tests.support.networkhosts import NetworkHost, booted_by_itself, two_hosts
 from tests.support.smalldisks import small_disk
 from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
 RAM_MIB = 8
+
+OWN = ("state", "reason")
+"""Of a source's report. The rest is what the destination told it."""
 
 SYNCWATCH = Path(__file__).parents[1] / "support" / "syncwatch"
 
@@ -59,13 +64,22 @@ def test_a_guest_goes_on_elsewhere(guest: Process, tmp_path: Path) -> None:
         two.begin(destination_dies="hold:RECORD asked")
         two.receive.wait_at("RECORD asked")
         assert two.runs() == (True, False)
+        assert two.touched_pages() == 0  # its emulator waits for the state
         two.receive.let_go_on()
         assert two.wait_settled() == (False, True)
         handed_over(two, guest)
         report = two.report()
         assert report["state"] == "released"
         assert report["downtime_seconds"] == pytest.approx(two.downtime_seconds(), abs=1e-3)
+        assert report["total_seconds"] > report["rest_seconds"] > 0
+        assert report["total_seconds"] > report["rest_seconds"] + report["downtime_seconds"], "parts of the whole"
+        assert report["ram_bytes"] == RAM_MIB << 20
+        assert report["state_bytes"] > 0
         assert report["wire_received_bytes"] > 0
+        assert report["demand_faults"] > 0
+        assert report["pages_demanded"] >= report["demand_faults"]
+        assert 0 < report["wait_p50_seconds"] <= report["wait_p99_seconds"]
+        assert json.loads(two.receive.out.read_text()) == {name: report[name] for name in report if name not in OWN}
         assert two.states()[1] in ("whole", "done")
         two.receive.process.terminate()  # type: ignore[union-attr]
         assert two.receive.wait() == 143
@@ -308,16 +322,21 @@ def _is_offered(address: str) -> bool:
     return isinstance(found[0], messages.Offer)
 
 
-def test_a_second_receiver_is_refused(guest: Process, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["RECORD asked", "RECORD given"])
+def test_a_second_receiver_is_refused(guest: Process, tmp_path: Path, step: str) -> None:
+    """While the first one prepares, too, and the guest still runs at its source."""
     (tmp_path / "other").mkdir()
     with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
-        two.begin(source_dies="hold:RECORD given")
-        two.send.wait_at("RECORD given")
+        first = two.receive if step == "RECORD asked" else two.send
+        two.begin(**{"destination_dies" if first is two.receive else "source_dies": f"hold:{step}"})
+        first.wait_at(step)
         journal = ("--journal", tmp_path / "other.journal")
         done = two.receive.run(two.address(), tmp_path / "other", arguments=journal)
         assert "another receiver is taking this guest" in done.stderr
         assert done.returncode == ServerRefusedError.exit_code
-        two.send.let_go_on()
+        assert not os.path.ismount(tmp_path / "other")
+        assert two.runs() == (first is two.receive, False)
+        first.let_go_on()
         assert two.wait_settled() == (False, True)
         handed_over(two, guest)
 
@@ -348,6 +367,34 @@ def test_a_destination_without_room_begins_nothing(
         assert two.send.code() is None
         assert two.runs() == (True, False)
         assert not os.path.ismount(two.mountpoint)
+
+
+@pytest.mark.needs_root("a control group")
+def test_a_destination_without_memory_begins_nothing(
+    start: Start, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Its control group has less to spare than the guest has RAM. With --force it runs all the same."""
+    ram = tmp_path / "ram"
+    ram.touch()
+    os.truncate(ram, 512 << 20)
+    guest = start("-m", "512", "--pcram-file", ram, "-kernel", build_guest("heartbeat", tmp_path))
+    guest.wait_ticks(2)
+    with memory_group("lazymem-test") as group:
+        if isinstance(group, str):
+            skips.stood_in(request.node, f"the tests of what is checked, for a memory control group: {group}")
+            return
+        group.limit(256 << 20)
+        hosts = NetworkHost((), "127.0.0.1"), NetworkHost(tuple(group.command()), "127.0.0.1")
+        with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there", hosts=hosts) as two:
+            two.begin()
+            assert two.receive.wait() == EnvironmentRefusedError.exit_code, two.tell()
+            assert "the guest has 512 MiB of RAM and this host, or this process's control group" in two.receive.said()
+            assert two.send.code() is None
+            assert two.runs() == (True, False)
+            assert not os.path.ismount(two.mountpoint)
+            two.receive.start("--force")
+            assert two.wait_settled() == (False, True)
+            handed_over(two, guest)
 
 
 def test_both_ends_on_one_file_are_refused(guest: Process, tmp_path: Path) -> None:

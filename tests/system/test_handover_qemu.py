@@ -111,6 +111,7 @@ def _begin_watched(two: Pair) -> None:
     two.begin(destination_dies="hold:RECORD asked")
     two.receive.wait_at("RECORD asked")
     assert two.runs() == (True, False)
+    assert two.touched_pages() == 0
     two.receive.let_go_on()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.cli.status import read_status
 from lazymem.vm.guests import build_guest
 from tests.support import skips
 from tests.support.handover import Pair, pair
@@ -63,7 +64,12 @@ def left_over(two: Pair) -> list[str]:
 
 def test_its_pages_go_ahead_of_it(guest: Guest, tmp_path: Path, sockets: Path) -> None:
     with pair(tmp_path, guest.monitor, "-serial", f"unix:{sockets}/there", warm=WARM_SECONDS) as two:
-        two.begin()
+        two.begin(destination_dies="hold:RECORD asked")
+        two.receive.wait_at("RECORD asked")
+        assert "came ahead of the guest" in two.receive.said()
+        assert two.touched_pages() == 0  # nothing of that is in its kernel's memory of the RAM
+        assert read_status(str(two.mountpoint))["pages_held"] == 0
+        two.receive.let_go_on()
         assert two.wait_settled() == (False, True)
         assert two.send.wait() == 0, two.tell()
         report = two.report()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from lazymem.snapshot.manifest import parse
 from lazymem.snapshot.reader import open_snapshot
 from lazymem.snapshot.writer import write_digests
 from lazymem.vm.guests import build_guest
+from tests.support.handover import pair
 from tests.support.mounts import Mounted, Stage, wait_until
 from tests.support.snapshotguest import missing_pages, running_on, saved, stalled
 
@@ -92,11 +94,49 @@ def test_a_whole_one_brings_what_is_missing(mounts: Stage, first: Path, sockets:
         assert verify(vm).endswith(" bad 0")
 
 
+def test_of_a_guest_that_was_handed_over_and_whose_pages_still_come(
+    mounts: Stage, first: Path, sockets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its source has told no digests, so a delta of it is refused; a whole one waits for the rest, and has no hole."""
+    server = mounts.serve(first)
+    mount = mounts.mount(server.address, *QUIET, name="from")
+    target = tmp_path / "second"
+    with running_on(mount, sockets) as vm, pair(tmp_path, vm.monitor, "-serial", f"unix:{sockets}/there") as two:
+        assert vm.serial.ask("rewrite 50 1", "rewrote") == "50"
+        with stalled(server):
+            two.begin()
+            assert two.wait_settled() == (False, True)
+            assert snapshot.main([str(two.there), str(target), "--resume", "--delta"]) == SnapshotError.exit_code
+            assert "without digests" in capsys.readouterr().err
+            taking = snapshot_command(two.there, target)
+            with subprocess.Popen(taking, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+                try:
+                    wait_until(lambda: any(tmp_path.glob(".second.partial-*")), "the snapshot to be begun")
+                    assert missing_pages(mount) > PAGES // 2
+                    assert not json.loads(os.getxattr(two.mountpoint, "user.lazymem.run"))["whole"]
+                    assert process.poll() is None
+                    os.kill(server.pid, signal.SIGCONT)
+                    _, said = process.communicate(timeout=100)
+                    assert process.returncode == 0, said
+                finally:
+                    process.kill()
+        assert two.runs() == (False, True)
+        assert two.send.wait() == 0, two.tell()
+    check_whole(target, tmp_path)
+    mounts.cache = tmp_path / "other-cache"
+    with running_on(mounts.mount(mounts.serve(target).address, *QUIET, name="elsewhere"), sockets) as vm:
+        assert "generation 1" in vm.serial.ask("status", "status")
+        assert verify(vm).endswith(" bad 0")
+
+
+def snapshot_command(monitor: Path, target: Path) -> list[str]:
+    return [sys.executable, "-m", "lazymem.cli.snapshot", str(monitor), str(target), "--resume"]
+
+
 @contextlib.contextmanager
 def waiting_snapshot(vm: Vm, mount: Mounted, target: Path) -> Iterator[subprocess.Popen[str]]:
     """`lazymem snapshot` of a whole guest, which waits for a page that cannot come."""
-    command = [sys.executable, "-m", "lazymem.cli.snapshot", str(vm.monitor), str(target), "--resume"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(snapshot_command(vm.monitor, target), stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_until(lambda: mount.status()["pages_in_flight"] > 0, "a page to be waited for")
             wait_until(lambda: any(target.parent.glob(f".{target.name}.partial-*")), "the snapshot to be begun")

@@ -88,9 +88,12 @@ def test_accelerators(options: tuple[str, ...], accelerator: str | None) -> None
 
 def test_the_users_options_have_to_agree() -> None:
     found = read(made_by("-smp", "2", "-cpu", "qemu64,+ssse3"))
-    check_agrees(found, "pc-q35-7.2", ["-cpu", "qemu64", "-smp", "2"])
+    for cpu in ("qemu64,+ssse3", "qemu64,ssse3=on", "qemu64,+ssse3,ssse3=off", "qemu64,enforce,ssse3"):
+        check_agrees(found, "pc-q35-7.2", ["-cpu", cpu, "-smp", "2"])
     check_agrees(found, None, [])
-    for machine, more in (("pc-q35-7.1", []), (None, ["-cpu", "max"]), (None, ["-smp", "4"])):
+    cpus = ("max", "qemu64", "qemu64,-ssse3", "qemu64,-ssse3,+ssse3", "qemu64,+ssse3,+avx")
+    others = [*(["-cpu", cpu] for cpu in cpus), ["-smp", "4"]]
+    for machine, more in (("pc-q35-7.1", []), *((None, more) for more in others)):
         with pytest.raises(UsageError, match="the snapshot was made with"):
             check_agrees(found, machine, more)
 
