@@ -1,7 +1,7 @@
 """A QEMU guest that writes its framebuffer all the time: what leaves with its state is what it wrote last.
 
 The framebuffer is a block of its own, which the emulator sends while the guest runs, and of which it has to know what
-was written since. (`savestate.loses_writes` tells which do not.)
+was written since. (Software emulation does not: `savestate.loses_writes`.)
 """
 
 from __future__ import annotations
@@ -124,10 +124,15 @@ def _take_slowly(listener: socket.socket, screen: Screen, taken: bytearray) -> N
 
 def _framebuffer(stream: bytes) -> dict[int, bytes]:
     """By their offsets, the pages as they were sent last."""
-    at = stream.index(b"\x7e\x00\x00\x00\x02", stream.index(b"\x03ram")) + 5
+    begun = stream.index(b"\x03ram")
+    footer = b"\x7e" + stream[begun - 4 : begun]  # with the section's number, which is not the same in each version
+    at = stream.index(footer, begun) + len(footer)
     pages: dict[int, bytes] = {}
     name = b""
-    while stream[at] in (2, 3):
+    while stream[at] in (2, 3, 8):
+        if stream[at] == 8:  # a command, as QEMU 10 says when it stops the guest, and its data
+            at += 5 + int.from_bytes(stream[at + 3 : at + 5])
+            continue
         at += 5
         while not (word := struct.unpack_from(">Q", stream, at)[0]) & RamFlag.END_OF_SECTION:
             at += 8
