@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import pytest
+
 from lazymem.handover.states import (
     DESTINATION,
     MAY_RUN,
@@ -54,11 +56,11 @@ def test_every_state_survives_a_restart() -> None:
 Way = tuple[str, ...]
 
 
-def every_order() -> set[Source | Destination]:
+def every_order(start: World) -> set[Source | Destination]:
     """Go through all that can happen, the shortest ways first; the states that both sides come to."""
-    known = {World().key()}
+    known = {start.key()}
     seen: set[Source | Destination] = set()
-    waiting: deque[tuple[World, Way]] = deque([(World(), ())])
+    waiting: deque[tuple[World, Way]] = deque([(start, ())])
     while waiting:
         world, way = waiting.popleft()
         check(world, way)
@@ -96,4 +98,17 @@ def check_end(world: World, way: Way) -> None:
 def test_at_most_one_side_runs_in_every_order() -> None:
     """However often something goes wrong: there are some thousand situations, and no more. Where somebody decided it by
     hand, who knew no better, one of the two stands again as soon as they hear of each other."""
-    assert every_order() == {*Source, *Destination}
+    assert every_order(World()) == {*Source, *Destination}
+
+
+class GoesByWhatItWas(World):
+    """A source that lets its guest go on at every error, since it was here when its process began."""
+
+    def end_by_error(self) -> None:
+        self.source.kill()
+        self.here.running = self.here.alive
+
+
+def test_that_would_see_one_that_does_not_look_at_its_disk() -> None:
+    with pytest.raises(AssertionError, match="ends by an error"):
+        every_order(GoesByWhatItWas())

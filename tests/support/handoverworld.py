@@ -141,7 +141,9 @@ class World:
     def _of_processes(self) -> Iterator[Step]:
         if not self.source.alive:
             yield Step("the source is restarted", lambda world: world.source.restart())
+            yield Step("the source cannot begin again", World._cannot_begin, is_trouble=True)
         else:
+            yield Step("the source ends by an error", lambda world: world.end_by_error(), is_trouble=True)
             yield Step("the source is killed", World._kill_source, is_trouble=True)
         if not self.destination.alive:
             yield Step("the destination is restarted", World._restart_destination)
@@ -193,6 +195,17 @@ class World:
     def _kill_source(self) -> None:
         self.source.kill()
         self._lose(self.destination)
+
+    def _cannot_begin(self) -> None:
+        """No port, no certificate: no process is there then, and the guest goes on if the disk says that it is here."""
+        if self.source.disk is Source.OURS:
+            self.here.running = self.here.alive
+            self.serving = False
+
+    def end_by_error(self) -> None:
+        """Between any two effects, and lets its guest go on by the same word."""
+        self._kill_source()
+        self._cannot_begin()
 
     def _kill_destination(self) -> None:
         self.destination.kill()
