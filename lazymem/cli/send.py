@@ -25,7 +25,7 @@ from lazymem.errors import BusyError, IdentityError, LazymemError, MonitorError,
 from lazymem.handover import requests
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.departure import Leaving, Outcome
-from lazymem.handover.journal import Journal, default_folder
+from lazymem.handover.journal import Journal, default_folder, read
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.messages import MAX_WARM_SECONDS
 from lazymem.handover.sending import Sender
@@ -44,6 +44,8 @@ _BACK_SECONDS = 5.0
 """For a destination that lives to come back to a new lazymem send: it tries each two seconds."""
 
 _INTERRUPTED = "interrupted"
+
+_ALL_THERE = "nothing is left to do: the destination has all of the guest, and the emulator here was ended"
 
 _EPILOG = """examples:
   lazymem send --qmp /run/vm/qmp.sock --listen 10.0.0.1:7412 --allow host-b \
@@ -133,8 +135,10 @@ def _run(found: argparse.Namespace, folder: Path, guard: Guard) -> int:
 
 
 def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> int:
-    if guard.is_again and _is_over(journal):  # the one before was killed while it said its last word
-        return _told(Outcome(Source.RELEASED, ""), 0, as_json=found.json, reclaimed=found.reclaim)
+    if guard.is_again and (maybe_over := _maybe_over(journal)):  # the one before was killed while it said its last word
+        say(_ALL_THERE)
+        outcome = Outcome(Source.RELEASED, _ALL_THERE)
+        return _told(outcome, maybe_over.state_bytes, as_json=found.json, reclaimed=found.reclaim)
     before = _maybe_before(journal)
     if found.reclaim and not _may_be_reclaimed(journal, before, guard):
         raise IdentityError(f"nothing was given away that could be taken back ({journal.folder})")
@@ -145,8 +149,7 @@ def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> 
             undo.callback(guest.close)
             if is_here and before is not None and before.emulator_pid not in (None, guest.pid):
                 before = None  # that guest has ended, and nothing of it was given away
-        if is_here and before is not None and guest is not None:
-            undo.enter_context(_going_on_if_refused(guest, before))
+            undo.enter_context(_going_on_if_this_fails(guest, journal))
         tls = maybe_tls(found)
         if tls is None and found.allow:
             raise UsageError("--allow needs --tls-cert, --tls-key and --tls-ca: without TLS nobody has a name")
@@ -163,23 +166,38 @@ def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> 
 
 
 @contextmanager
-def _going_on_if_refused(guest: LeavingGuest, before: Leaving) -> Iterator[None]:
-    """A guest that is here, and may stand since a process before this one was killed, goes on where this one cannot
-    begin: no port, no certificate, no room."""
+def _going_on_if_this_fails(guest: LeavingGuest, journal: Journal) -> Iterator[None]:
+    """Where this process cannot begin (no port, no certificate), or ends by an error, no other may follow it. A guest
+    that is not given away, and may stand since a process that was killed, goes on all the same."""
     try:
         yield
-    except (LazymemError, OSError):
-        with suppress(MonitorError):
-            guest.go_on(run=before.was_running)
+    except BaseException:
+        with suppress(LazymemError):
+            _let_go_on(guest, journal)
         raise
 
 
-def _is_over(journal: Journal) -> bool:
-    return (
-        journal.found is not None
-        and journal.found.state == Source.RELEASED.value
-        and msgspec.convert(journal.found.details, Leaving).over
-    )
+def _let_go_on(guest: LeavingGuest, journal: Journal) -> None:
+    """As the next process would, by RESTARTED, and by the same word: what is on the disk now. What was there when this
+    process began may be long past."""
+    maybe_now = read(journal.folder)
+    if maybe_now is None or maybe_now.state != Source.OURS.value:
+        return
+    leaving = msgspec.convert(maybe_now.details, Leaving)
+    if leaving.boot_id != boot_id() or leaving.emulator_pid not in (None, guest.pid):
+        return  # of another guest
+    maybe_refusal = guest.go_on(run=leaving.was_running, before=leaving.settings_before)
+    if leaving.settings_before is not None and maybe_refusal is None:
+        leaving.settings_before = None
+        journal.write(maybe_now.handover, maybe_now.state, msgspec.to_builtins(leaving))
+
+
+def _maybe_over(journal: Journal) -> Leaving | None:
+    """What an earlier process has brought to its end."""
+    if journal.found is None or journal.found.state != Source.RELEASED.value:
+        return None
+    found = msgspec.convert(journal.found.details, Leaving)
+    return found if found.over else None
 
 
 def _may_be_reclaimed(journal: Journal, before: Leaving | None, guard: Guard) -> bool:

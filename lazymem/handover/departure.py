@@ -9,6 +9,7 @@ from msgspec import Struct, convert, field
 from lazymem.handover.journal import Record
 from lazymem.handover.states import Source
 from lazymem.snapshot.liveram import LiveRam
+from lazymem.vm.migrationsettings import MigrationSettings
 
 
 class PageServer(Protocol):
@@ -23,7 +24,8 @@ class PageServer(Protocol):
 
 class Leaving(Struct):
     """What stands in a source's journal. `stopped`: when the guest stood, by its emulator's clock. `over`: nothing is
-    left to do. `void`: as `offers.Offers.void`."""
+    left to do. `void`: as `offers.Offers.void`. `settings_before`: of the emulator's migrations, as long as they may be
+    changed for this hand-over; there before they are."""
 
     address: str
     monitor: str
@@ -38,6 +40,7 @@ class Leaving(Struct):
     state_bytes: int = 0
     over: bool = False
     void: list[str] = field(default_factory=list)
+    settings_before: MigrationSettings | None = None
 
 
 def void_of(found: Record) -> list[str]:

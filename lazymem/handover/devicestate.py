@@ -11,6 +11,7 @@ from lazymem.handover import messages
 from lazymem.handover.channel import Stream
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.relay import Outgoing, as_plain_socket
+from lazymem.vm.migrationsettings import MigrationSettings
 
 _STATE_SECONDS = 600.0
 """For a state to be handed on once its emulator has told that it is sent."""
@@ -42,21 +43,26 @@ class StateSending:
         await self._over.wait()
 
     async def send(
-        self, guest: LeavingGuest, connect: Callable[[], Awaitable[Stream]], on_stopped: Callable[[float], None]
+        self,
+        guest: LeavingGuest,
+        connect: Callable[[], Awaitable[Stream]],
+        remember: Callable[[], Awaitable[MigrationSettings]],
+        on_stopped: Callable[[float], None],
     ) -> int:
-        """How many bytes it was. `connect`: brings the connection for it. `on_stopped`: as of `LeavingGuest.send`, and
-        in a thread.
+        """How many bytes it was. `connect`: brings the connection for it. `remember`: brings the emulator's settings,
+        once they are on the disk. `on_stopped`: as of `LeavingGuest.send`, and in a thread.
 
         Raises:
             MonitorError: it was not sent; the guest may stand.
-            LazymemError: as `connect`.
+            LazymemError: as `connect` and `remember`.
         """
         with self._connecting:
             stream = await connect()
+            before = await remember()
         if self._is_cut:  # the guest goes on, and must not be stopped by a migration that begins behind that
             raise MonitorError("the device state was not sent: it was broken off before")
         self._outgoing = outgoing = Outgoing(as_plain_socket(stream), guest.monitor, guest.peer_uid)
-        await trio.to_thread.run_sync(guest.send, f"unix:{outgoing.path}", on_stopped)
+        await trio.to_thread.run_sync(guest.send, f"unix:{outgoing.path}", before, on_stopped)
         return await trio.to_thread.run_sync(outgoing.wait, _STATE_SECONDS)
 
     def cut(self) -> None:

@@ -29,16 +29,10 @@ from lazymem.snapshot.manifest import MANIFEST_NAME
 from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
 from lazymem.vm.identity import maybe_mount_run
+from lazymem.vm.migrationsettings import MigrationSettings, read, set_back, set_capabilities
 from lazymem.vm.qemurecorded import with_generation
 from lazymem.vm.qmpclient import CommandError, QmpClient
-from lazymem.vm.savestate import (
-    CAPABILITY,
-    LEAVE_UNSYNCED,
-    abandon,
-    loses_writes,
-    maybe_downtime_limit,
-    set_downtime_limit,
-)
+from lazymem.vm.savestate import CAPABILITY, LEAVE_UNSYNCED, abandon, loses_writes, set_downtime_limit
 
 _EVENTS = "events"
 """QEMU's capability to tell of a migration's end by itself; lazymem-vm always does."""
@@ -74,8 +68,7 @@ class LeavingGuest:
         """
         self.monitor = monitor
         self._qmp = QmpClient(monitor)
-        self._before: dict[str, bool] = {}
-        self._limit_before: int | None = None
+        self._has_limit = False
         self._one_pass = False
 
     def close(self) -> None:
@@ -119,16 +112,21 @@ class LeavingGuest:
         except CommandError:  # a guest without the device, or lazymem-vm
             return None
 
-    def send(self, uri: str, on_stopped: Callable[[float], None]) -> float:
+    def settings(self) -> MigrationSettings:
+        """Of its migrations, as far as `send` changes them."""
+        return read(self._qmp, (CAPABILITY, _EVENTS, LEAVE_UNSYNCED))
+
+    def send(self, uri: str, before: MigrationSettings, on_stopped: Callable[[float], None]) -> float:
         """Let it send its state to `uri`; returns once all is sent and the guest stands. `on_stopped` is called as soon
         as nothing writes to its RAM any more, with the moment since when the guest stands by the emulator's clock; that
-        is also what is returned.
+        is also what is returned. `before`: its `settings`, which are changed now and are on the disk by now, so that
+        whoever lets the guest go on can set them back.
 
         Raises:
             MonitorError: it did not, with the reason; the guest may stand, see `go_on`.
         """
         self._qmp.take_events()
-        self._prepare()
+        self._prepare(before)
         self._qmp.command("migrate", uri=uri)
         begun = looked = time.monotonic()
         stopped: float | None = None
@@ -162,22 +160,14 @@ class LeavingGuest:
         """Answered only when nothing of the guest writes any more, its disks' requests included."""
         return str(self._qmp.command("query-status")["status"])
 
-    def _prepare(self) -> None:
-        entries = self._qmp.maybe_command("query-migrate-capabilities") or []
-        states = {entry["capability"]: bool(entry["state"]) for entry in entries}
-        wanted = [name for name in (CAPABILITY, _EVENTS, LEAVE_UNSYNCED) if name in states]
-        self._before = {name: states[name] for name in wanted}
-        self._set(dict.fromkeys(wanted, True))
-        self._limit_before = maybe_downtime_limit(self._qmp)
+    def _prepare(self, before: MigrationSettings) -> None:
+        set_capabilities(self._qmp, dict.fromkeys(before.capabilities, True))
+        self._has_limit = before.downtime_limit is not None
         self._one_pass = loses_writes(self._qmp)
         self._allow_longer(0.0)
 
-    def _set(self, states: dict[str, bool]) -> None:
-        capabilities = [{"capability": name, "state": state} for name, state in states.items()]
-        self._qmp.command("migrate-set-capabilities", capabilities=capabilities)
-
     def _allow_longer(self, seconds: float) -> None:
-        if self._limit_before is None:
+        if not self._has_limit:
             return  # lazymem-vm: one pass while the guest runs, and a comparison when it stands
         limit = max(allowed for since, allowed in _DOWNTIME_LIMITS_MS if since <= seconds)
         set_downtime_limit(self._qmp, 0 if self._one_pass else limit)
@@ -193,8 +183,9 @@ class LeavingGuest:
     def pid(self) -> int | None:
         return self._qmp.peer_pid
 
-    def go_on(self, *, run: bool) -> None:
-        """As it was before: no migration, its settings restored, and (`run`) the guest runs.
+    def go_on(self, *, run: bool, before: MigrationSettings | None) -> str | None:
+        """As it was before: no migration, its settings (`before`; None: they were not changed), and (`run`) the guest
+        runs. Returns why its settings are not what they were, if they are not.
 
         One that stands for another reason than a migration goes on standing.
 
@@ -202,17 +193,22 @@ class LeavingGuest:
             MonitorError: the emulator is gone, or says no.
         """
         abandon(self._qmp)
-        with suppress(CommandError):
-            self._restore()
+        maybe_refusal = None if before is None else self.set_back(before)
         if run and self._qmp.command("query-status")["status"] == "postmigrate":
             self._qmp.command("cont")
+        return maybe_refusal
 
-    def _restore(self) -> None:
-        off = {name: False for name, before in self._before.items() if not before}
-        if off:
-            self._set(off)
-        if self._limit_before is not None:
-            set_downtime_limit(self._qmp, self._limit_before)
+    def set_back(self, before: MigrationSettings) -> str | None:
+        """Its settings, once no migration is under way. Returns why they are not what they were, if they are not.
+
+        Raises:
+            MonitorError: the emulator is gone.
+        """
+        try:
+            set_back(self._qmp, before)
+        except CommandError as error:
+            return str(error)
+        return None
 
     def quit(self) -> None:
         """End the emulator. It may end before it has answered, or be gone already."""

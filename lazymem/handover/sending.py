@@ -8,18 +8,20 @@ queue.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 from msgspec import to_builtins
 
-from lazymem.errors import LazymemError, MonitorError, StoreError
+from lazymem.errors import LazymemError, StoreError
 from lazymem.handover import messages
 from lazymem.handover.channel import Channel, Stream
 from lazymem.handover.departure import Leaving, Outcome, PageServer, void_of
 from lazymem.handover.devicestate import StateSending
 from lazymem.handover.eventqueue import EventQueue
+from lazymem.handover.guesthere import GuestHere
 from lazymem.handover.journal import Journal, read
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.leavingram import LeavingRam
@@ -64,7 +66,7 @@ class Sender:
         `warm_seconds`: for so long its pages go ahead of it. `offers`: else a guest that is here only goes on."""
         self._warming = Warming(warm_seconds, say)
         self._journal = journal
-        self._guest = guest
+        self._here = GuestHere(guest, lambda: self._write(Source.OURS), say)
         self._leaving = leaving
         self._ram = LeavingRam(pages)
         self._say = say
@@ -153,12 +155,15 @@ class Sender:
             self._open_ram()
             self._say(f"going on where an earlier lazymem send was: the guest is {self.state.value}")
         await self._step(Event.RESTARTED)
+        if self.state is Source.GONE:
+            await self._here.settle(self._leaving)
         if self.state is Source.OURS and not self._is_to_offer:
             self._reason = "taken back by hand"
             return True
         if self.state is Source.OURS:
             assert self._maybe_look is not None
-            self._leaving = await trio.to_thread.run_sync(self._maybe_look)
+            before, self._leaving = self._leaving, await trio.to_thread.run_sync(self._maybe_look)
+            self._leaving.settings_before = before.settings_before  # if they could not be set back
             self._offers.are_open = True
         return self.state is Source.RELEASED
 
@@ -232,6 +237,8 @@ class Sender:
             await self.receivers.drop()
         self._acting = False
         self._tell(event, before)
+        if self.state is Source.GONE and before is not self.state:
+            await self._here.settle(self._leaving)
         return before is not self.state and self.state in (Source.OURS, Source.RELEASED)
 
     def _tell(self, event: Event, before: Source) -> None:
@@ -342,6 +349,9 @@ class Sender:
         await self.receivers.say(message)
 
     async def _record(self, state: Source) -> None:
+        await self._write(state)
+
+    async def _write(self, state: Source) -> None:
         async with self._recording:  # an offer's, too
             self._leaving.void = self._offers.void
             details = to_builtins(self._leaving)
@@ -359,7 +369,6 @@ class Sender:
 
     async def _send_state(self) -> int:
         """How many bytes it was."""
-        assert self._guest is not None
         token = trio.lowlevel.current_trio_token()
 
         def stopped(seconds: float) -> None:
@@ -373,23 +382,16 @@ class Sender:
             self._say("the guest's device state is on its way; the guest runs on until the end of that")
             return stream
 
-        return await self._device_state.send(self._guest, connect, stopped)
+        remember = partial(self._here.remember, self._leaving)
+        return await self._device_state.send(self._here.guest, connect, remember, stopped)
 
     async def _let_go_on(self) -> None:
-        guest = self._guest
         self._device_state.cut()
         self._offers.set_void(self.handover)
         await self._device_state.wait_over()
-        if guest is None:
-            self.stands = "the guest's emulator is gone: nothing goes on here"
-            return
-        try:
-            await trio.to_thread.run_sync(lambda: guest.go_on(run=self._leaving.was_running))
-        except MonitorError as error:
-            self.stands = f"the guest cannot go on here: {error}"
+        self.stands = await self._here.go_on(self._leaving)
 
     async def _end_emulator(self) -> None:
-        if self._guest is not None:
-            await trio.to_thread.run_sync(self._guest.quit)
+        await self._here.end()
         self._leaving.over = True
         await self._record(self.state)

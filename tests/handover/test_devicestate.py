@@ -14,6 +14,7 @@ import trio.testing
 from lazymem.errors import MonitorError
 from lazymem.handover.channel import Stream
 from lazymem.handover.devicestate import StateSending
+from lazymem.vm.migrationsettings import MigrationSettings
 
 
 class Guest:
@@ -25,13 +26,18 @@ class Guest:
         self.monitor = folder / "qmp"
         self.was_sent = False
 
-    def send(self, uri: str, on_stopped: Callable[[float], None]) -> None:
+    def send(self, uri: str, before: MigrationSettings, on_stopped: Callable[[float], None]) -> None:
         self.was_sent = True
 
 
-async def _refused(sending: StateSending, guest: Guest, connect: Any) -> None:
+async def _remember() -> MigrationSettings:
+    await trio.lowlevel.checkpoint()
+    return MigrationSettings({})
+
+
+async def _refused(sending: StateSending, guest: Guest, connect: Any, remember: Any = _remember) -> None:
     with pytest.raises(MonitorError, match="broken off before"):
-        await sending.send(cast(Any, guest), connect, lambda _: None)
+        await sending.send(cast(Any, guest), connect, remember, lambda _: None)
 
 
 async def test_cut_while_its_connection_is_waited_for(tmp_path: Path) -> None:
@@ -57,4 +63,25 @@ async def test_cut_in_the_moment_in_which_its_connection_comes(tmp_path: Path) -
     sending.begin()
     with ours, theirs:
         await _refused(sending, guest, connect)
+    assert not guest.was_sent
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+async def test_cut_while_its_emulators_settings_are_written_down(tmp_path: Path, *, is_written: bool) -> None:
+    sending, guest = StateSending(), Guest(tmp_path)
+    ours, theirs = socket.socketpair()
+
+    async def connect() -> Stream:
+        await trio.lowlevel.checkpoint()
+        return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+
+    async def remember() -> MigrationSettings:
+        sending.cut()
+        if not is_written:
+            await trio.sleep_forever()
+        return MigrationSettings({})
+
+    sending.begin()
+    with ours, theirs:
+        await _refused(sending, guest, connect, remember)
     assert not guest.was_sent

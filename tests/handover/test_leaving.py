@@ -13,6 +13,7 @@ import pytest
 
 from lazymem.errors import EnvironmentRefusedError, LazymemError, MonitorError, RamFileError, SnapshotError
 from lazymem.handover.leaving import LeavingGuest
+from lazymem.vm.migrationsettings import MigrationSettings
 from lazymem.vm.qemurecorded import with_generation
 from tests.support.fakeemulator import Behaviour, FakeEmulator, fake_emulator
 
@@ -76,11 +77,31 @@ def test_a_snapshots_own_ram_is_not_handed_over(tmp_path: Path) -> None:
 
 def test_a_refused_migration_lets_the_guest_go_on_with_its_own_settings(tmp_path: Path) -> None:
     with leaving(tmp_path, errors={"migrate": "told to refuse"}) as (guest, emulator):
+        before = guest.settings()
         with pytest.raises(MonitorError, match="told to refuse"):
-            guest.send("unix:/nowhere", lambda _: None)
-        guest.go_on(run=True)
+            guest.send("unix:/nowhere", before, lambda _: None)
+        assert guest.go_on(run=True, before=before) is None
         assert emulator.runs()
         assert emulator.commands.count("migrate-set-capabilities") == 2
+        assert guest.settings() == before
+
+
+def test_a_setting_that_cannot_be_set_back_is_told_and_the_guest_goes_on(tmp_path: Path) -> None:
+    """The other one is set back all the same."""
+    more = {"errors": {"migrate-set-capabilities": "told to refuse"}, "status": "postmigrate"}
+    with leaving(tmp_path, **more) as (guest, emulator):
+        refusal = guest.go_on(run=True, before=MigrationSettings({"x-ignore-shared": False}, 300))
+        assert refusal is not None
+        assert "told to refuse" in refusal
+        assert emulator.limits() == [300]
+        assert emulator.runs()
+
+
+def test_a_guest_whose_settings_nobody_changed_keeps_them(tmp_path: Path) -> None:
+    with leaving(tmp_path, status="postmigrate") as (guest, emulator):
+        assert guest.go_on(run=True, before=None) is None
+        assert not {"migrate-set-capabilities", "migrate-set-parameters"} & set(emulator.commands)
+        assert emulator.runs()
 
 
 def test_the_ram_is_not_read_before_the_disks_are_drained(tmp_path: Path) -> None:
@@ -89,7 +110,7 @@ def test_the_ram_is_not_read_before_the_disks_are_drained(tmp_path: Path) -> Non
         listener.bind(str(tmp_path / "s"))
         listener.listen(1)
         asked: list[list[str]] = []
-        guest.send(f"unix:{tmp_path / 's'}", lambda _: asked.append(emulator.commands))
+        guest.send(f"unix:{tmp_path / 's'}", guest.settings(), lambda _: asked.append(emulator.commands))
         for commands in asked:
             assert "query-status" in commands[commands.index("migrate") :]
         assert asked
@@ -107,9 +128,10 @@ def test_a_qemu_that_loses_writes_makes_one_pass(tmp_path: Path, major: int, kvm
         "query-migrate": {},
     }
     with leaving(tmp_path, answers=answers, errors={"migrate": "told to refuse"}) as (guest, emulator):
+        before = guest.settings()
         with pytest.raises(MonitorError, match="told to refuse"):
-            guest.send("unix:/nowhere", lambda _: None)
-        guest.go_on(run=True)
+            guest.send("unix:/nowhere", before, lambda _: None)
+        guest.go_on(run=True, before=before)
         assert emulator.limits() == limits
 
 
@@ -119,7 +141,11 @@ def test_a_stop_of_somebody_else_freezes_nothing(tmp_path: Path) -> None:
         listener.bind(str(tmp_path / "s"))
         listener.listen(1)
         frozen: list[tuple[int, float]] = []
-        stopped = guest.send(f"unix:{tmp_path / 's'}", lambda moment: frozen.append((emulator.counter(), moment)))
+
+        def note(moment: float) -> None:
+            frozen.append((emulator.counter(), moment))
+
+        stopped = guest.send(f"unix:{tmp_path / 's'}", guest.settings(), note)
         assert frozen
         assert {count for count, _ in frozen} == {emulator.counter()}
         assert {moment for _, moment in frozen} == {stopped}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,52 +13,19 @@ from msgspec import to_builtins
 from lazymem.errors import BusyError, MonitorError, StoreError
 from lazymem.handover import messages, requests, sending
 from lazymem.handover.departure import Leaving, Outcome
-from lazymem.handover.journal import Journal, Record, read
+from lazymem.handover.journal import Journal, read
 from lazymem.handover.offers import Offers
 from lazymem.handover.polling import until
 from lazymem.handover.receivers import Receivers
 from lazymem.handover.sending import Sender
 from lazymem.handover.states import Event, Source
 from lazymem.snapshot.liveram import Served
-
-OLD = "00" * 16
-
-
-class Guest:
-    def __init__(self, error: MonitorError | None = None) -> None:
-        self._error = error
-        self.went_on = 0
-
-    def go_on(self, *, run: bool) -> None:
-        self.went_on += run
-        if self._error is not None:
-            raise self._error
-
-
-class Pages:
-    def publish(self, name: str, ram: Any) -> None:
-        ram.close()
-
-    def look_again(self) -> None:
-        pass
-
-
-def hello(handover: str = "") -> messages.Hello:
-    return messages.Hello(messages.VERSION, "another host", handover)
+from tests.support.standinsource import OLD, Disk, Guest, Pages, hello, leaving_in, sender
 
 
 @pytest.fixture
 def leaving(tmp_path: Path) -> Leaving:
-    ram = tmp_path / "ram"
-    ram.touch()
-    os.truncate(ram, 1 << 20)
-    return Leaving("127.0.0.1:1", "/qmp", str(ram), 1 << 20, {"name": "qemu"}, True, "boot", 1)
-
-
-def sender(journal: Journal, guest: Guest, leaving: Leaving, look: Callable[[], Leaving] | None = None) -> Sender:
-    made = cast(Any, Sender)
-    found: Sender = made(journal, guest, leaving, Pages(), lambda _: None, maybe_look=look)
-    return found
+    return leaving_in(tmp_path)
 
 
 async def test_after_a_hand_over_that_came_to_nothing_the_next_is_offered(tmp_path: Path, leaving: Leaving) -> None:
@@ -180,23 +145,6 @@ async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection
             assert await receivers.state_connection("second") is second
             await until(lambda: ended == [again, first])
         receivers.close()
-
-
-class Disk(Journal):
-    """Refuses so many decisions of that state. `kept`: what is refused is read all the same."""
-
-    def refuse(self, state: str, times: int, *, kept: bool) -> None:
-        self._refused, self._times, self._kept = state, times, kept
-
-    def write(self, handover: str, state: str, details: dict[str, Any]) -> Record:
-        if state == getattr(self, "_refused", None) and self._times:
-            self._times -= 1
-            sequence = self._sequence
-            if self._kept:
-                super().write(handover, state, details)
-            self._sequence = sequence
-            raise StoreError("the disk is full")
-        return super().write(handover, state, details)
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -4,9 +4,9 @@ Started as ``python -m tests.support.dyingcommand FILE STEPS send|receive ARGUME
 line, as they are reached: ``EVENT NAME`` before an event is taken, ``AT STATE`` when all is done that it led to,
 ``RECORD STATE`` and ``RECORDED STATE`` around a write to the journal, and an effect's name before it is carried out.
 Before anything moves it, a source has ``OFFER`` and ``OFFERED``, around that write, and a destination ``CHECKED``,
-``MOUNTED`` and ``STARTED``; when the guest stands, a source has ``STOPPED``, in another thread. With --warm a source
-has ``WENT`` when some pages went ahead of the guest, a destination ``MADE`` when it has a place for them, and ``CAME``
-when some are in it.
+``MOUNTED`` and ``STARTED``; in another thread a source has ``SET`` when its emulator's settings are changed, and
+``STOPPED`` when the guest stands. With --warm a source has ``WENT`` when some pages went ahead of the guest, a
+destination ``MADE`` when it has a place for them, and ``CAME`` when some are in it.
 
 STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before it,
 and then the process dies, or what stands in front of STEPS with a ``:``. A source's process is two, and both die: its
@@ -209,7 +209,13 @@ def _watch_stop(steps: _Steps) -> None:
     send_state = patched._send_state
 
     async def watched_send(self: Any) -> Any:
-        freeze = self._ram.freeze
+        freeze, prepare = self._ram.freeze, self._here.guest._prepare
+
+        def watched_prepare(before: Any) -> None:
+            prepare(before)
+            kind = steps.note("SET")
+            if kind is not None:
+                steps.kill(kind, self)
 
         def watched_freeze() -> Any:
             signature = freeze()
@@ -218,7 +224,7 @@ def _watch_stop(steps: _Steps) -> None:
                 steps.kill(kind, self)
             return signature
 
-        self._ram.freeze = watched_freeze
+        self._ram.freeze, self._here.guest._prepare = watched_freeze, watched_prepare
         return await send_state(self)
 
     patched._send_state = watched_send

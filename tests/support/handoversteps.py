@@ -41,6 +41,9 @@ DESTINATION_LOADS_LATE = walk(DESTINATION, Destination.ASKED, Event.GIVEN, Event
 DESTINATION_REFUSES = walk(DESTINATION, Destination.ASKED, Event.FAILED)
 DESTINATION_YIELDS = walk(DESTINATION, Destination.MINE, Event.VOID)
 
+SOURCE_SETS = ["SET"]
+"""Of a source, in the middle of MIGRATE: its emulator's settings are changed."""
+
 SOURCE_STANDS = ["STOPPED"]
 """Of a source, in the middle of MIGRATE: the emulator has stopped the guest."""
 

@@ -163,7 +163,7 @@ def test_handed_over_over_a_slow_link(drawing: tuple[Path, Screen], folder: Path
     taking.start()
     guest = LeavingGuest(monitor)
     try:
-        guest.send(f"unix:{folder}/link", lambda _: None)
+        guest.send(f"unix:{folder}/link", guest.settings(), lambda _: None)
         taking.join(WAIT_SECONDS)
         _check(bytes(taken), screen, folder / "screen")
     finally:
