@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from lazymem.errors import MonitorError
 from lazymem.handover import emulatorhere, messages, receiving
@@ -278,3 +279,52 @@ async def test_what_an_earlier_process_counted_is_counted_on(tmp_path: Path) -> 
         await found._make_report()
         assert found._report["state_bytes"] == 4711
         assert found._report["total_seconds"] >= 3600
+
+
+class ReadHost(Host):
+    """Its guest's RAM is read in these times, seconds of that clock."""
+
+    def __init__(self, clock: MockClock, *times: tuple[float, float]) -> None:
+        super().__init__()
+        self._clock = clock
+        self._times = times
+        self.looks: list[tuple[float, bool]] = []
+
+    def maybe_reader(self) -> str | None:
+        now = self._clock.current_time()
+        is_read = any(begin <= now < end for begin, end in self._times)
+        self.looks.append((now, is_read))
+        return "lazymem send reads it" if is_read else None
+
+
+@pytest.mark.parametrize(
+    ("times", "last_read"),
+    [
+        ([(0.0, 3.0)], 3.0),
+        ([(0.0, 3.0), (10.0, 12.0)], 12.0),  # killed, and started again by its guardian
+        ([(0.0, 3.0), (13.0, 14.0)], 3.0),  # somebody else's: it is let go of by then
+    ],
+)
+async def test_a_reader_that_was_seen_may_come_again(
+    tmp_path: Path, autojump_clock: MockClock, times: list[tuple[float, float]], last_read: float
+) -> None:
+    """Only then is the guest's RAM let go of: 8 s after it was last seen to be read."""
+    with receiver(tmp_path, Guest(), Destination.MINE) as (found, _, _host):
+        host = ReadHost(autojump_clock, *times)
+        found._host = cast(Any, host)
+        said: list[str] = []
+        found._say = said.append
+        await found._wait_unread()
+        assert len(said) == 1
+        seen = max(moment for moment, is_read in host.looks if is_read)
+        end = host.looks[-1][0]
+        assert last_read - receiving._LOOK_SECONDS <= seen < last_read
+        assert seen + 8.0 < end <= seen + 8.0 + 2 * receiving._LOOK_SECONDS
+
+
+async def test_what_nobody_reads_is_let_go_of_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+    with receiver(tmp_path, Guest(), Destination.MINE) as (found, _, _host):
+        host = ReadHost(autojump_clock)
+        found._host = cast(Any, host)
+        await found._wait_unread()
+        assert len(host.looks) == 1
