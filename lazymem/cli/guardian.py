@@ -42,6 +42,10 @@ _PAUSE_SECONDS = (0.1, 5.0)
 """Before the third in a row, and the longest; it doubles. The second is started at once: a guest may stand."""
 
 
+_ENOUGH = 2
+"""Interrupts while no child lives: the first is the next one's to take, and there is no next one after the second."""
+
+
 class Guard(Struct, frozen=True):
     """What a child knows. `is_again`: there was one before it, which was killed. `interrupts`: so many signals the user
     has sent before there was this child. `parents_end`: a pipe that ends with the guardian; -1: there is none."""
@@ -54,6 +58,12 @@ class Guard(Struct, frozen=True):
         """Call `on_interrupt` each time that the user wants it to end, and `on_alone` once the guardian was killed;
         until cancelled."""
         alone = trio.Event()
+        count = 0
+
+        def interrupted() -> None:
+            nonlocal count
+            count += 1
+            on_interrupt()
 
         async def wait_alone() -> None:
             await trio.lowlevel.wait_readable(self.parents_end)
@@ -68,12 +78,10 @@ class Guard(Struct, frozen=True):
                 else:
                     nursery.start_soon(wait_alone)
                 for _ in range(self.interrupts):
-                    on_interrupt()
-                hung_up = False
+                    interrupted()
                 async for number in signals:
-                    if number == _PASSED_ON or (alone.is_set() and not (number == signal.SIGHUP and hung_up)):
-                        on_interrupt()
-                    hung_up |= alone.is_set()
+                    if number == _PASSED_ON or (alone.is_set() and _counts(number, count)):
+                        interrupted()
 
 
 def guarded(work: Callable[[Guard], int], say: Callable[[str], None]) -> int:
@@ -85,6 +93,12 @@ def _users() -> tuple[signal.Signals, ...]:
     """With which a user, or a terminal that is closed, ends a command. nohup(1) has the last one ignored."""
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
+
+
+def _counts(number: int, interrupts: int) -> bool:
+    """Whether it is one more that the user has sent. A terminal that is closed, or a session that is stopped, may say
+    so twice, or of what is being ended already: that is no second thought."""
+    return not (number == signal.SIGHUP and interrupts)
 
 
 class _Guardian:
@@ -103,31 +117,34 @@ class _Guardian:
         # What is blocked waits, so none is missed between two looks; also that to a child which cannot take it yet.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (*self._users, signal.SIGCHLD, _PASSED_ON))
         try:
-            self._start(is_again=False)
+            self._fork(is_again=False)
             while self._is_to_be_again(code := self._wait_ended()):
                 self._say(f"the process that did the work was ended by {_name(code)}: it is started again")
                 self._pause()
-                if self._interrupts > 1:
+                if not self._start_again():
                     return 130
-                self._start(is_again=True)
             return code
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for descriptor in self._pipe:
                 os.close(descriptor)
 
-    def _start(self, *, is_again: bool) -> None:
-        _flush()  # else both would write what waits there
-        while True:
-            self._began = time.monotonic()
+    def _start_again(self) -> bool:
+        """False: the user does not want it any more."""
+        while self._interrupts < _ENOUGH:
             try:
-                self._child = os.fork()
-                break
+                self._fork(is_again=True)
             except OSError as error:  # no memory, too many processes: what killed the one before may be the reason
-                if not is_again:
-                    raise
                 self._say(f"it cannot be started yet: {error.strerror}")
                 self._note(signal.sigtimedwait(self._users, _PAUSE_SECONDS[1]))
+            else:
+                return True
+        return False
+
+    def _fork(self, *, is_again: bool) -> None:
+        _flush()  # else both would write what waits there
+        self._began = time.monotonic()
+        self._child = os.fork()
         if not self._child:
             os.close(self._pipe[1])
             _be_child(self._work, Guard(is_again, self._interrupts, self._pipe[0]), self._users)
@@ -155,13 +172,11 @@ class _Guardian:
         self._note(signal.sigtimedwait(self._users, pause))
 
     def _note(self, maybe_found: signal.struct_siginfo | None) -> bool:
-        """Whether it is one more that the user has sent. A terminal that is closed, or a session that is stopped, may
-        say so twice, and that is no second thought."""
-        number = None if maybe_found is None else maybe_found.si_signo
-        if number not in self._users or (number == signal.SIGHUP and self._interrupts):
-            return False
-        self._interrupts += 1
-        return True
+        """Whether it is one more that the user has sent."""
+        number = 0 if maybe_found is None else maybe_found.si_signo
+        is_one = number in self._users and _counts(number, self._interrupts)
+        self._interrupts += is_one
+        return is_one
 
 
 def _name(code: int) -> str:

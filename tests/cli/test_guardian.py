@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -22,11 +24,13 @@ AGAIN = "the process that did the work was ended by SIGKILL: it is started again
 
 
 class Guardian:
-    def __init__(self, kind: str, pause: float) -> None:
+    def __init__(self, kind: str, pause: float, *, tells_at: str = "stdout") -> None:
         command = [sys.executable, "-m", "tests.support.guardedwork", kind, str(pause)]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
-        )
+        if tells_at != "stdout":
+            command = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, process_group=0)
+        self._tells_at = tells_at
 
     @property
     def is_read(self) -> bool:
@@ -34,8 +38,14 @@ class Guardian:
 
     @property
     def _out(self) -> IO[str]:
-        assert self.process.stdout is not None
-        return self.process.stdout
+        found = self.process.stdout if self._tells_at == "stdout" else self.process.stderr
+        assert found is not None
+        return found
+
+    def give_line(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
     def end(self) -> tuple[int, str, str]:
         """Its exit code, and what it says until then."""
@@ -49,15 +59,18 @@ class Guardian:
         assert words[3] == str(again)
         return int(words[1])
 
+    def line(self) -> str:
+        return self._out.readline().removesuffix("\n")
+
     def says(self, *lines: str) -> None:
         for line in lines:
-            assert self._out.readline() == f"{line.removesuffix(chr(10))}\n"
+            assert self.line() == line.removesuffix("\n")
 
 
 @pytest.fixture
 def guardian(request: pytest.FixtureRequest) -> Iterator[Guardian]:
-    kind, pause = request.param
-    made = Guardian(kind, pause)
+    kind, pause, tells_at = request.param
+    made = Guardian(kind, pause, tells_at=tells_at)
     yield made
     with suppress(ProcessLookupError):
         os.killpg(made.process.pid, signal.SIGKILL)
@@ -65,8 +78,8 @@ def guardian(request: pytest.FixtureRequest) -> Iterator[Guardian]:
         made.end()
 
 
-def of(kind: str, pause: float = 0.0) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("guardian", [(kind, pause)], indirect=True)
+def of(kind: str, pause: float = 0.0, tells_at: str = "stdout") -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("guardian", [(kind, pause, tells_at)], indirect=True)
 
 
 @of("wait")
@@ -143,3 +156,123 @@ def test_a_bug_is_not_met_for_ever(guardian: Guardian) -> None:
     assert code == 1
     assert out.count("child") == error.count("RuntimeError: a bug") == 3
     assert out.count("ended by a bug: it is started again") == 2
+
+
+CANNOT = f"it cannot be started yet: {os.strerror(errno.EAGAIN)}"
+
+
+@of("wait:fork:2,3")
+def test_a_fork_is_tried_again_where_there_was_a_child(guardian: Guardian) -> None:
+    """What killed it, a want of memory, may be why."""
+    child = guardian.child(again=False)
+    guardian.says("waits")
+    os.kill(child, signal.SIGKILL)
+    guardian.says(AGAIN, CANNOT, CANNOT)
+    assert guardian.child(again=True) != child
+    guardian.says("waits")
+
+
+@of("wait:fork:1")
+def test_the_first_fork_is_not_tried_again(guardian: Guardian) -> None:
+    """Nothing is begun, and whoever has started the command is there to see it."""
+    code, out, error = guardian.end()
+    assert (code, out) == (1, "")
+    assert os.strerror(errno.EAGAIN) in error
+
+
+@of("wait:fork:2,3", LONG)
+def test_an_interrupt_is_why_a_fork_is_tried_at_once(guardian: Guardian) -> None:
+    """And is then the next child's to take; where there is none, a second one is the end."""
+    child = guardian.child(again=False)
+    guardian.says("waits")
+    os.kill(child, signal.SIGKILL)
+    guardian.says(AGAIN, CANNOT)
+    guardian.process.terminate()
+    guardian.says(CANNOT)
+    guardian.process.terminate()
+    assert guardian.end() == (130, "", "")
+
+
+@of("wait")
+def test_a_terminal_that_is_closed_twice_is_one_interrupt(guardian: Guardian) -> None:
+    """Else there would be no child after the killed one: two are the end."""
+    child = guardian.child(again=False)
+    guardian.says("waits")
+    guardian.process.send_signal(signal.SIGHUP)
+    guardian.says("interrupt 1")
+    guardian.process.send_signal(signal.SIGHUP)
+    os.kill(child, signal.SIGKILL)
+    guardian.says(AGAIN)
+    guardian.child(again=True)
+    guardian.says("interrupt 1", "waits")
+
+
+@of("counts")
+def test_a_child_alone_takes_a_terminal_that_is_closed_twice_for_one(guardian: Guardian) -> None:
+    child = guardian.child(again=False)
+    guardian.says("waits")
+    guardian.process.kill()
+    guardian.says("alone")
+    for number, count in ((signal.SIGHUP, 1), (signal.SIGTERM, 2)):
+        os.kill(child, number)
+        guardian.says(f"interrupt {count}")
+        os.kill(child, signal.SIGHUP)
+    guardian.give_line()
+    guardian.says("in all 2")
+    wait_until(lambda: is_gone(child), "the child to end")
+
+
+@of("counts")
+def test_a_terminal_is_closed_on_what_the_guardian_was_already_interrupted_for(guardian: Guardian) -> None:
+    child = guardian.child(again=False)
+    guardian.says("waits")
+    guardian.process.terminate()
+    guardian.says("interrupt 1")
+    guardian.process.kill()
+    guardian.says("alone")
+    os.kill(child, signal.SIGHUP)
+    guardian.give_line()
+    guardian.says("in all 1")
+    wait_until(lambda: is_gone(child), "the child to end")
+
+
+@of("slow")
+def test_the_first_child_is_ended_at_once_before_it_watches(guardian: Guardian) -> None:
+    """It has done nothing that would have to be undone."""
+    guardian.child(again=False)
+    guardian.process.terminate()
+    assert guardian.end() == (130, "", "")
+
+
+@of("slow")
+def test_a_second_child_is_not_ended_before_it_watches(guardian: Guardian) -> None:
+    """It may find a guest that stands, and hears of the interrupt when it has seen to that."""
+    os.kill(guardian.child(again=False), signal.SIGKILL)
+    guardian.says(AGAIN)
+    child = guardian.child(again=True)
+    guardian.process.terminate()
+    wait_until(lambda: is_gone(child) or _is_pending(child, signal.SIGUSR1), "the guardian to hand it on")
+    guardian.give_line()
+    assert {guardian.line(), guardian.line()} == {"interrupt 1", "waits"}
+    guardian.process.terminate()
+    assert guardian.end() == (7, "interrupt 2\n", "")
+
+
+def _is_pending(pid: int, number: signal.Signals) -> bool:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask & 1 << number - 1 for mask in masks)
+
+
+@of("wait", tells_at="stderr")
+def test_nobody_needs_a_stdout(guardian: Guardian) -> None:
+    child = guardian.child(again=False)
+    guardian.says("waits")
+    os.kill(child, signal.SIGKILL)
+    guardian.says(AGAIN)
+    guardian.child(again=True)
+    guardian.says("waits")
+    for number in (1, 2):
+        guardian.process.terminate()
+        guardian.says(f"interrupt {number}")
+    assert guardian.end() == (7, "", "")

@@ -1,14 +1,20 @@
 """Work for a guardian, as a process: ``python -m tests.support.guardedwork KIND``; it tells on stdout what it meets.
 
 KIND: ``wait`` until the second interrupt, ends with 7; ``once``: kills itself, and the next one is as ``wait``;
-``dies``: always; ``bug``: always raises.
+``dies``: always; ``bug``: always raises; ``slow``: as ``wait``, once it has read a line from stdin; ``counts``: when it
+waits it reads that line, tells how many interrupts there were, and ends with 7.
+
+``wait:fork:N,...``: the Nth forks fail, of those that the guardian tries. With stdout closed it tells on stderr.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import signal
 import sys
+from collections.abc import Collection
 
 import trio
 
@@ -17,7 +23,18 @@ from lazymem.cli.guardian import Guard, guarded
 
 
 def tell(line: str) -> None:
-    print(line, flush=True)
+    print(line, file=sys.stdout or sys.stderr, flush=True)
+
+
+def fail_forks(numbers: Collection[int]) -> None:
+    fork, tries = os.fork, itertools.count(1)
+
+    def failing() -> int:
+        if next(tries) in numbers:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    os.fork = failing
 
 
 def main(kind: str) -> int:
@@ -27,26 +44,33 @@ def main(kind: str) -> int:
             raise RuntimeError("a bug")
         if kind == "dies" or (kind == "once" and not guard.is_again):
             os.kill(os.getpid(), signal.SIGKILL)
-        trio.run(_wait, guard)
+        if kind == "slow":
+            sys.stdin.readline()
+        trio.run(_wait, guard, kind == "counts")
         return 7
 
     return guarded(work, tell)
 
 
-async def _wait(guard: Guard) -> None:
+async def _wait(guard: Guard, counts: bool) -> None:
     count = 0
 
     def interrupted() -> None:
         nonlocal count
         count += 1
         tell(f"interrupt {count}")
-        if count == 2:
+        if count == 2 and not counts:
             nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(guard.watch, interrupted, lambda: tell("alone"))
         await trio.testing.wait_all_tasks_blocked()
         tell("waits")
+        if counts:
+            await trio.to_thread.run_sync(sys.stdin.readline)
+            await trio.testing.wait_all_tasks_blocked()  # whoever has heard a signal has told
+            tell(f"in all {count}")
+            nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
@@ -54,4 +78,6 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup(1)
     guardian._PAUSE_SECONDS = (float(sys.argv[2]),) * 2
-    sys.exit(main(sys.argv[1]))
+    name, _, failing = sys.argv[1].partition(":fork:")
+    fail_forks([int(number) for number in filter(None, failing.split(","))])
+    sys.exit(main(name))
