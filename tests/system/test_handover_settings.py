@@ -84,8 +84,9 @@ def _monitor(path: Path) -> tuple[str, str]:
     return "-qmp", f"unix:{path},server=on,wait=off"
 
 
-@pytest.mark.parametrize("what", ["worker:", "guardian:", ""])
-@pytest.mark.parametrize("step", ["SET", "STOPPED"])
+@pytest.mark.parametrize(
+    ("what", "step"), [("worker:", "SET"), ("worker:", "STOPPED"), ("guardian:", "STOPPED"), ("", "STOPPED")]
+)
 def test_the_source_is_killed_before_it_has_given(two: Pair, settings: Settings, what: str, step: str) -> None:
     """What was the user's is not known to any process that lives."""
     two.begin(source_dies=f"{what}{step}")
