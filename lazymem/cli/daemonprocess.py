@@ -17,6 +17,9 @@ from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
 Program = Sequence[str]
 """A command without the mount's arguments."""
 
+LOOK_SECONDS = 1.0
+"""A killed daemon one of whose threads waits for the daemon itself does not end, and no descriptor tells of it."""
+
 
 def program_of(python: str) -> Program:
     """`lazymem-mount` as that Python has it."""
@@ -33,6 +36,7 @@ class Daemon:
         self.control = control
         self.program = program
         self.is_ready = self.is_warm = False
+        self.is_adopted = False  # begun by another supervisor, whom it may have told that it is ready
         self.since = time.monotonic()
         """When it was started; later, when it was told to begin."""
         self.maybe_code: int | None = None
@@ -46,6 +50,13 @@ class Daemon:
                 return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")
         except OSError:  # this host cannot say (no descriptor, no memory), and two that serve would be worse than none
             return False
+
+    def wait_dead(self) -> None:
+        """Blocking."""
+        looking = select.poll()
+        looking.register(self.pidfd, select.POLLIN)
+        while not self.is_dead():
+            looking.poll(LOOK_SECONDS * 1000)
 
     def age_seconds(self) -> float:
         return time.monotonic() - self.since

@@ -156,8 +156,7 @@ class Supervised:
             elif "LOADED" in maybe_message.fields:
                 self._survival.next_is_loaded = True
             elif "KEEPER" in maybe_message.fields:  # another process of the unit's
-                self._survival.maybe_keeper = KeptBy(keeper.name, keeper.to, int(maybe_message.fields["KEEPER"]))
-                self._survival.next_is_loaded = False
+                self._survival.kept_by(KeptBy(keeper.name, keeper.to, int(maybe_message.fields["KEEPER"])))
             elif "REFUSED" in maybe_message.fields:
                 self._survival.maybe_refusal = maybe_message.fields["REFUSED"]
                 log.error("no upgrade: %s", self._survival.maybe_refusal)
@@ -173,9 +172,7 @@ class Supervised:
             except (OSError, RuntimeError) as error:  # RuntimeError: no thread, says trio
                 log.error("no supervisor can be started: %s", error)
             await trio.sleep(RESPAWN_SECONDS)
-        self._survival.next_is_loaded = False
         self._survival.kept_by(new)
-        self._survival.ready()
         await trio.sleep(RESPAWN_SECONDS)
 
     def _let_go_of_unit(self, keeper: KeptBy) -> None:

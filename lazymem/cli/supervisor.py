@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from lazymem.cli import logs
-from lazymem.cli.daemonprocess import Daemon, Program, Starter, is_readable, program_of
+from lazymem.cli.daemonprocess import LOOK_SECONDS, Daemon, Program, Starter, is_readable, program_of
 from lazymem.cli.patience import Patience
 from lazymem.errors import LazymemError
 from lazymem.fs import descriptorstore, session
@@ -43,9 +43,6 @@ NO_SPARE_SECONDS = 60.0
 
 LOAD_SECONDS = 60.0
 """For a next daemon to load what it needs; the present one serves meanwhile."""
-
-LOOK_SECONDS = 1.0
-"""A killed daemon one of whose threads waits for the daemon itself does not end, and no descriptor tells of it."""
 
 
 class Supervisor:
@@ -128,7 +125,8 @@ class Supervisor:
         elif "FDSTOREREMOVE" in fields:
             self._let_go(fields["FDNAME"])
         elif "READY" in fields:
-            self._note_ready(daemon)
+            if not daemon.is_ready:  # it says so to each supervisor, and this one may have read that already
+                self._note_ready(daemon)
         elif "WARM" in fields and daemon is self._maybe_next:
             daemon.is_warm = True
             self._say(**{"HANDOVER" if self._upgrading else "LOADED": 1})
@@ -195,7 +193,8 @@ class Supervisor:
         """`maybe_dead` is, and the mount is not."""
         self._maybe_daemon = None
         if maybe_dead is not None:
-            self._patience.note_death(maybe_dead.pid, maybe_dead.is_ready, self._held[FUSE])
+            was_ready = maybe_dead.is_ready or maybe_dead.is_adopted
+            self._patience.note_death(maybe_dead.pid, was_ready, self._held[FUSE])
         for name in [name for name in self._held if name.startswith(PREDECESSOR)]:
             if is_readable(self._held[name]):
                 self._let_go(name)

@@ -279,10 +279,14 @@ class Survival:
                 descriptorstore.drop(self.maybe_keeper.to, name)
 
     def kept_by(self, keeper: KeptBy) -> None:
-        """Another one: it gets everything."""
+        """Another one: it gets everything, and hears whether we are ready. Whoever was killed may have had all of it,
+        and given nothing on."""
         self.maybe_keeper = keeper
+        self.next_is_loaded = False
         for name in self._kept:
             self._put(name)
+        if self.is_ready:
+            self._say_ready()
 
     def say(self, **fields: object) -> None:
         """Tell the keeper."""
@@ -294,7 +298,13 @@ class Survival:
         self.is_ready = True
         if self._maybe_state is not None:
             self._maybe_state.kept = self.outlives_us
-        self.say(READY=1)
+        self._say_ready()
+
+    def _say_ready(self) -> None:
+        """To whom, as well: what was said to one that was killed, the next one reads, but first it is to have all that
+        we keep."""
+        if self.maybe_keeper is not None:
+            self.say(READY=1, KEEPER=self.maybe_keeper.pid)
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 What it holds, a pidfd of each daemon that has not ended, and its end of the socket to the present one are in systemd's
 descriptor store as well. So whoever kills the daemon has a next one, which is loaded, go on at once, without systemd;
-and whoever kills the supervisor has systemd start another one, which takes all of that up while the daemon serves.
+and whoever kills the supervisor has systemd start another one, which takes all of that up while the daemon serves, and
+to which the daemon says again what it said before: the one that was killed may have heard it and told nobody.
 
 Left to systemd is what it has patience for, and a way to be told to give up (`systemctl stop`): daemons that do not
 start. Then this ends, but not with 0, and is started again.
@@ -26,7 +27,7 @@ from lazymem.cli.restart import Restart
 from lazymem.cli.servicemanager import AGAIN_EXIT_CODE, SYSTEMD, exit_code_of_first_start, maybe_notify_socket
 from lazymem.cli.supervisor import Supervisor
 from lazymem.fs import descriptorstore, session
-from lazymem.fs.descriptorstore import FUSE, PREDECESSOR
+from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, Message
 
 log = logging.getLogger("lazymem.supervisor")
 
@@ -53,31 +54,54 @@ class UnitSupervisor(Supervisor):
         self._is_told = self._upgraded = self._wish_to_end = False
 
     def _maybe_adopted(self, held: dict[str, int]) -> Daemon | None:
-        """The daemon that a supervisor before us started. (Between the socket's and the pidfd's keeping it has not
-        begun.)"""
-        found = None
+        """The daemon that a supervisor before us started, also when it is dead: what it said at last is to be heard.
+
+        Several are kept where systemd did not hear of an end. A daemon begins only once no other runs code, so at most
+        one lives, and that one serves. If two seem to, nobody knows which of them has what the guest asked for: neither
+        goes on, and a next daemon has the kernel ask it for all of that.
+        """
+        found: list[Daemon] = []
         for name in [name for name in held if name.startswith(CONTROL)]:
             control, pid = socket.socket(fileno=held.pop(name)), int(name.partition("-")[2])
-            if found is None and f"{PREDECESSOR}-{pid}" in held:
-                found = Daemon(pid, held[f"{PREDECESSOR}-{pid}"], control, self._program_for(""))
-                found.is_ready = FUSE in held
-            else:
-                control.close()
-                self._tell(descriptorstore.drop, name)
-        return found
+            if f"{PREDECESSOR}-{pid}" in held:
+                found.append(Daemon(pid, held[f"{PREDECESSOR}-{pid}"], control, self._program_for("")))
+            else:  # between the keeping of the one and of the other it has not begun
+                self._forget(pid, control)
+        living = [daemon for daemon in found if not daemon.is_dead()]
+        if len(living) > 1:
+            log.error("two daemons (pids %s): neither goes on", ", ".join(str(daemon.pid) for daemon in living))
+            for daemon in living:
+                daemon.send_signal(signal.SIGKILL)
+            for daemon in living:
+                daemon.wait_dead()
+        maybe_one = next(iter(living or found), None)
+        for daemon in found:
+            daemon.is_adopted = True
+            if daemon is not maybe_one:
+                self._forget(daemon.pid, daemon.control)
+        return maybe_one
+
+    def _forget(self, pid: int, control: socket.socket) -> None:
+        control.close()
+        self._tell(descriptorstore.drop, f"{CONTROL}-{pid}")
 
     def run(self) -> int:
         """Returns what to end with: 0 when the mount is over, else systemd is to start another one."""
+        self._take_up()
+        return super().run()
+
+    def _take_up(self) -> None:
+        """Ask the daemon that was there for all that it has said to the supervisor before us, READY=1 among it."""
         maybe_daemon = self._maybe_daemon
         if maybe_daemon is not None and not self._takes_up:
             maybe_daemon.send_signal(signal.SIGKILL)
         elif maybe_daemon is not None and not maybe_daemon.is_dead():
-            log.warning("another supervisor: the daemon (pid %d) serves", maybe_daemon.pid)
+            log.warning("another supervisor: the daemon (pid %d) goes on", maybe_daemon.pid)
             self._say(KEEPER=os.getpid())
             if self._continues:
                 self._spare_seconds = 0.0
-                self._note_ready(maybe_daemon)
-        return super().run()
+                if session.is_over(self._held[FUSE]):  # it stores what was written, and may hear nobody any more
+                    self._note_ready(maybe_daemon)
 
     def end(self) -> None:
         """Somebody stops the unit. A daemon that goes on with the mount would die of a signal before it has said that
@@ -96,6 +120,11 @@ class UnitSupervisor(Supervisor):
         log.error("the next daemon (pid %d) is not ready after %g s", daemon.pid, BEGIN_SECONDS)
         daemon.send_signal(signal.SIGKILL)
 
+    def _obey(self, daemon: Daemon, message: Message) -> None:
+        if daemon.is_adopted and "READY" in message.fields and message.fields.get("KEEPER") != str(os.getpid()):
+            return  # said to the supervisor before us, who may not have given on what came before that
+        super()._obey(daemon, message)
+
     def _note_ready(self, daemon: Daemon) -> None:
         super()._note_ready(daemon)
         self._tell_ready()
@@ -110,6 +139,8 @@ class UnitSupervisor(Supervisor):
         is_over = FUSE not in self._held or session.is_over(self._held[FUSE])
         if maybe_dead is not None:
             self._tell(descriptorstore.drop, f"{CONTROL}-{maybe_dead.pid}")
+            if maybe_dead.is_adopted and not is_over:
+                return None  # whether it had been ready, only a supervisor before us may know
             if not maybe_dead.is_ready and not (is_over and self._continues):
                 return self._code_of_start(maybe_dead, first=is_over)
         elif FUSE not in self._held:
@@ -164,6 +195,10 @@ class UnitSupervisor(Supervisor):
     # ---- what systemd has too
 
     def _keep(self, name: str, descriptor: int) -> None:
+        """A daemon says all to another supervisor again. What systemd has it must not lose, be it for a moment."""
+        if name in self._held and os.path.sameopenfile(self._held[name], descriptor):
+            os.close(descriptor)
+            return
         super()._keep(name, descriptor)
         self._tell(descriptorstore.put, name, descriptor)
 

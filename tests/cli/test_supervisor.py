@@ -220,6 +220,7 @@ def test_a_next_daemon_is_loaded_at_once_after_a_restart() -> None:
         began = time.monotonic()
         looked_after._obey(first, descriptorstore.Message({"READY": "1"}))
         assert looked_after._spare_at >= began + supervisor.SPARE_SECONDS
+        first.is_ready = False  # as the next one is not
         looked_after._obey(first, descriptorstore.Message({"READY": "1"}))
         assert looked_after._spare_at <= time.monotonic()
     process.kill()

@@ -15,27 +15,33 @@ from pathlib import Path
 import pytest
 
 from lazymem.cli import unit
-from lazymem.cli.daemonprocess import Daemon, Starter
+from lazymem.cli.daemonprocess import Daemon, Starter, is_readable
 from lazymem.cli.servicemanager import AGAIN_EXIT_CODE, MISTAKE_EXIT_CODE, maybe_notify_socket
 from lazymem.cli.supervisor import Supervisor
 from lazymem.cli.unit import UnitSupervisor
 from lazymem.errors import MountError, ServerUnreachableError
 from lazymem.fs import descriptorstore
 from lazymem.fs.descriptorstore import FUSE
+from tests.support.mounts import wait_until
 from tests.support.standinsystemd import StandInSystemd
 
 SERVES = """
 import os, socket, sys
 control = socket.socket(fileno=int(os.environ["LAZYMEM_SUPERVISOR_FD"]))
 assert not {"NOTIFY_SOCKET", "LISTEN_FDS"} & set(os.environ)
+supervisors = 0
 while True:
     word, _, _, _ = control.recvmsg(1000, socket.CMSG_LEN(4))
     if not word:
         sys.exit(0)
-    if b"START" in word and "ready" in sys.argv:
-        control.send(b"READY=1")
+    keeper = word.partition(b"KEEPER=")[2]
+    supervisors += bool(keeper)
+    if keeper and supervisors >= float(sys.argv[1]):
+        control.send(b"READY=1\\nKEEPER=" + keeper)
 """
-"""In the place of a daemon."""
+"""In the place of a daemon. Its argument: to its how manieth supervisor it says that it is ready."""
+
+NEVER = "inf"
 
 Made = Callable[..., "Unit"]
 
@@ -105,7 +111,7 @@ def start(systemd: StandInSystemd, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def serving(start: Made, *, mounted: bool = True, ready: bool = True) -> Unit:
-    made = start(sys.executable, "-c", SERVES, "ready" if ready else "silent", mounted=mounted)
+    made = start(sys.executable, "-c", SERVES, "1" if ready else NEVER, mounted=mounted)
     made.begin()
     if ready:
         made.look_until(lambda: made.daemon.is_ready)
@@ -153,7 +159,7 @@ def test_a_program_that_is_not_there_is_too(start: Made) -> None:
 def test_a_next_daemon_that_is_never_ready_is_too(start: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made = serving(start)
     monkeypatch.setattr(unit, "BEGIN_SECONDS", 0.01)
-    made._program = (sys.executable, "-c", SERVES, "silent")
+    made._program = (sys.executable, "-c", SERVES, NEVER)
     made.daemon.send_signal(signal.SIGKILL)
     assert made.rest_of_run() == AGAIN_EXIT_CODE
 
@@ -175,7 +181,7 @@ def test_another_supervisor_takes_the_daemon_up(systemd: StandInSystemd, start: 
     systemd.look()
     assert set(systemd.kept) == {FUSE, f"predecessor-{pid}", f"control-{pid}"}
     assert systemd.said == ["READY=1"]
-    second = start(sys.executable, "-c", SERVES, "ready")
+    second = start(sys.executable, "-c", SERVES, "1")
     assert (second.daemon.pid, second.daemon.is_dead()) == (pid, False)
     second.daemon.send_signal(signal.SIGKILL)
     second.look_until(second.daemon.is_dead)
@@ -188,6 +194,119 @@ def test_another_supervisor_takes_the_daemon_up(systemd: StandInSystemd, start: 
     names = {f"predecessor-{second.daemon.pid}", f"control-{second.daemon.pid}"}
     assert set(systemd.kept) >= {FUSE, *names}
     assert f"control-{pid}" not in systemd.kept
+
+
+def test_whether_it_is_ready_only_the_daemon_knows(systemd: StandInSystemd, start: Made) -> None:
+    """Not that there is a mount, with which it may just have begun to go on. Before, systemd is not told, and the
+    daemon is not told to end."""
+    first = start(sys.executable, "-c", SERVES, "3", mounted=True)
+    first.begin()
+    first.leave()
+    second = start()
+    second._take_up()
+    second.end()
+    second._wait()
+    assert (second.daemon.is_ready, second.daemon.is_dead()) == (False, False)
+    second.leave()
+    assert systemd.look() == []
+    third = start()
+    third.end()
+    third._take_up()
+    third.look_until(third.daemon.is_dead)
+    third.daemon.reap()
+    assert third.daemon.maybe_code == -signal.SIGTERM
+    assert systemd.look() == ["READY=1"]
+
+
+def test_what_it_said_to_the_one_before_does_not_count(systemd: StandInSystemd, start: Made) -> None:
+    """Ready to systemd is a mount of which systemd has all: what was said before that, and was lost, comes again."""
+    first = start(sys.executable, "-c", SERVES, "1", mounted=True)
+    first.begin()
+    wait_until(lambda: is_readable(first.daemon.control.fileno()), "it has said it, and nobody reads that")
+    first.leave()
+    second = start()
+    second._wait()
+    assert not second.daemon.is_ready
+    assert systemd.look() == []
+    second._take_up()
+    second.look_until(lambda: second.daemon.is_ready)
+    assert systemd.look() == ["READY=1"]
+
+
+def test_one_that_died_while_nobody_looked_was_no_failure_to_start(systemd: StandInSystemd, start: Made) -> None:
+    """It may have been ready: another one goes on at once. Does that one not start, it is left to systemd."""
+    first = serving(start, ready=False)
+    dead = first.daemon
+    dead.send_signal(signal.SIGKILL)
+    first.leave()
+    second = start(*exits_with(2))
+    second.look_until(second.daemon.is_dead)
+    assert (second.daemon.pid, second.run()) == (dead.pid, 2)
+    assert second._patience.failures == 0
+    systemd.look()
+    assert FUSE in systemd.kept
+    assert not [name for name in systemd.kept if name.startswith(unit.CONTROL)]
+
+
+def test_what_is_said_again_is_never_out_of_systemds_hands(systemd: StandInSystemd, start: Made) -> None:
+    made = start(mounted=True)
+    made._keep("state", os.open("/", os.O_RDONLY))
+    for name in (FUSE, "state"):
+        made._keep(name, os.dup(made._held[name]))
+    systemd.look()
+    assert set(systemd.kept) == {FUSE, "state"}
+    assert not systemd.dropped
+    made._keep("state", os.open("/dev", os.O_RDONLY))
+    systemd.look()
+    assert os.path.sameopenfile(systemd.kept["state"], made._held["state"]), "another one is another one"
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_of_two_that_are_kept_the_living_one_serves(systemd: StandInSystemd, start: Made, newest_first: bool) -> None:
+    """As when systemd did not hear of the first one's end."""
+    first = serving(start)
+    before = first.daemon
+    before.send_signal(signal.SIGKILL)
+    first.look_until(before.is_dead)
+    first._go_on(before)
+    after = first.daemon.pid
+    first.leave()
+    systemd.look()
+    assert {f"control-{before.pid}", f"control-{after}"} < set(systemd.kept)
+    if newest_first:
+        systemd.kept = dict(reversed(systemd.kept.items()))
+    second = start(sys.executable, "-c", SERVES, "1")
+    assert (second.daemon.pid, second.daemon.is_dead()) == (after, False)
+    second._take_up()
+    second.look_until(lambda: second.daemon.is_ready)
+    systemd.look()
+    assert f"control-{before.pid}" not in systemd.kept
+    assert f"control-{after}" in systemd.kept
+
+
+@pytest.mark.parametrize("living", [2, 0])
+def test_of_two_of_which_nobody_knows_neither_goes_on(systemd: StandInSystemd, start: Made, living: int) -> None:
+    """Two that live cannot be; if they seem to, each may have taken requests that only a next one can ask for again."""
+    first = serving(start)
+    daemons = [first.daemon]
+    first._go_on(None)
+    daemons.append(first.daemon)
+    first.look_until(lambda: first.daemon.is_ready)
+    for daemon in daemons[living:]:
+        daemon.send_signal(signal.SIGKILL)
+        first.look_until(daemon.is_dead)
+    first.leave()
+    daemons[0].control.close()
+    second = start(sys.executable, "-c", SERVES, "1")
+    assert all(daemon.is_dead() for daemon in daemons)
+    dead = second.daemon
+    second._take_up()
+    assert second._maybe_end(dead) is None
+    second._go_on(dead)
+    dead.control.close()
+    second.look_until(lambda: second.daemon.is_ready)
+    systemd.look()
+    assert [name for name in systemd.kept if name.startswith(unit.CONTROL)] == [f"control-{second.daemon.pid}"]
 
 
 def test_one_with_other_arguments_is_not_taken_up_but_followed(systemd: StandInSystemd, start: Made) -> None:

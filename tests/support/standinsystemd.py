@@ -12,13 +12,15 @@ from lazymem.fs import descriptorstore
 
 
 class StandInSystemd:
-    """`said`: all lines but those about descriptors. `kept`: by name; of it `look` has to take note first."""
+    """`said`: all lines but those about descriptors. `kept`: by name; of it `look` has to take note first. `dropped`:
+    the names of what was let go."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(folder / "notify"))
         self.said: list[str] = []
         self.kept: dict[str, int] = {}
+        self.dropped: list[str] = []
         patch.setenv("NOTIFY_SOCKET", str(folder / "notify"))
         for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
             patch.delenv(name, raising=False)
@@ -44,6 +46,7 @@ class StandInSystemd:
         elif "FDSTOREREMOVE" in message.fields:
             if name in self.kept:
                 os.close(self.kept.pop(name))
+                self.dropped.append(name)
         else:
             self.said += [f"{key}={value}" for key, value in message.fields.items()]
 
