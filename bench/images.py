@@ -27,6 +27,7 @@ from lazymem.snapshot.manifest import (
     MANIFEST_NAME,
     RAM_BLOCK,
     RAM_NAME,
+    SUMS_NAME,
     VMSTATE_NAME,
     Block,
     Emulator,
@@ -34,7 +35,7 @@ from lazymem.snapshot.manifest import (
 )
 from lazymem.snapshot.writer import new_ram_id, vmstate_record, write_digests
 
-FORMAT = 1
+FORMAT = 2
 """Part of the kept image's name: raise it when what is made changes."""
 
 FACTS_NAME = "bench-facts.json"
@@ -151,12 +152,13 @@ def _sealed(folder: Path, facts: Facts) -> Image:
 def _hash(folder: Path) -> None:
     size = (folder / RAM_NAME).stat().st_size
     (folder / VMSTATE_NAME).write_bytes(b"no emulator made this")
-    root = write_digests(folder / RAM_NAME, size, folder / DIGESTS_NAME)
+    roots = write_digests(folder / RAM_NAME, size, folder / DIGESTS_NAME, maybe_sums=folder / SUMS_NAME)
     manifest = Manifest(
         emulator=Emulator("lazymem-bench", str(FORMAT)),
         blocks=(Block(RAM_BLOCK, RAM_NAME, size),),
         ram_id=new_ram_id(),
-        ram_root=root,
+        ram_root=roots.tree,
+        ram_sums=roots.sums,
         vmstate=vmstate_record(folder / VMSTATE_NAME),
     )
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json())

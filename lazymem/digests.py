@@ -9,6 +9,10 @@ So one page is verified with one leaf (4 KiB), and mounting a huge image fetches
 
 On disk (`pc.ram.digests`): all page digests in order, then the upper level.
 
+Beside the tree, for who has a whole leaf of data at once: its sum, 16 bytes over the bytes of its pages that are not
+zero. BLAKE3 takes a megabyte in a fifth of the time that it needs for the same bytes page by page. Which pages are zero
+the page digests say. On disk (`pc.ram.sums`): 16 bytes a leaf, whose digest is in the manifest (and in its identity).
+
 16 bytes hold against a second preimage (2**128 work); whoever can choose *both* contents could collide at 2**64, which
 gives him nothing, since he made the snapshot.
 """
@@ -16,6 +20,7 @@ gives him nothing, since he made the snapshot.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 from blake3 import blake3
 from msgspec import Struct
@@ -28,6 +33,8 @@ ROOT_BYTES = 32
 
 _LEAF_CONTEXT = "lazymem 2026 digest tree leaf"
 _ROOT_CONTEXT = "lazymem 2026 digest tree root"
+_SUM_CONTEXT = "lazymem 2026 leaf sum"
+_SUMS_CONTEXT = "lazymem 2026 leaf sums"
 
 
 def page_digest(page: bytes | bytearray | memoryview) -> bytes:
@@ -62,6 +69,19 @@ def root_digest(size_bytes: int, upper: bytes | bytearray | memoryview) -> bytes
     hasher.update(struct.pack("<QI", size_bytes, PAGE_SIZE))
     hasher.update(upper)
     return hasher.digest(ROOT_BYTES)
+
+
+def leaf_sum(data: Iterable[bytes | bytearray | memoryview]) -> bytes:
+    """16-byte sum of a leaf, from the bytes of its pages that are not zero, in order, in pieces of any length."""
+    hasher = blake3(derive_key_context=_SUM_CONTEXT)
+    for piece in data:
+        hasher.update(piece)
+    return hasher.digest(DIGEST_BYTES)
+
+
+def sums_digest(sums: bytes | bytearray | memoryview) -> bytes:
+    """32-byte digest of all leaves' sums, one after the other."""
+    return blake3(sums, derive_key_context=_SUMS_CONTEXT).digest(ROOT_BYTES)
 
 
 class Checked(Struct, frozen=True):

@@ -50,6 +50,8 @@ class FillOrder(msgspec.Struct, frozen=True):
     everything: bool
     template: bool = False
     """Nothing is ever written, so there is no map of it."""
+    sums: bytes = b""
+    """The manifest's digest of the leaves' sums, if it names some."""
     welcome: bytes = b""
     """The server's first word to the mount (`Welcome` as msgpack): the server may be away when this begins."""
 

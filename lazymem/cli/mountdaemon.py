@@ -145,6 +145,7 @@ async def _serve(
             origin.root,
             everything,
             template=state is None,
+            sums=bytes.fromhex(manifest.ram_sums or "") if manifest is not None else b"",
             welcome=msgspec.msgpack.encode(client.welcome),
         )
         maybe_filler.begin(order, recorded, state.written.fileno() if state is not None else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import msgspec
@@ -11,7 +12,7 @@ from msgspec import structs
 from lazymem.cli.confinement import confine_filler
 from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
 from lazymem.cli.groups import cause_of
-from lazymem.errors import StoreError
+from lazymem.errors import LazymemError, StoreError
 from lazymem.fetch.client import Client, resume
 from lazymem.fetch.fill import Fill
 from lazymem.fetch.lastdemand import LastDemand
@@ -23,6 +24,8 @@ from lazymem.store.origin import RamOrigin
 from lazymem.store.pagemap import PageMap
 from lazymem.store.pristine import PristinePages
 from lazymem.wire.messages import Welcome
+
+log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 0.1
 LOOK_SECONDS = 0.01
@@ -91,9 +94,21 @@ async def _fill(
         work = Fill(client, pristine, origin.pages, guesses, last_demand)
         pristine.wire_bytes_per_second = lambda: work.bytes_per_second
         nursery.start_soon(work.run)
+        if order.sums:
+            nursery.start_soon(_learn_sums, client, pristine, order.sums)
         watch = _Watch(client, work, pristine, guesses, pipe)
         await (watch.wait_all_held() if order.everything else watch.wait_idle())
         nursery.cancel_scope.cancel()
+
+
+async def _learn_sums(client: Client, pristine: PristinePages, digest: bytes) -> None:
+    """Without them, each page is verified by itself."""
+    try:
+        maybe_sums = await client.maybe_sums()
+        if maybe_sums is not None:
+            pristine.know_sums(maybe_sums, digest)
+    except LazymemError as error:
+        log.warning("the leaves' sums are of no use, so each page is verified by itself: %s", error)
 
 
 class _Watch:

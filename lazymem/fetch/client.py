@@ -277,14 +277,35 @@ class Client:
         ]
         return b"".join(pieces)
 
-    async def read_file_piece(self, file: PublishedFile, offset: int, length: int) -> bytes:
+    async def maybe_sums(self) -> bytes | None:
+        """The leaves' sums of a hashed snapshot, 16 bytes a leaf, if its server has them. Not verified. On the guesses'
+        connection, and waits without limit for a lost server.
+
+        Raises:
+            ServerRefusedError: it does not have them any more.
+            RemoteProtocolError: fewer than it said.
+        """
+        if not self.welcome.capabilities & Capability.SUMS:
+            return None
+        size = TreeShape(self.welcome.ram_bytes).upper_bytes
+        pieces = [
+            await self.read_file_piece(PublishedFile.SUMS, at, min(FILE_PIECE_BYTES, size - at), background=True)
+            for at in range(0, size, FILE_PIECE_BYTES)
+        ]
+        return b"".join(pieces)
+
+    async def read_file_piece(
+        self, file: PublishedFile, offset: int, length: int, *, background: bool = False
+    ) -> bytes:
         """Exactly `length` bytes (at most 1 MiB) of a published file.
 
         Raises:
             ServerRefusedError: there is no such file.
             RemoteProtocolError: the file ends before.
         """
-        request = await self._complete(lambda on_done: FileRequest(file, offset, length, on_done))
+        request = await self._complete(
+            lambda on_done: FileRequest(file, offset, length, on_done, background=background)
+        )
         if len(request.data) != length:
             raise RemoteProtocolError(
                 f"the server's {file.name.lower()} ends {length - len(request.data)} bytes before its size"

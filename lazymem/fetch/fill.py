@@ -181,7 +181,10 @@ class Fill:
             if looked_at > MAX_LOOKED_AT_PAGES:
                 self._looked_enough = True
                 break
-            guess = self._guesses.next_range(min(max(room, least), room + most - pages))
+            longest = min(max(room, least), room + most - pages)
+            if found and longest < least:
+                break  # half of a leaf cannot be verified at once; the next request has it whole
+            guess = self._guesses.next_range(longest)
             if guess is None:
                 break
             looked_at += guess.count

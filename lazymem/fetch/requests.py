@@ -289,11 +289,16 @@ _UPPER_LEAVES = 65536
 class FileRequest:
     """One piece of a published file; `data` once it ended without an error."""
 
-    background = False
-
     def __init__(
-        self, file: PublishedFile, offset: int, length: int, on_done: Callable[[LazymemError | None], None]
+        self,
+        file: PublishedFile,
+        offset: int,
+        length: int,
+        on_done: Callable[[LazymemError | None], None],
+        *,
+        background: bool = False,
     ) -> None:
+        self.background = background
         self.open_parts = 0
         self.data = b""
         self._file = file

@@ -20,10 +20,13 @@ FORMAT = "lazymem-snapshot"
 VERSION = 1
 DELTA_VERSION = 2
 """Of a manifest that names a parent, so that a lazymem that knows nothing of such ones refuses it."""
+SUMS_VERSION = 3
+"""Of one that names leaf sums: its identity has them in it, and who knows nothing of them would make another one."""
 MANIFEST_NAME = "manifest.json"
 RAM_BLOCK = "pc.ram"
 RAM_NAME = "pc.ram"
 DIGESTS_NAME = "pc.ram.digests"
+SUMS_NAME = "pc.ram.sums"
 DELTA_NAME = "pc.ram.delta"
 VMSTATE_NAME = "vmstate"
 
@@ -76,6 +79,7 @@ class Manifest(Struct, frozen=True):
     """A whole manifest. `ram_id` is random (16 bytes, hex); `ram_root` the digest tree's root (32 bytes, hex).
 
     `parent`: only some of the pages are here, the others are that snapshot's. `ram_root` is over all of them.
+    `ram_sums`: the digest of the leaf sums (32 bytes, hex), where there are some; never with a parent.
     """
 
     emulator: Emulator
@@ -89,6 +93,7 @@ class Manifest(Struct, frozen=True):
     pause_seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     parent: Parent | None = None
+    ram_sums: str | None = None
 
     @property
     def ram(self) -> Block:
@@ -106,9 +111,12 @@ class Manifest(Struct, frozen=True):
 
     def to_json(self) -> bytes:
         """The text of manifest.json."""
-        document = {"format": FORMAT, "version": DELTA_VERSION if self.parent else VERSION, **to_builtins(self)}
+        version = DELTA_VERSION if self.parent else SUMS_VERSION if self.ram_sums else VERSION
+        document = {"format": FORMAT, "version": version, **to_builtins(self)}
         if self.parent is None:
             del document["parent"]
+        if version != SUMS_VERSION:
+            del document["ram_sums"]
         return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
     def without_parent(self) -> Manifest:
@@ -118,8 +126,12 @@ class Manifest(Struct, frozen=True):
 
     @property
     def identity(self) -> bytes:
-        """32 bytes that name this RAM: root, id and size. Two snapshots with it have the same bytes in pc.ram."""
-        return blake3(f"{self.ram_id}:{self.ram_root}:{self.ram.size}".encode()).digest(32)
+        """32 bytes that name this RAM: root, id and size. Two snapshots with it have the same bytes in pc.ram.
+
+        And the sums, if there are any: pages that were verified by other ones would be in the same cache.
+        """
+        sums = f":{self.ram_sums}" if self.ram_sums and self.parent is None else ""
+        return blake3(f"{self.ram_id}:{self.ram_root}:{self.ram.size}{sums}".encode()).digest(32)
 
 
 def vmstate_digest(data: bytes | memoryview) -> str:
@@ -143,9 +155,9 @@ def parse(text: bytes) -> Manifest:
         raise SnapshotError(f"manifest.json is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise SnapshotError(f'manifest.json is not a snapshot\'s: its "format" is not "{FORMAT}"')
-    if document.get("version") not in (VERSION, DELTA_VERSION):
+    if document.get("version") not in (VERSION, DELTA_VERSION, SUMS_VERSION):
         raise SnapshotError(
-            f"manifest.json has version {document.get('version')!r}, this lazymem reads {VERSION} and {DELTA_VERSION}: "
+            f"manifest.json has version {document.get('version')!r}, this lazymem reads {VERSION} to {SUMS_VERSION}: "
             "use a newer one"
         )
     try:
@@ -203,11 +215,12 @@ def _build(document: dict[str, Any]) -> Manifest:
         pause_seconds=float(pause) if isinstance(pause, int | float) and 0 <= pause < _MAX_PAUSE_SECONDS else None,
         extra=_mapping(document.get("extra", {})),
         parent=_maybe_parent(document),
+        ram_sums=_hex(document["ram_sums"], ROOT_BYTES, "ram_sums") if document["version"] == SUMS_VERSION else None,
     )
 
 
 def _maybe_parent(document: dict[str, Any]) -> Parent | None:
-    if document["version"] == VERSION:
+    if document["version"] != DELTA_VERSION:
         return None
     return Parent(_hex(document["parent"]["identity"], IDENTITY_BYTES, "the parent's identity"))
 

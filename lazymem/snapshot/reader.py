@@ -134,7 +134,11 @@ class SnapshotReader:
             files.callback(self.vmstate.close)
             self.working_set = SmallFile(folder / WORKING_SET_NAME, absent=ram_alone)
             files.callback(self.working_set.close)
+            self.sums = SmallFile(folder / manifests.SUMS_NAME, absent=manifest is None or manifest.ram_sums is None)
+            """The leaves' sums, if the manifest names some."""
+            files.callback(self.sums.close)
             self._check_vmstate()
+            self._check_sums()
             self._files = files.pop_all()
         self.identity = self._make_identity()
 
@@ -150,6 +154,11 @@ class SnapshotReader:
             raise SnapshotError(
                 f"{self.vmstate.path} has {self.vmstate.size_bytes} bytes, its manifest says {expected.size}"
             )
+
+    def _check_sums(self) -> None:
+        expected = self.shape.upper_bytes  # 16 bytes a leaf, too
+        if self.manifest is not None and self.manifest.ram_sums and self.sums.size_bytes != expected:
+            raise SnapshotError(f"{self.sums.path} has {self.sums.size_bytes} bytes, its manifest says {expected}")
 
     @property
     def hashed(self) -> bool:

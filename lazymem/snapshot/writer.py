@@ -15,13 +15,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from blake3 import blake3
 
-from lazymem.digests import LEAF_PAGES, ZERO_PAGE_DIGEST, TreeShape, leaf_digest, page_digest, root_digest
+from lazymem.digests import (
+    LEAF_PAGES,
+    ZERO_PAGE_DIGEST,
+    TreeShape,
+    leaf_digest,
+    leaf_sum,
+    page_digest,
+    root_digest,
+    sums_digest,
+)
 from lazymem.errors import BusyError, SnapshotError
 from lazymem.pages import PAGE_SIZE, ZERO_PAGE
-from lazymem.snapshot.manifest import DIGESTS_NAME, MANIFEST_NAME, RAM_NAME, VMSTATE_NAME, Manifest, VmState
+from lazymem.snapshot.manifest import DIGESTS_NAME, MANIFEST_NAME, RAM_NAME, SUMS_NAME, VMSTATE_NAME, Manifest, VmState
 from lazymem.snapshot.ramcopy import data_extents
 
 _LEAF_BYTES = LEAF_PAGES * PAGE_SIZE
@@ -78,6 +88,10 @@ class PendingSnapshot:
     @property
     def digests(self) -> Path:
         return self.folder / DIGESTS_NAME
+
+    @property
+    def sums(self) -> Path:
+        return self.folder / SUMS_NAME
 
     @property
     def vmstate(self) -> Path:
@@ -156,8 +170,21 @@ def sync(path: Path) -> None:
         os.close(file)
 
 
-def write_digests(ram: Path, size_bytes: int, target: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """Writes the digest tree over the RAM file to `target`; returns its root (hex). Holes are not read.
+class Roots(NamedTuple):
+    """What a manifest says of a RAM file's digest tree and of its leaf sums (both hex)."""
+
+    tree: str
+    sums: str
+
+
+def write_digests(
+    ram: Path,
+    size_bytes: int,
+    target: Path,
+    advance: Callable[[int], None] = lambda _: None,
+    maybe_sums: Path | None = None,
+) -> Roots:
+    """Writes the digest tree over the RAM file to `target`, and the leaf sums to `maybe_sums`. Holes are not read.
 
     `advance` gets `size_bytes` in all.
 
@@ -165,19 +192,23 @@ def write_digests(ram: Path, size_bytes: int, target: Path, advance: Callable[[i
         BusyError: the file became shorter meanwhile.
     """
     shape = TreeShape(size_bytes)
-    upper = bytearray()
+    upper, found = bytearray(), bytearray()
     source = os.open(ram, os.O_RDONLY)
     try:
         with target.open("xb") as output:
             for leaf, has_data in enumerate(_leaves_with_data(source, shape)):
-                digests = _page_digests(source, leaf, shape) if has_data else ZERO_PAGE_DIGEST * shape.leaf_pages(leaf)
+                pages = _pages(source, leaf, shape) if has_data else []
+                digests = b"".join(map(_digest, pages)) or ZERO_PAGE_DIGEST * shape.leaf_pages(leaf)
                 output.write(digests)
                 upper += leaf_digest(digests)
+                found += leaf_sum([b"".join(page for page in pages if page != ZERO_PAGE)])
                 advance(shape.leaf_pages(leaf) * PAGE_SIZE)
             output.write(upper)
+        if maybe_sums is not None:
+            maybe_sums.write_bytes(found)
     finally:
         os.close(source)
-    return root_digest(size_bytes, upper).hex()
+    return Roots(root_digest(size_bytes, upper).hex(), sums_digest(found).hex())
 
 
 def _leaves_with_data(source: int, shape: TreeShape) -> list[bool]:
@@ -189,15 +220,17 @@ def _leaves_with_data(source: int, shape: TreeShape) -> list[bool]:
     return found
 
 
-def _page_digests(source: int, leaf: int, shape: TreeShape) -> bytes:
-    """The digests of a leaf's pages, one after the other."""
+def _pages(source: int, leaf: int, shape: TreeShape) -> list[bytes]:
     length = shape.leaf_pages(leaf) * PAGE_SIZE
     data = os.pread(source, length, leaf * _LEAF_BYTES)
     if len(data) != length:
         raise BusyError("the RAM file became shorter while its digests were made")
     # Slices of bytes, not of a view: those compare with one memcmp.
-    pages = (data[at : at + PAGE_SIZE] for at in range(0, length, PAGE_SIZE))
-    return b"".join(ZERO_PAGE_DIGEST if page == ZERO_PAGE else page_digest(page) for page in pages)
+    return [data[at : at + PAGE_SIZE] for at in range(0, length, PAGE_SIZE)]
+
+
+def _digest(page: bytes) -> bytes:
+    return ZERO_PAGE_DIGEST if page == ZERO_PAGE else page_digest(page)
 
 
 def vmstate_record(path: Path) -> VmState:

@@ -47,6 +47,7 @@ MAX_GIVEN_EARLY = 1024
 """Readers' ranges whose pages are not kept yet; of more, the oldest stay cached twice until the kernel wants room."""
 
 
+_SET = bytes((SET,))
 _HELD = bytes((SET, SET_ZERO))
 _FILL_STATES = bytes({UNSET: 2, SET: 1}.get(state, 0) for state in range(256))
 _MAY_HAVE_DATA = bytes(state != SET_ZERO for state in range(256))
@@ -180,6 +181,17 @@ class PristinePages:
 
     def accept(self, fetched: Fetched) -> None:
         self._verifier.accept(fetched)
+
+    def know_sums(self, sums: bytes, digest: bytes) -> None:
+        """As `HashedVerifier.know_sums`: from now on, leaves that come whole are verified at once."""
+        assert isinstance(self._verifier, HashedVerifier), "there is a manifest"
+        self._verifier.know_sums(sums, digest, self._maybe_held_nowait)
+
+    def _maybe_held_nowait(self, pages: PageRange) -> bytes | None:
+        """Not verified."""
+        if self._cache.held.states(pages).strip(_SET):
+            return None
+        return self._cache.pages.maybe_read_nowait(pages.offset_bytes, pages.length_bytes)
 
     async def keep(self, fetched: Fetched) -> None:
         """Write accepted pages to the cache's file, then mark them held.

@@ -44,12 +44,13 @@ class Reporter(Protocol):
 
 
 class Made(Struct, frozen=True):
-    """What a manifest has to say of the RAM. `index`, `parent`: of a delta."""
+    """What a manifest has to say of the RAM. `index`, `parent`: of a delta, which has no `sums`."""
 
     block: Block
     root: str
     index: DeltaIndex | None = None
     parent: Parent | None = None
+    sums: str | None = None
 
 
 class RamWay(Protocol):
@@ -107,8 +108,8 @@ class FileCopy:
 def hashed(ram: Path, size_bytes: int, pending: PendingSnapshot, reporter: Reporter) -> Made:
     """A RAM file that is whole, with its digests beside the others of `pending`."""
     reporter.phase("digests", size_bytes)
-    root = write_digests(ram, size_bytes, pending.digests, reporter.advance)
-    return Made(Block(RAM_BLOCK, RAM_NAME, size_bytes), root)
+    roots = write_digests(ram, size_bytes, pending.digests, reporter.advance, pending.sums)
+    return Made(Block(RAM_BLOCK, RAM_NAME, size_bytes), roots.tree, sums=roots.sums)
 
 
 class MountCopy:

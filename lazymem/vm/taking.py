@@ -240,6 +240,7 @@ class _Taking:
             disks_handled=bool(self._guest.disks),
             pause_seconds=pause,
             parent=made.parent,
+            ram_sums=made.sums,
         )
         if made.index is not None:
             (self._pending.folder / INDEX_NAME).write_bytes(encode(made.index, manifest.identity))

@@ -75,7 +75,7 @@ _ENCODINGS = {int(encoding): encoding for encoding in Encoding}
 _RAW, _ZERO = int(Encoding.RAW), int(Encoding.ZERO)
 _FETCH, _PAGES = int(FrameType.FETCH), int(FrameType.PAGES)
 _FETCH_FLAGS = {bits: FetchFlag(bits) for bits in range(8)}
-_KNOWN_CAPABILITIES = int(Capability.ZSTD | Capability.LEARN | Capability.PACKED | Capability.VOUCH)
+_KNOWN_CAPABILITIES = int(Capability.ZSTD | Capability.LEARN | Capability.PACKED | Capability.VOUCH | Capability.SUMS)
 
 
 # ---- out -------------------------------------------------------------------------------------------------------

@@ -301,12 +301,15 @@ class ServerConnection(Connection):
     def __init__(self) -> None:
         super().__init__(Role.SERVER)
 
-    def capabilities(self, offered: Capability, *, learns: bool = False, vouches: bool = False) -> Capability:
+    def capabilities(
+        self, offered: Capability, *, learns: bool = False, vouches: bool = False, sums: bool = False
+    ) -> Capability:
         """Those of a HELLO's capabilities that this side has too. `learns`: it takes a working set of the snapshot;
-        `vouches`: it tells digests of an unhashed one."""
+        `vouches`: it tells digests of an unhashed one; `sums`: it has the leaves' sums of this one."""
         ours = Capability.ZSTD | Capability.PACKED
         ours |= Capability.LEARN if learns else 0
         ours |= Capability.VOUCH if vouches else 0
+        ours |= Capability.SUMS if sums else 0
         return offered & ours
 
     def lone_fetch(self, data: bytes) -> tuple[int, int, int, int] | None:

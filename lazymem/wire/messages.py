@@ -28,6 +28,8 @@ class Capability(enum.IntFlag):
     """A FETCH may allow `Packed` answers."""
     VOUCH = 8
     """Of an unhashed snapshot, leaves may be asked for: from the server, it gives the digests that it vouches for."""
+    SUMS = 16
+    """`PublishedFile.SUMS` may be asked for: from the server, this snapshot has it."""
 
 
 class FetchFlag(enum.IntFlag):
@@ -62,6 +64,8 @@ class PublishedFile(enum.IntEnum):
     MANIFEST = 0
     VMSTATE = 1
     WORKING_SET = 2
+    SUMS = 3
+    """The leaves' sums, 16 bytes each. After a WELCOME with `Capability.SUMS`."""
 
 
 class ErrorCode(enum.IntEnum):
@@ -88,7 +92,9 @@ class Hello(Struct, frozen=True):
     name: str
     version_min: int = WIRE_VERSION
     version_max: int = WIRE_VERSION
-    capabilities: Capability = Capability.ZSTD | Capability.LEARN | Capability.PACKED | Capability.VOUCH
+    capabilities: Capability = (
+        Capability.ZSTD | Capability.LEARN | Capability.PACKED | Capability.VOUCH | Capability.SUMS
+    )
 
 
 class Limits(Struct, frozen=True):

@@ -277,8 +277,10 @@ def make_job(
         return DigestsJob(request, reader)
     if request.file == PublishedFile.MANIFEST:
         file: SmallFile | bytes = reader.manifest_bytes
+    elif request.file == PublishedFile.WORKING_SET:
+        file = working_set
     else:
-        file = reader.vmstate if request.file == PublishedFile.VMSTATE else working_set
+        file = reader.vmstate if request.file == PublishedFile.VMSTATE else reader.sums
     if not (len(file) if isinstance(file, bytes) else file.size_bytes):
         return Error(request.id, ErrorCode.NO_SUCH_FILE, f"the snapshot has no {request.file.name.lower()}")
     return ReadFileJob(request, file)

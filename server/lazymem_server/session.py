@@ -361,7 +361,9 @@ class Session:
         learns = self._look_at_working_set(reader)
         working_set = self._working_set
         size = len(working_set) if isinstance(working_set, bytes) else working_set.size_bytes
-        capabilities = self._connection.capabilities(hello.capabilities, learns=learns, vouches=reader.vouches)
+        capabilities = self._connection.capabilities(
+            hello.capabilities, learns=learns, vouches=reader.vouches, sums=bool(reader.sums.size_bytes)
+        )
         log.info("%s: takes %s", self._peer, name)
         welcome = welcome_to(name, reader, self._limits, capabilities, size)
         self._put(self._connection.send_parts(welcome), Lane.CONTROL)

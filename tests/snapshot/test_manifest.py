@@ -56,7 +56,7 @@ BAD = {
     "deep": (b"[" * 100_000, "not JSON"),
     "a list": (b"[]", "format"),
     "another format": (document(format="other"), "format"),
-    "a newer version": (document(version=3), "version 3"),
+    "a newer version": (document(version=4), "version 4"),
     "too large": (b" " * (MAX_MANIFEST_BYTES + 1), "more than"),
     "a block twice": (document(blocks=block() * 2), "twice"),
     "no pc.ram": (document(blocks=block(name="pc.bios")), "no block pc.ram"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lazymem.digests import TreeShape, leaf_matches, page_digest
+from lazymem.digests import TreeShape, leaf_matches, page_digest, sums_digest
 from lazymem.errors import SnapshotError
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot.manifest import Block, Emulator, Manifest, parse, vmstate_digest
@@ -133,9 +133,12 @@ def test_extents_hold_all_data(tmp_path: Path, parts: dict[int, bytes]) -> None:
 def test_digests_are_those_of_the_bytes(tmp_path: Path, pages: int) -> None:
     built = make_snapshot(tmp_path / "built", pages, seed=pages)
     told: list[int] = []
-    root = write_digests(built.folder / "pc.ram", len(built.ram), tmp_path / "digests", told.append)
+    sums = tmp_path / "sums"
+    roots = write_digests(built.folder / "pc.ram", len(built.ram), tmp_path / "digests", told.append, sums)
     assert built.root is not None
-    assert root == built.root.hex()
+    assert roots.tree == built.root.hex()
+    assert sums.read_bytes() == built.sums
+    assert roots.sums == sums_digest(built.sums).hex()
     assert (tmp_path / "digests").read_bytes() == built.digests + built.upper
     assert sum(told) == len(built.ram)
 

@@ -11,13 +11,23 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from lazymem.digests import DIGEST_BYTES, LEAF_PAGES, TreeShape, leaf_digest, page_digest, root_digest
+from lazymem.digests import (
+    DIGEST_BYTES,
+    LEAF_PAGES,
+    TreeShape,
+    leaf_digest,
+    leaf_sum,
+    page_digest,
+    root_digest,
+    sums_digest,
+)
 from lazymem.pages import PAGE_SIZE, ZERO_PAGE
 from lazymem.snapshot.manifest import (
     DIGESTS_NAME,
     MANIFEST_NAME,
     RAM_BLOCK,
     RAM_NAME,
+    SUMS_NAME,
     VMSTATE_NAME,
     Block,
     Emulator,
@@ -31,7 +41,7 @@ from lazymem.snapshot.manifest import (
 class BuiltSnapshot:
     """A snapshot folder and what it holds, kept apart from the code under test.
 
-    `digests`: 16 bytes a page, in order; `upper`: 16 bytes a leaf. `manifest` is None for an unhashed one.
+    `digests`: 16 bytes a page, in order; `upper` and `sums`: 16 bytes a leaf. `manifest` is None for an unhashed one.
     """
 
     folder: Path
@@ -41,6 +51,7 @@ class BuiltSnapshot:
     manifest: Manifest | None
     identity: bytes
     vmstate: bytes
+    sums: bytes
 
     @property
     def pages(self) -> int:
@@ -55,6 +66,9 @@ class BuiltSnapshot:
 
     def leaf(self, number: int) -> bytes:
         return self.digests[number * LEAF_PAGES * DIGEST_BYTES : (number + 1) * LEAF_PAGES * DIGEST_BYTES]
+
+
+LEAF_BYTES = LEAF_PAGES * PAGE_SIZE
 
 
 def ram_bytes(pages: int, seed: int) -> bytes:
@@ -96,21 +110,29 @@ def make_snapshot(
     digests = b"".join(page_digest(ram[at : at + PAGE_SIZE]) for at in range(0, len(ram), PAGE_SIZE))
     leaf_bytes = LEAF_PAGES * DIGEST_BYTES
     upper = b"".join(leaf_digest(digests[at : at + leaf_bytes]) for at in range(0, len(digests), leaf_bytes))
-    manifest = _manifest(len(ram), upper, seed, vmstate) if hashed else None
+    sums = b"".join(_leaf_sum(ram[at : at + LEAF_BYTES]) for at in range(0, len(ram), LEAF_BYTES))
+    manifest = _manifest(len(ram), upper, sums, seed, vmstate) if hashed else None
     if manifest:
+        (folder / SUMS_NAME).write_bytes(sums)
         (folder / DIGESTS_NAME).write_bytes(digests + upper)
         (folder / MANIFEST_NAME).write_bytes(manifest.to_json())
         assert TreeShape(len(ram)).file_bytes == len(digests + upper)
     identity = manifest.identity if manifest else random.Random(f"identity:{pages}:{seed}").randbytes(32)
-    return BuiltSnapshot(folder, ram, digests, upper, manifest, identity, vmstate)
+    return BuiltSnapshot(folder, ram, digests, upper, manifest, identity, vmstate, sums)
 
 
-def _manifest(size: int, upper: bytes, seed: int, vmstate: bytes) -> Manifest:
+def _leaf_sum(data: bytes) -> bytes:
+    pages = (data[at : at + PAGE_SIZE] for at in range(0, len(data), PAGE_SIZE))
+    return leaf_sum(page for page in pages if page != ZERO_PAGE)
+
+
+def _manifest(size: int, upper: bytes, sums: bytes, seed: int, vmstate: bytes) -> Manifest:
     return Manifest(
         emulator=Emulator("test", "0"),
         blocks=(Block(RAM_BLOCK, RAM_NAME, size),),
         ram_id=random.Random(f"id:{seed}").randbytes(16).hex(),
         ram_root=root_digest(size, upper).hex(),
+        ram_sums=sums_digest(sums).hex(),
         vmstate=VmState(VMSTATE_NAME, len(vmstate), vmstate_digest(vmstate)) if vmstate else None,
     )
 

@@ -50,7 +50,7 @@ def test_guest_runs_on_and_the_snapshot_does_not_change(
     took = time.monotonic() - began
     result = json.loads(capsys.readouterr().out)
     assert 0 < result["pause_seconds"] < took, "a part of the whole"
-    root = write_digests(target / "pc.ram", RAM_BYTES, tmp_path / "before")
+    root = write_digests(target / "pc.ram", RAM_BYTES, tmp_path / "before").tree
 
     # It makes the guest run on and change much of its RAM.
     changed = guest.qemu.serial.ask("write after", "written")
@@ -58,7 +58,7 @@ def test_guest_runs_on_and_the_snapshot_does_not_change(
     assert guest.qemu.serial.ask("sum", "sum") == changed
     guest.checksum = changed
 
-    assert write_digests(target / "pc.ram", RAM_BYTES, tmp_path / "after") == root
+    assert write_digests(target / "pc.ram", RAM_BYTES, tmp_path / "after").tree == root
     manifest = parse((target / "manifest.json").read_bytes())
     assert manifest.ram_root == root
     assert (tmp_path / "after").read_bytes() == (target / "pc.ram.digests").read_bytes()
@@ -139,7 +139,7 @@ def test_without_resume_the_file_moves_and_qemu_ends(sockets: Path, tmp_path: Pa
     assert (tmp_path / "snap" / "pc.ram").stat().st_ino == inode
     assert not ram.exists()
     manifest = parse((tmp_path / "snap" / "manifest.json").read_bytes())
-    assert write_digests(tmp_path / "snap" / "pc.ram", 16 << 20, tmp_path / "digests") == manifest.ram_root
+    assert write_digests(tmp_path / "snap" / "pc.ram", 16 << 20, tmp_path / "digests").tree == manifest.ram_root
 
 
 def test_private_ram_is_refused(sockets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def check_whole(folder: Path, tmp_path: Path) -> None:
     manifest = parse((folder / "manifest.json").read_bytes())
     assert manifest.parent is None
     again = tmp_path / f"again-{os.urandom(4).hex()}"
-    assert write_digests(folder / "pc.ram", RAM_BYTES, again) == manifest.ram_root
+    assert write_digests(folder / "pc.ram", RAM_BYTES, again).tree == manifest.ram_root
     assert again.read_bytes() == (folder / "pc.ram.digests").read_bytes()
 
 

@@ -56,7 +56,7 @@ def test_two_snapshots_of_one_guest_that_runs_on(vm: Vm, tmp_path: Path, sockets
     assert verify(vm) == whole
     assert snapshot.main([str(vm.monitor), str(tmp_path / "second")]) == 0
     assert vm.process.wait(20) == 0
-    assert write_digests(tmp_path / "first" / "pc.ram", RAM_BYTES, tmp_path / "again") == root
+    assert write_digests(tmp_path / "first" / "pc.ram", RAM_BYTES, tmp_path / "again").tree == root
     for name, generation in (("first", "0"), ("second", "1")):
         data = (tmp_path / name / "vmstate").read_bytes()
         assert scan(data).of_block("pc.ram") == 0

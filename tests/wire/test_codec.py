@@ -239,7 +239,7 @@ NEAR_MISSES = {
     "digests of half a digest": (Role.SERVER, resized(Digests(1, Level.LEAF, 0, bytes(32)), fewer=8)),
     "digests of a leaf too long": (Role.SERVER, resized(Digests(1, Level.LEAF, 0, bytes(4096)), more=bytes(16))),
     "digests reserved": (Role.SERVER, payload_changed(Digests(1, Level.LEAF, 0, bytes(32)), 4, b"\x01")),
-    "read file unknown": (Role.CLIENT, payload_changed(ReadFile(1, PublishedFile.VMSTATE, 0, 1), 0, b"\x03")),
+    "read file unknown": (Role.CLIENT, payload_changed(ReadFile(1, PublishedFile.VMSTATE, 0, 1), 0, b"\x04")),
     "read file of nothing": (Role.CLIENT, payload_changed(ReadFile(1, PublishedFile.VMSTATE, 0, 1), 4, bytes(4))),
     "read file of too much": (
         Role.CLIENT,
