@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lazymem.digests import LEAF_PAGES, ZERO_PAGE_DIGEST, Checked, TreeShape, differing, page_digests
+from lazymem.digests import LEAF_PAGES, ZERO_PAGE_DIGEST, Checked, TreeShape, differing, page_digests, sums_digest
 from lazymem.errors import SnapshotError, VerificationError
 from lazymem.pages import PageRange
 from lazymem.snapshot.chain import open_layers
 from lazymem.snapshot.layers import RamFile
-from lazymem.snapshot.manifest import Manifest, vmstate_digest
+from lazymem.snapshot.manifest import SUMS_NAME, Manifest, vmstate_digest
 from lazymem.snapshot.opening import check_folder, maybe_manifest_in
 from lazymem.snapshot.vouching import TreeVouching
 
@@ -45,6 +45,20 @@ class CheckableSnapshot:
 
     def problems(self) -> list[str]:
         """What is wrong beside the pages, a line each."""
+        return [*self._sums_problems(), *self._vmstate_problems()]
+
+    def _sums_problems(self) -> list[str]:
+        expected = self._manifest.ram_sums
+        if expected is None:
+            return []
+        path = self._folder / SUMS_NAME
+        try:
+            right = sums_digest(path.read_bytes()).hex() == expected
+        except OSError as error:
+            return [f"{path}: {error.strerror}"]
+        return [] if right else [f"{path} has not the leaves' sums that manifest.json names"]
+
+    def _vmstate_problems(self) -> list[str]:
         expected = self._manifest.vmstate
         if expected is None:
             return []

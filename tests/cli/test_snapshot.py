@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from lazymem.cli import snapshot
+from lazymem.digests import sums_digest
 from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, SnapshotError
 from lazymem.snapshot.manifest import parse
 from lazymem.snapshot.writer import write_digests
@@ -56,11 +57,13 @@ def leftovers(folder: Path) -> list[str]:
 def check_whole(folder: Path, tmp_path: Path) -> bytes:
     """The snapshot is what its manifest says; returns the RAM."""
     manifest = parse((folder / "manifest.json").read_bytes())
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", "pc.ram", "pc.ram.digests", "vmstate"}
+    names = {"manifest.json", "pc.ram", "pc.ram.digests", "pc.ram.sums", "vmstate"}
+    assert {path.name for path in folder.iterdir()} == names
     assert (folder / "vmstate").read_bytes() == VMSTATE
     assert manifest.ram.size == SIZE == (folder / "pc.ram").stat().st_size
     again = tmp_path / f"again-{os.urandom(4).hex()}"
-    assert write_digests(folder / "pc.ram", SIZE, again).tree == manifest.ram_root
+    assert write_digests(folder / "pc.ram", SIZE, again) == (manifest.ram_root, manifest.ram_sums)
+    assert sums_digest((folder / "pc.ram.sums").read_bytes()).hex() == manifest.ram_sums
     assert again.read_bytes() == (folder / "pc.ram.digests").read_bytes()
     return (folder / "pc.ram").read_bytes()
 

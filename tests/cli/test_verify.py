@@ -100,6 +100,18 @@ def test_a_changed_vmstate(snapshot: BuiltSnapshot, capsys: pytest.CaptureFixtur
     assert "vmstate" in record["checked"][0]["problems"][0]
 
 
+@pytest.mark.parametrize("change", ["bytes", "missing"])
+def test_changed_sums(snapshot: BuiltSnapshot, capsys: pytest.CaptureFixture[str], change: str) -> None:
+    path = snapshot.folder / "pc.ram.sums"
+    if change == "missing":
+        path.unlink()
+    else:
+        flip(path, 2)
+    code, record = run(capsys, snapshot.folder)
+    assert code == WRONG_BYTES
+    assert "pc.ram.sums" in record["checked"][0]["problems"][0]
+
+
 def test_a_delta_with_its_parent(snapshot: BuiltSnapshot, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "elsewhere").mkdir()
     written = {page: bytes([page % 251]) * PAGE_SIZE for page in (3, 4, 5, 300)}

@@ -47,6 +47,7 @@ async def test_many_readers_see_the_snapshot(
             for seed in range(8):
                 readers.start_soon(compare, whole.ram, snapshot, seed, 40)
         assert await whole.client.read_file(PublishedFile.VMSTATE, 1 << 20) == snapshot.vmstate
+        assert await whole.client.maybe_sums() == (snapshot.sums if snapshot.manifest else None)
         if prefetch:
             await whole.scheduler.prefetch([PageRange(0, PAGES)])
             await whole.scheduler.wait_kept()

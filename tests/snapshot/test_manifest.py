@@ -12,7 +12,16 @@ from msgspec.structs import replace
 
 from lazymem.errors import SnapshotError
 from lazymem.pages import PAGE_SIZE
-from lazymem.snapshot.manifest import MAX_MANIFEST_BYTES, MAX_RAM_BYTES, Block, Emulator, Manifest, VmState, parse
+from lazymem.snapshot.manifest import (
+    MAX_MANIFEST_BYTES,
+    MAX_RAM_BYTES,
+    Block,
+    Emulator,
+    Manifest,
+    Parent,
+    VmState,
+    parse,
+)
 
 GOOD = Manifest(
     emulator=Emulator("qemu", "7.2", "pc-i440fx-7.2", "qemu64", ("-m", "512M")),
@@ -31,6 +40,17 @@ def test_round_trip() -> None:
     assert parse(GOOD.to_json()) == GOOD
     bare = Manifest(Emulator("x", "1"), GOOD.blocks, GOOD.ram_id, GOOD.ram_root, None)
     assert parse(bare.to_json()) == bare
+
+
+def test_sums_are_of_the_identity() -> None:
+    """Who verified pages by other sums has them in another cache. A delta has none."""
+    summed = replace(GOOD, ram_sums="33" * 32)
+    assert parse(summed.to_json()) == summed
+    assert json.loads(GOOD.to_json())["version"] < json.loads(summed.to_json())["version"]
+    assert len({GOOD.identity, summed.identity, replace(GOOD, ram_sums="44" * 32).identity}) == 3
+    delta = replace(summed, parent=Parent("55" * 32))
+    assert parse(delta.to_json()) == replace(delta, ram_sums=None)
+    assert delta.identity == GOOD.identity
 
 
 def document(**changes: Any) -> bytes:
@@ -57,6 +77,8 @@ BAD = {
     "a list": (b"[]", "format"),
     "another format": (document(format="other"), "format"),
     "a newer version": (document(version=4), "version 4"),
+    "sums that are none": (document(version=3, ram_sums="33"), "ram_sums"),
+    "no sums": (document(version=3), "ram_sums"),
     "too large": (b" " * (MAX_MANIFEST_BYTES + 1), "more than"),
     "a block twice": (document(blocks=block() * 2), "twice"),
     "no pc.ram": (document(blocks=block(name="pc.bios")), "no block pc.ram"),

@@ -372,3 +372,19 @@ def test_a_mapped_write_to_a_file_in_memory_is_seen(hashed: bool) -> None:
             with pytest.raises(VerificationError, match=f"page {page} "):
                 reader.read_nowait(PageRange(page, 1))
             assert reader.read_into_nowait(page, 1, memoryview(bytearray(PAGE_SIZE))) is None
+
+
+@pytest.mark.parametrize("size", [0, 16, 48])
+def test_sums_of_another_size_are_refused(tmp_path: Path, size: int) -> None:
+    built = make_snapshot(tmp_path / "web", pages=300)
+    assert len(built.sums) == 32
+    os.truncate(built.folder / "pc.ram.sums", size)
+    with pytest.raises(SnapshotError, match=rf"pc\.ram\.sums has {size} bytes"):
+        open_snapshot(built.folder)
+
+
+def test_sums_that_the_manifest_does_not_name_are_not_offered(tmp_path: Path) -> None:
+    built = make_snapshot(tmp_path / "web", hashed=False)
+    (built.folder / "pc.ram.sums").write_bytes(bytes(16))
+    with open_snapshot(built.folder) as reader:
+        assert not reader.sums.size_bytes
