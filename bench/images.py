@@ -38,6 +38,9 @@ from lazymem.snapshot.writer import new_ram_id, vmstate_record, write_digests
 FORMAT = 2
 """Part of the kept image's name: raise it when what is made changes."""
 
+CONTENT_SEED = "lazymem-bench 1"
+"""What is around the RAM may change without its bytes."""
+
 FACTS_NAME = "bench-facts.json"
 TOUCH_SEED = 20260
 _MAX_RUN = 512
@@ -211,7 +214,7 @@ def _write_sparse(ram: Path, size: int) -> None:
 
 
 def _write_synthetic(ram: Path, size: int) -> None:
-    content = _Content(random.Random(f"lazymem-bench {FORMAT}"))
+    content = _Content(random.Random(CONTENT_SEED))
     with ram.open("wb") as file:
         file.truncate(size)
         for first, kind, count in _runs(content.choose, size // PAGE_SIZE):
