@@ -36,6 +36,7 @@ from lazymem.store.threads import in_thread_at_last
 log = logging.getLogger(__name__)
 
 OnRead = Callable[[bytes | memoryview | LazymemError | None], None]
+Put = Callable[[PageRange, bytes | memoryview], None]
 
 
 class _Reading:
@@ -344,24 +345,35 @@ class GuestRam:
             at = run.offset_bytes - whole.offset_bytes
             buffer[at : at + run.length_bytes] = data
 
-        missing: list[PageRange] = []
-        for place, run in self._plan(wanted):
+        missing = [wanted]
+        unusable: list[PageRange] = []
+        while missing:
+            planned = [found for run in missing for found in self._plan(run)]
+            missing = [run for place, run in planned if place is Place.MISSING]
+            if len(missing) == len(planned):
+                break
+            # While these are read others may come, and would be fetched a second time.
+            unusable += await self._put_held(planned, put)
+        for page_run in await self._demand_all([*missing, *unusable]):
+            put(page_run.pages, page_run.data if page_run.data is not None else bytes(page_run.pages.length_bytes))
+
+    async def _put_held(self, planned: list[tuple[Place, PageRange]], put: Put) -> list[PageRange]:
+        """Give `put` the bytes of what is here; returns the runs of it that are to be fetched all the same."""
+        unusable: list[PageRange] = []
+        for place, run in planned:
             if place is Place.WRITTEN and self._maybe_room is not None:
                 put(run, await self._maybe_room.read(run))
             elif place is Place.CACHED:
                 data, wrong = await self._pristine.read(run)
                 put(run, data)
-                missing.extend(wrong)
+                unusable.extend(wrong)
             elif place is Place.ZERO:
                 zeros = self._pristine.maybe_zeros(run)
                 if zeros is None:
-                    missing.append(run)
+                    unusable.append(run)
                 else:
                     put(run, zeros)
-            else:
-                missing.append(run)
-        for page_run in await self._demand_all(missing):
-            put(page_run.pages, page_run.data if page_run.data is not None else bytes(page_run.pages.length_bytes))
+        return unusable
 
     async def _demand_all(self, missing: Sequence[PageRange]) -> list[PageRun]:
         """Demand all runs at the same time; the first error ends the others."""

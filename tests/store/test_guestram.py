@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from lazymem.errors import StoreError, TemplateWriteError
-from lazymem.pages import PAGE_SIZE
-from tests.support.snapshots import BuiltSnapshot
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.store.pristine import PristinePages
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.stores import opened_store
 
 
@@ -79,3 +81,24 @@ async def test_a_write_beyond_the_ram_is_refused(
         with pytest.raises(StoreError):
             await store.ram.write(offset, bytes(length))
         assert store.ram.written_pages == 0
+
+
+async def test_what_comes_while_a_held_page_is_read_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess may bring it meanwhile; asked for once more, it would keep the reader for another round trip."""
+    snapshot = make_snapshot(tmp_path / "snapshot", ram=random.Random(1).randbytes(8 * PAGE_SIZE))
+    async with opened_store(snapshot, tmp_path / "cache") as store:
+        await store.ram.read(0, PAGE_SIZE)
+        really = PristinePages.read
+
+        async def read(pristine: PristinePages, pages: PageRange) -> tuple[bytes, list[PageRange]]:
+            if pages == PageRange(0, 1):
+                await store.ram.read(PAGE_SIZE, PAGE_SIZE)
+            return await really(pristine, pages)
+
+        monkeypatch.setattr(PristinePages, "read", read)
+        monkeypatch.setattr(PristinePages, "maybe_read_nowait", lambda pristine, pages: None)  # not at hand
+        before = store.source.fetches
+        assert await store.ram.read(0, 2 * PAGE_SIZE) == snapshot.ram[: 2 * PAGE_SIZE]
+        assert store.source.fetches == before + 1
