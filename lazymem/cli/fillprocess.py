@@ -25,8 +25,9 @@ from msgspec import structs
 
 from lazymem.cli.background import let_go_of_inherited
 from lazymem.errors import LazymemError
+from lazymem.fetch.coming import Coming, shared_memory
 from lazymem.fetch.lastdemand import LastDemand
-from lazymem.pages import PageRange
+from lazymem.pages import PAGE_SHIFT, PageRange
 
 log = logging.getLogger(__name__)
 
@@ -76,26 +77,31 @@ class FillPipe:
     def __init__(self, end: socket.socket) -> None:
         self._end = end
 
-    def maybe_order(self) -> tuple[FillOrder, tuple[PageRange, ...], int] | None:
-        """Blocking: the order, the recorded working set, and a descriptor of the run's written map; None: the daemon
-        ended before."""
-        data, descriptors, _, _ = socket.recv_fds(self._end, 1, 2)
+    def maybe_order(self) -> tuple[FillOrder, tuple[PageRange, ...], int, int] | None:
+        """Blocking: the order, the recorded working set, and descriptors of the run's written map and of `Coming`;
+        None: the daemon ended before."""
+        data, descriptors, _, _ = socket.recv_fds(self._end, 1, 3)
         if not data:
             return None
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)  # which received ones are, whatever recv_fds is told (Python 3.11)
-        written_fd, order_fd = descriptors
+        written_fd, order_fd, coming_fd = descriptors
         with os.fdopen(order_fd, "rb") as file:
             file.seek(0)
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             order = msgspec.msgpack.decode(file.read(length), type=FillOrder)
             recorded = tuple(PageRange(start, count) for start, count in _RUN.iter_unpack(file.read()))
-        return order, recorded, written_fd
+        return order, recorded, written_fd, coming_fd
 
     def report(self, report: FillReport) -> None:
         """Said or, where the daemon is too busy to listen, left out: the next one says it."""
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             self._end.send(msgspec.msgpack.encode(report), socket.MSG_DONTWAIT)
+
+    def tell_kept(self) -> None:
+        """As `report`: pages that somebody waits for may be held now."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            self._end.send(_KEPT, socket.MSG_DONTWAIT)
 
     def tell_end(self, report: FillReport) -> None:
         """Blocking: the last one must arrive."""
@@ -107,8 +113,11 @@ class FillPipe:
         await trio.lowlevel.wait_readable(self._end)
 
 
-Fill = Callable[[FillOrder, tuple[PageRange, ...], int, FillPipe, LastDemand], None]
+Fill = Callable[[FillOrder, tuple[PageRange, ...], int, int, FillPipe, LastDemand], None]
 """The child's work: blocking; returns when all is held."""
+
+_KEPT = b"k"
+"""No report is so short."""
 
 _LENGTH = struct.Struct("<Q")
 _RUN = struct.Struct("<QQ")
@@ -122,6 +131,7 @@ class FillProcess:
         self.last_demand = LastDemand()
         self.latest = FillReport()
         self._begun = False
+        self._maybe_coming_fd: int | None = None
         self._end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._pid = os.fork()
         if self._pid == 0:
@@ -135,6 +145,11 @@ class FillProcess:
         """Whether it has its order and has not ended."""
         return self._begun and self._pid > 0
 
+    def share(self, pages: int) -> Coming:
+        """What it will have on its way, and who demands, of a RAM of `pages` pages; at most once, before `begin`."""
+        self._maybe_coming_fd = shared_memory(pages)
+        return Coming(pages, self._maybe_coming_fd)
+
     def begin(self, order: FillOrder, recorded: Sequence[PageRange], maybe_written_fd: int | None) -> None:
         """Once. `maybe_written_fd`: the run's written map, which stays the caller's; None for a template."""
         with os.fdopen(os.memfd_create("order"), "wb") as file:  # a message has no room for it
@@ -143,15 +158,22 @@ class FillProcess:
             file.write(b"".join(_RUN.pack(pages.start, pages.count) for pages in recorded))
             file.flush()
             written_fd = file.fileno() if maybe_written_fd is None else maybe_written_fd  # two, in any case
+            if self._maybe_coming_fd is None:
+                self.share(order.size_bytes >> PAGE_SHIFT)
+            assert self._maybe_coming_fd is not None
             with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
-                socket.send_fds(self._end, [b"!"], [written_fd, file.fileno()])
+                socket.send_fds(self._end, [b"!"], [written_fd, file.fileno(), self._maybe_coming_fd])
+            os.close(self._maybe_coming_fd)
         self.latest = FillReport(set_is_coming=bool(recorded))
         self._begun = True
 
-    async def run(self, on_report: Callable[[FillReport], None]) -> bool:
+    async def run(self, on_report: Callable[[FillReport], None], on_kept: Callable[[], None] = lambda: None) -> bool:
         """Hear its reports until its end; whether it held all that it was to. `latest` then says what it brought, and
-        that nothing more comes."""
+        that nothing more comes. `on_kept`: called when it says that it kept pages."""
         while data := await self._next():
+            if data == _KEPT:
+                on_kept()
+                continue
             report = msgspec.msgpack.decode(data, type=FillReport)
             if report.maybe_error is not None:
                 report = structs.replace(self.latest, maybe_error=report.maybe_error)

@@ -42,7 +42,11 @@ async def watch_fill(
     def on_report(report: FillReport) -> None:
         pristine.learn_held(report.held_pages)
 
-    if await filler.run(on_report):
+    try:
+        is_done = await filler.run(on_report, scheduler.others_kept)
+    finally:
+        scheduler.others_ended()
+    if is_done:
         return
     log.warning("the filling process ended early (%s): going on without it", filler.latest.maybe_error or "killed")
     with contextlib.suppress(StoreError):  # then the count is too low until the next mount

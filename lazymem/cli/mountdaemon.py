@@ -136,6 +136,7 @@ async def _serve(
         deadline_seconds=settings.deadline_seconds,
         prefetcher=ToldToBoth(maybe_prepager, maybe_adopting) if maybe_prepager and maybe_adopting else maybe_prepager,
         last_demand=maybe_filler.last_demand if maybe_filler is not None else None,
+        maybe_coming=maybe_filler.share(origin.pages) if maybe_filler is not None else None,
     )
     if maybe_filler is not None and maybe_prepager is not None:
         assert origin.root is not None, "see above"

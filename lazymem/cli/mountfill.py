@@ -14,6 +14,7 @@ from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport
 from lazymem.cli.groups import cause_of
 from lazymem.errors import LazymemError, StoreError
 from lazymem.fetch.client import Client, resume
+from lazymem.fetch.coming import Coming
 from lazymem.fetch.fill import Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager, prepager
@@ -41,6 +42,7 @@ def fill(
     order: FillOrder,
     recorded: tuple[PageRange, ...],
     written_fd: int,
+    coming_fd: int,
     pipe: FillPipe,
     last_demand: LastDemand,
 ) -> None:
@@ -50,7 +52,7 @@ def fill(
         LazymemError: it cannot go on; the daemon then does it itself.
     """
     try:
-        trio.run(_fill, settings, order, recorded, written_fd, pipe, last_demand)
+        trio.run(_fill, settings, order, recorded, written_fd, coming_fd, pipe, last_demand)
     except BaseExceptionGroup as group:
         raise cause_of(group) from group
 
@@ -60,6 +62,7 @@ async def _fill(
     order: FillOrder,
     recorded: tuple[PageRange, ...],
     written_fd: int,
+    coming_fd: int,
     pipe: FillPipe,
     last_demand: LastDemand,
 ) -> None:
@@ -91,7 +94,9 @@ async def _fill(
             # A page of its own for each leaf, ahead of the rest, costs more than it saves where the link is fast.
             maybe_leaf_missing=lambda pages: pristine.copies_pay and pristine.missing_leaves(pages),
         )
-        work = Fill(client, pristine, origin.pages, guesses, last_demand)
+        coming = Coming(origin.pages, coming_fd)
+        os.close(coming_fd)
+        work = Fill(client, pristine, origin.pages, guesses, last_demand, coming, pipe.tell_kept)
         pristine.wire_bytes_per_second = lambda: work.bytes_per_second
         nursery.start_soon(work.run)
         if order.sums:
@@ -137,7 +142,7 @@ class _Watch:
         start, moved_at = 0, trio.current_time()
         while (found := self._pristine.next_missing(start, 1) or self._pristine.next_missing(0, 1)) is not None:
             now = trio.current_time()
-            if found.start != start or self._work.is_busy:
+            if found.start != start or self._work.is_busy or self._work.has_left_out:
                 start, moved_at = found.start, now
             elif now - moved_at > STUCK_SECONDS:
                 raise StoreError(f"page {found.start} and maybe more cannot be brought")
@@ -149,6 +154,7 @@ class _Watch:
         if now - self._reported_at >= REPORT_SECONDS:
             self._reported_at = now
             self._pipe.report(self._report())
+            self._work.look_at_left_out()
         await trio.sleep(LOOK_SECONDS)
 
     def _finish(self) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import trio
 
 from lazymem.digests import LEAF_PAGES
 from lazymem.errors import LazymemError
+from lazymem.fetch.coming import UNNUMBERED, Coming
 from lazymem.fetch.guesses import MAX_GUESS_RANGES, MAX_LOOKED_AT_PAGES
 from lazymem.fetch.keeper import joined
 from lazymem.fetch.lastdemand import LastDemand
@@ -47,18 +47,26 @@ class Fill:
     """Fetches what `guesses` names from `source` into `sink`. All methods belong to trio's thread."""
 
     def __init__(
-        self, source: FetchStarter, sink: Sink, pages: int, guesses: Prepager, last_demand: LastDemand
+        self,
+        source: FetchStarter,
+        sink: Sink,
+        pages: int,
+        guesses: Prepager,
+        last_demand: LastDemand,
+        maybe_coming: Coming | None = None,
+        tell_kept: Callable[[], None] = lambda: None,
     ) -> None:
-        """`pages`: of the whole RAM."""
+        """`pages`: of the whole RAM. `maybe_coming`: shared with who demands. `tell_kept`: called when pages were kept
+        and somebody waits for such."""
         self._source = source
         self._sink = sink
         self._guesses = guesses
         self._last_demand = last_demand
         self._window = BackgroundWindow()
         self._best_answer = math.inf
-        # Memory only where one is set, which a bytearray would not do.
-        self._coming = mmap.mmap(-1, pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._arrived: deque[tuple[Sequence[PageRange], Fetched]] = deque()
+        self._coming = maybe_coming or Coming(pages)
+        self._tell_kept = tell_kept
+        self._arrived: deque[tuple[int, Sequence[PageRange], Fetched]] = deque()
         self._unkept_pages = 0
         self._copying = False
         self._something = trio.Event()
@@ -67,6 +75,8 @@ class Fill:
         self._to_go_on = trio.Event()
         self._right_of_way = RightOfWay()
         self._looked_enough = False
+        self.has_left_out = False
+        """Pages were missing and not asked for, since who demands had them on their way."""
         self.in_flight_pages = 0
         self.brought_pages = 0
         self.rejected_pages = 0
@@ -129,6 +139,13 @@ class Fill:
                 self._guesses.brought(PageRange(0, 1))  # of what does not matter: a sweep may be worth it
                 self._send_more()
 
+    def look_at_left_out(self) -> None:
+        """Of the pages that were left to who demands, some may not have come: with nothing else to do, guess again."""
+        if self.has_left_out and not self.is_busy:
+            self.has_left_out = False
+            self._guesses.brought(PageRange(0, 1))  # of what does not matter: a sweep is worth it again
+            self._send_more()
+
     # ---- out
 
     def _send_more(self) -> None:
@@ -188,37 +205,28 @@ class Fill:
             if guess is None:
                 break
             looked_at += guess.count
-            for free in self._not_coming(guess):
+            self.has_left_out |= self._coming.is_demanded(guess)
+            for free in self._coming.free(guess):
                 for part in self._sink.worth_fetching(free):
-                    self._coming[part.start : part.end] = b"\1" * part.count
+                    self._coming.guess(UNNUMBERED, part)
                     found.append(part)
                     room -= part.count
         found.sort()
         return found
 
-    def _not_coming(self, guess: PageRange) -> list[PageRange]:
-        states = self._coming[guess.start : guess.end]
-        if not states.strip(b"\0"):
-            return [guess]
-        free: list[PageRange] = []
-        start = states.find(b"\0")
-        while start >= 0:
-            end = states.find(b"\1", start)
-            end = guess.count if end < 0 else end
-            free.append(PageRange(guess.start + start, end - start))
-            start = states.find(b"\0", end)
-        return free
-
     def _send(self, ranges: list[PageRange], *, gives_way: bool) -> None:
         pages = sum([part.count for part in ranges])
         self.in_flight_pages += pages
         sent_at, bytes_before = perf_counter(), self._source.wire_received_bytes
+        number = self._coming.begin(sent_at)
+        for part in ranges:
+            self._coming.guess(number, part)
         brought_before = self.brought_pages
 
         def on_done(answer: Fetched | LazymemError) -> None:
             self.in_flight_pages -= pages
             if isinstance(answer, LazymemError):
-                self._rejected(ranges, answer)
+                self._rejected(number, ranges, answer)
                 return
             self.brought_pages += pages
             if not gives_way:  # how slow a trickle is says nothing of the link
@@ -226,10 +234,10 @@ class Fill:
             try:
                 self._sink.accept(answer)
             except LazymemError as error:
-                self._rejected(ranges, error)
+                self._rejected(number, ranges, error)
                 return
             self._unkept_pages += pages
-            self._arrived.append((ranges, answer))
+            self._arrived.append((number, ranges, answer))
             self._something.set()
             self._send_more()
 
@@ -251,27 +259,30 @@ class Fill:
 
     # ---- in
 
-    def _rejected(self, ranges: Sequence[PageRange], error: LazymemError) -> None:
+    def _rejected(self, number: int, ranges: Sequence[PageRange], error: LazymemError) -> None:
         """Wrong bytes, or a refusal for good: the pages stay missing, and a later sweep may ask again."""
         log.warning("fetch of %d ranges from page %d on: %s", len(ranges), ranges[0].start, error)
         self.rejected_pages += sum([part.count for part in ranges])
-        self._forget(ranges)
+        self._coming.end(number, ranges)
         self._to_look_at.set()  # not at once: a request that fails as it is sent would send the next one from here
 
-    def _next_batch(self) -> list[tuple[Sequence[PageRange], Fetched]]:
-        batch: list[tuple[Sequence[PageRange], Fetched]] = []
+    def _next_batch(self) -> list[tuple[int, Sequence[PageRange], Fetched]]:
+        batch: list[tuple[int, Sequence[PageRange], Fetched]] = []
         pages = 0
         while self._arrived and pages < KEPT_AT_ONCE_PAGES:
             batch.append(self._arrived.popleft())
-            pages += sum([part.count for part in batch[-1][0]])
+            pages += sum([part.count for part in batch[-1][1]])
         return batch
 
-    async def _keep(self, batch: Sequence[tuple[Sequence[PageRange], Fetched]]) -> None:
-        await self._sink.keep(joined([fetched for _, fetched in batch]))
-        for ranges, _ in batch:
+    async def _keep(self, batch: Sequence[tuple[int, Sequence[PageRange], Fetched]]) -> None:
+        await self._sink.keep(joined([fetched for _, _, fetched in batch]))
+        now = perf_counter()
+        for number, ranges, _ in batch:
             self._unkept_pages -= sum([part.count for part in ranges])
-            self._forget(ranges)
+            self._coming.end(number, ranges, now)
             self._guesses.brought(ranges[0])
+        if self._coming.is_waited_for:
+            self._tell_kept()
 
     async def _copy_equal(self) -> None:
         self._copying = True
@@ -279,7 +290,3 @@ class Fill:
             await self._sink.copy_equal()
         finally:
             self._copying = False
-
-    def _forget(self, ranges: Sequence[PageRange]) -> None:
-        for part in ranges:
-            self._coming[part.start : part.end] = bytes(part.count)

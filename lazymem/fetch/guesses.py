@@ -39,7 +39,15 @@ class Asked:
 class GuessQueue:
     """Asked-for ranges, in order, before the guesses of `maybe_prefetcher`."""
 
-    def __init__(self, table: InFlightTable, sink: Sink, maybe_prefetcher: Prefetcher | None) -> None:
+    def __init__(
+        self,
+        table: InFlightTable,
+        sink: Sink,
+        maybe_prefetcher: Prefetcher | None,
+        maybe_not_theirs: Callable[[PageRange], list[PageRange]] | None = None,
+    ) -> None:
+        """`maybe_not_theirs`: the parts of pages that another process does not bring."""
+        self._not_theirs = maybe_not_theirs or _as_it_is
         self.maybe_prefetcher = maybe_prefetcher
         self._table = table
         self._sink = sink
@@ -108,7 +116,12 @@ class GuessQueue:
         return wants
 
     def _worth_fetching(self, guess: PageRange) -> list[PageRange]:
-        return [part for piece in self._table.free(guess) for part in self._sink.worth_fetching(piece)]
+        return [
+            part
+            for piece in self._table.free(guess)
+            for ours in self._not_theirs(piece)
+            for part in self._sink.worth_fetching(ours)
+        ]
 
     def _next_left(self, left: deque[PageRange], limit: int) -> PageRange | None:
         """The next missing run of what is left, taken out of it."""
@@ -122,3 +135,7 @@ class GuessQueue:
                 left.appendleft(PageRange(found.end, pages.end - found.end))
             return found
         return None
+
+
+def _as_it_is(pages: PageRange) -> list[PageRange]:
+    return [pages]

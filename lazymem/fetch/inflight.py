@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from lazymem.errors import LazymemError
 from lazymem.pages import PAGE_SHIFT, PageRange, PageRun
@@ -72,10 +73,19 @@ class Demand:
         return found
 
 
+class Noted(Protocol):
+    """Where others see what is in the table: `coming.Coming`."""
+
+    def demand(self, pages: PageRange) -> None: ...
+
+    def forget(self, pages: PageRange) -> None: ...
+
+
 class InFlightTable:
     """All wants by page."""
 
-    def __init__(self) -> None:
+    def __init__(self, maybe_noted: Noted | None = None) -> None:
+        self._maybe_noted = maybe_noted
         self._by_page: dict[int, Want] = {}
         self._waiting: dict[Want, None] = {}
         self.in_flight_pages = 0
@@ -131,6 +141,8 @@ class InFlightTable:
             by_page[pages.start] = want
         else:
             by_page.update(dict.fromkeys(range(pages.start, pages.end), want))
+        if self._maybe_noted is not None:
+            self._maybe_noted.demand(pages)
         self.in_flight_pages += pages.count
 
     def leave(self, demand: Demand) -> list[Want]:
@@ -179,6 +191,17 @@ class InFlightTable:
         self.requeue(want)
         del self._waiting[want]
 
+    def withhold(self, want: Want) -> None:
+        """Nothing is to be sent for a waiting one before `release`."""
+        assert want.state is State.WAITING
+        del self._waiting[want]
+
+    def brought_by_others(self, want: Want, runs: Sequence[PageRun]) -> None:
+        """The verified pages of a withheld one are in the sink: nothing was asked for it, and nothing is to be kept."""
+        self._forget(want)
+        want.runs = runs
+        self._wake(want)
+
     def release(self, want: Want) -> None:
         """It waits like others now, unless nobody waits for it any more."""
         if want.state is State.WAITING:
@@ -190,6 +213,9 @@ class InFlightTable:
         want.state = State.HERE
         want.runs = runs
         self.unkept_pages += want.pages.count
+        self._wake(want)
+
+    def _wake(self, want: Want) -> None:
         demands, want.demands = want.demands, []
         for demand in demands:
             demand.open -= 1
@@ -250,6 +276,8 @@ class InFlightTable:
         for page in range(pages.start, pages.start + pages.count):
             assert page not in by_page
             by_page[page] = want
+        if self._maybe_noted is not None:
+            self._maybe_noted.demand(pages)
         if want.state is State.WAITING:
             self._waiting[want] = None
         else:
@@ -274,6 +302,8 @@ class InFlightTable:
             self.unkept_pages -= pages.count
         for page in range(pages.start, pages.start + pages.count):
             del by_page[page]
+        if self._maybe_noted is not None:
+            self._maybe_noted.forget(pages)
         want.state = State.GONE
 
 

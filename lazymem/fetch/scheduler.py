@@ -19,12 +19,14 @@ from time import perf_counter
 import trio
 
 from lazymem.errors import DeadlineError, LazymemError
+from lazymem.fetch.coming import Coming
 from lazymem.fetch.faultway import Demands, Entered, Fault, FaultWay, Here
 from lazymem.fetch.flight import Flight, check_cover, pieces
 from lazymem.fetch.guesses import Asked, GuessQueue
 from lazymem.fetch.inflight import Demand, InFlightTable, State, Want, cut_runs
 from lazymem.fetch.keeper import Keeper
 from lazymem.fetch.lastdemand import LastDemand
+from lazymem.fetch.others import Others
 from lazymem.fetch.plan import Budget, Load, background_allowance, plan_demand
 from lazymem.fetch.prefetch import Prefetcher
 from lazymem.fetch.sink import Sink
@@ -60,7 +62,7 @@ class Scheduler:
     """`source` and `sink` are `store.source.PageSource` and `PageSink`; tasks live in `nursery`.
 
     `deadline_seconds`: of each demand; None waits for ever. Without a prefetcher only `prefetch` brings guesses.
-    `last_demand`: shared with who guesses in another process.
+    `last_demand` and `maybe_coming`: shared with who guesses in another process.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Scheduler:
         deadline_seconds: float | None = None,
         prefetcher: Prefetcher | None = None,
         last_demand: LastDemand | None = None,
+        maybe_coming: Coming | None = None,
     ) -> None:
         self._source = source
         self._sink = sink
@@ -80,9 +83,15 @@ class Scheduler:
         self._starter = starter_of(source, nursery)
         self._budget = budget or Budget()
         self._deadline = deadline_seconds
-        self._table = InFlightTable()
+        self._table = InFlightTable(maybe_coming)
         self._flights: dict[Want, Flight] = {}
-        self._guesses = GuessQueue(self._table, sink, prefetcher)
+        self._maybe_others: Others | None = None
+        if maybe_coming is not None:
+            self._maybe_others = Others(
+                maybe_coming, self._table, sink, nursery, self._answer_seconds, self._send_demands
+            )
+        maybe_not_theirs = self._maybe_others.not_theirs if self._maybe_others is not None else None
+        self._guesses = GuessQueue(self._table, sink, prefetcher, maybe_not_theirs)
         self._window = BackgroundWindow()
         self._last_demand = last_demand or LastDemand()
         self._demands = Demands()
@@ -124,6 +133,8 @@ class Scheduler:
         demand = self._table.demand(pages, arrived.set)
         if demand.open:
             self._promote(demand)
+            if self._maybe_others is not None:
+                self._maybe_others.leave_to_them(demand.wants)
             if self._table.has_waiting:
                 self._send_demands()
             self._last_demand.seconds = started_at  # also where its pages are on their way already
@@ -141,7 +152,9 @@ class Scheduler:
 
     def start(self, pages: PageRange, here: Here, entered: Entered) -> bool:
         """As `PageDemand.start`: for pages that nobody has asked for, when nothing is in the way of asking now."""
-        return self._deadline is None and self._faults.start(pages, here, entered)
+        if self._deadline is not None or (self._maybe_others is not None and self._maybe_others.bring(pages)):
+            return False
+        return self._faults.start(pages, here, entered)
 
     def _fault_answered(self, fault: Fault, answer: Fetched | LazymemError) -> None:
         """Anything but one good frame: from here on it goes the common way."""
@@ -491,6 +504,21 @@ class Scheduler:
     def background_bytes_per_second(self) -> float:
         """What guesses lately brought over the wire; infinite before any, and where nothing is guessed."""
         return self._window.rate_bytes_per_second or math.inf
+
+    # ---- another process that guesses
+
+    def _answer_seconds(self) -> float:
+        return min(self._demands.best_answer_seconds, self._starter.best_round_trip_seconds)
+
+    def others_kept(self) -> None:
+        """It has kept pages that somebody may wait for."""
+        if self._maybe_others is not None:
+            self._maybe_others.kept()
+
+    def others_ended(self) -> None:
+        """It brings nothing more."""
+        if self._maybe_others is not None:
+            self._maybe_others.stop()
 
     # ---- for people
 

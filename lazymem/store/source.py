@@ -49,6 +49,10 @@ class PageSink(Protocol):
         here) and they lie in one leaf. Synchronous, and perhaps a read of 4 KiB."""
         ...
 
+    def maybe_read_held_nowait(self, pages: PageRange) -> bytes | None:
+        """Verified bytes of `pages` if all of them are held, by whatever process, and at hand."""
+        ...
+
     def worth_fetching(self, pages: PageRange) -> list[PageRange]:
         """The parts of missing `pages` that a guess should bring; the sink can have the others without the source."""
         ...

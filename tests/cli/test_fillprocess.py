@@ -40,10 +40,16 @@ def run(fill: Fill, meanwhile: Callable[[FillProcess], None] = lambda process: N
 
 def test_an_order_arrives_and_its_descriptors_stay() -> None:
     def fill(
-        order: FillOrder, recorded: tuple[PageRange, ...], written_fd: int, pipe: FillPipe, demand: LastDemand
+        order: FillOrder,
+        recorded: tuple[PageRange, ...],
+        written_fd: int,
+        coming_fd: int,
+        pipe: FillPipe,
+        demand: LastDemand,
     ) -> None:
         assert (order, recorded) == (ORDER, RECORDED)
         assert not os.get_inheritable(written_fd)
+        assert not os.get_inheritable(coming_fd)
         pipe.tell_end(FillReport(held_pages=1, done=True))
 
     done, process = run(fill)
@@ -53,7 +59,7 @@ def test_an_order_arrives_and_its_descriptors_stay() -> None:
 
 def test_an_error_of_any_length_is_told_and_what_was_brought_stays_told() -> None:
     def fill(*arguments: object) -> None:
-        pipe = arguments[3]
+        pipe = arguments[4]
         assert isinstance(pipe, FillPipe)
         pipe.tell_end(ON_ITS_WAY)
         raise StoreError("no room in /\udcff" + "x" * 10_000)
@@ -91,7 +97,7 @@ def test_its_end_is_waited_for_beside_the_loop(monkeypatch: pytest.MonkeyPatch) 
         return really(pid, options)
 
     def fill(*arguments: object) -> None:
-        pipe = arguments[3]
+        pipe = arguments[4]
         assert isinstance(pipe, FillPipe)
         pipe.tell_end(FillReport(done=True))
         signal.pause()
@@ -106,7 +112,9 @@ def test_an_object_of_the_daemons_closes_nothing_here() -> None:
     """It may be collected at any moment; its number must not be that of something of ours by then."""
     with Path(os.devnull).open("rb") as daemons:
 
-        def fill(_order: object, _recorded: object, _written: object, pipe: FillPipe, _last: object) -> None:
+        def fill(
+            _order: object, _recorded: object, _written: object, _coming: object, pipe: FillPipe, _last: object
+        ) -> None:
             ours = [os.memfd_create("ours") for _ in range(64)]
             daemons.close()
             for descriptor in ours:

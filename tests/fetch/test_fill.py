@@ -15,6 +15,7 @@ import trio.testing
 from lazymem_server.serving import Serving, serve
 
 from lazymem.fetch.client import Client, connect
+from lazymem.fetch.coming import Coming
 from lazymem.fetch.fill import MAX_UNKEPT_PAGES, Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import prepager
@@ -368,4 +369,67 @@ async def test_a_fills_window_is_one_product_while_a_guest_demands_and_two_other
     work._send_more()
     assert work.in_flight_pages <= (1 if demanded else 2) * product + 1
     assert work.in_flight_pages > product // 2
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_the_daemon_has_on_its_way_is_left_out_and_looked_at_again(nursery: trio.Nursery) -> None:
+    """It may not come: then a sweep brings it, and the filling process does not end with a page missing."""
+    source, coming, theirs = OnlyAsked(), Coming(PAGES), PageRange(100, 60)
+    coming.demand(theirs)
+    missing = set(range(PAGES))
+
+    class Sink(TakesAll):
+        async def keep(self, fetched: Fetched) -> None:
+            missing.difference_update(page for asked in source.asked for part in asked for page in _numbers(part))
+
+    def next_missing(start: int, limit: int) -> PageRange | None:
+        first = next((page for page in range(start, PAGES) if page in missing), None)
+        return None if first is None else PageRange(first, 1)
+
+    work = Fill(source, Sink(), PAGES, prepager(next_missing, PAGES), LastDemand(), coming)  # type: ignore[arg-type]
+    work._window = SettledWindow(1024)  # type: ignore[assignment]
+    work._note = lambda *_: None  # type: ignore[method-assign]
+    nursery.start_soon(work.run)
+    await trio.testing.wait_all_tasks_blocked()
+    while work.in_flight_pages:
+        source.answer_first()
+        await trio.testing.wait_all_tasks_blocked()
+    assert missing == set(_numbers(theirs))
+    assert work.has_left_out
+    work.look_at_left_out()
+    await trio.testing.wait_all_tasks_blocked()
+    assert work.in_flight_pages == 0, "it still has them"
+    coming.forget(theirs)
+    work.look_at_left_out()
+    assert work.in_flight_pages == theirs.count
+    assert not coming.free(theirs), "the daemon sees it"
+    nursery.cancel_scope.cancel()
+
+
+def _numbers(pages: PageRange) -> range:
+    return range(pages.start, pages.end)
+
+
+async def test_who_waits_is_told_when_pages_are_kept(nursery: trio.Nursery) -> None:
+    source, coming, told = OnlyAsked(), Coming(PAGES), list[int]()
+    work = Fill(
+        source,  # type: ignore[arg-type]
+        TakesAll(),  # type: ignore[arg-type]
+        PAGES,
+        prepager(everything, PAGES),
+        LastDemand(),
+        coming,
+        lambda: told.append(work.brought_pages),
+    )
+    nursery.start_soon(work.run)
+    await trio.testing.wait_all_tasks_blocked()
+    first = source.asked[0][0]
+    source.answer_first()
+    await trio.testing.wait_all_tasks_blocked()
+    assert not told, "nobody waits"
+    assert not coming.is_guessed(first.start)
+    coming.note_waiting(1)
+    source.answer_first()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(told) == 1
     nursery.cancel_scope.cancel()

@@ -44,6 +44,11 @@ class MemorySink:
     def worth_fetching(self, pages: PageRange) -> list[PageRange]:
         return [pages]
 
+    def maybe_read_held_nowait(self, pages: PageRange) -> bytes | None:
+        if not self.held.issuperset(range(pages.start, pages.end)):
+            return None
+        return self.ram[pages.offset_bytes : pages.offset_bytes + pages.length_bytes]
+
     has_copies = False
 
     async def copy_equal(self) -> None:
