@@ -35,11 +35,21 @@ BUSY_SECONDS = 0.0002
 """While so much is under way the relay looks only so often: late by a fifth of a millisecond at most, and the rate is
 kept by the wire's own books."""
 
-SOCKET_BUFFER_BYTES = 64 * 1024
-"""Of the sender's bytes in the kernel on this side, beyond the queue: a few milliseconds of the slowest link."""
+SOCKET_BUFFER_SECONDS = 0.006
+MOST_SOCKET_BUFFER_BYTES = 64 * 1024
+LEAST_SOCKET_BUFFER_BYTES = 8 * 1024
+"""Of the sender's bytes in the kernel on this side, beyond the queue: a few milliseconds of a slow link."""
+
+SEGMENT_BYTES = 1448
+"""An Ethernet's: loopback's own, of 64 KiB, would wait for as much room in a small buffer."""
 
 _PR_SET_TIMERSLACK = 29
 _STDIN = 0
+
+
+def socket_buffer_bytes(rate_bytes: float) -> int:
+    """For a socket in which what comes waits for a link of so many bytes a second."""
+    return int(max(LEAST_SOCKET_BUFFER_BYTES, min(MOST_SOCKET_BUFFER_BYTES, rate_bytes * SOCKET_BUFFER_SECONDS)))
 
 
 @dataclass(eq=False, slots=True)
@@ -124,18 +134,32 @@ class Relay:
     def _accept(self) -> None:
         ours, _ = self._listener.accept()
         try:
-            theirs = socket.create_connection(self._target)
+            theirs = self._connected()
         except OSError:
             ours.close()
             return
         for one in (ours, theirs):
             one.setblocking(False)
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MOST_SOCKET_BUFFER_BYTES)
         client = End(ours, self.forth, monotonic() + self._round_trip)
         server = End(theirs, self.back, peer=client)
         client.peer = server
         self.ends += [client, server]
+
+    def _connected(self) -> socket.socket:
+        """To the target, whose answers are what fills a link."""
+        size = socket_buffer_bytes(self.back.rate_bytes)
+        theirs = socket.socket()
+        try:
+            if size < MOST_SOCKET_BUFFER_BYTES:
+                theirs.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+            theirs.connect(self._target)
+        except OSError:
+            theirs.close()
+            raise
+        return theirs
 
     def _read(self, end: End) -> None:
         """As much as the queue has room for, up to some pieces, so that a sender of small ones costs few turns."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from bench.links import Link, through
-from bench.relay import End, Relay
+from bench.relay import End, Relay, socket_buffer_bytes
 
 SLOW = Link("slow", "20 ms, 10 MB/s", 0.020, 10e6)
 BULK_BYTES = 3_000_000
@@ -150,3 +150,8 @@ def test_without_a_rate_there_is_no_relay(peer: _Peer) -> None:
     with through(Link("none", "none"), peer.address) as seen:
         assert seen.address == peer.address
         assert seen.maybe_carried() is None
+
+
+@pytest.mark.parametrize(("megabits", "size"), [(1, 8192), (10, 8192), (50, 37_500), (100, 65536), (10_000, 65536)])
+def test_the_relays_own_buffer_is_no_second_queue(megabits: float, size: int) -> None:
+    assert socket_buffer_bytes(megabits * 1e6 / 8) == size
