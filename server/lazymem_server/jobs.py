@@ -55,6 +55,11 @@ class Job(Protocol):
     """Of pages that are not zero, made by the last step; `wire_bytes`: what it made of them."""
     wire_bytes: int
 
+    @property
+    def is_short(self) -> bool:
+        """One frame answers all that is left of it."""
+        ...
+
     def step_nowait(self) -> list[Answer] | None:
         """The next answers, or None if a disk has to be waited for."""
         ...
@@ -95,6 +100,10 @@ class FetchJob:
         self._in_zeros = False  # the last step met nothing else
         self._demand_frame_pages = limits.demand_frame_pages
         self._cold_pages = limits.cold_read_pages if self.background else limits.demand_frame_pages
+
+    @property
+    def is_short(self) -> bool:
+        return len(self._ranges) == 1 and self._ranges[0].count <= self._frame_pages()
 
     def step_nowait(self) -> list[Answer] | None:
         if self._packs and not self._in_zeros:
@@ -139,7 +148,8 @@ class FetchJob:
         return min(self._frame_pages(), COMPRESSED_STEP_PAGES) if self._pace.level else self._frame_pages()
 
     def _frame_pages(self) -> int:
-        return self._pace.frame_pages if self.background else self._demand_frame_pages
+        pages = self._pace.frame_pages
+        return pages if self.background else min(pages, self._demand_frame_pages)
 
     def step(self) -> list[Answer]:
         pages = self._next(LEAF_PAGES)
@@ -207,6 +217,7 @@ class FetchJob:
 class DigestsJob:
     """Answers a FETCH_DIGESTS. What is vouched for is a guess, as a whole leaf of pages is read for it."""
 
+    is_short = False
     data_bytes = wire_bytes = 0
 
     def __init__(self, request: FetchDigests, reader: SnapshotReader) -> None:
@@ -238,6 +249,7 @@ class ReadFileJob:
     """Answers a READ_FILE of a file that is there."""
 
     background = False
+    is_short = False
     data_bytes = wire_bytes = 0
 
     def __init__(self, request: ReadFile, file: SmallFile | bytes) -> None:
@@ -294,18 +306,34 @@ def failure(job: Job, error: VerificationError | OSError) -> Error:
     return Error(job.id, ErrorCode.IO_ERROR, f"the server cannot read the snapshot: {error.strerror}")
 
 
+MOST_SHORT_IN_A_ROW = 8
+"""Then a longer demand gets a frame in: nobody is to wait for ever for others' faults."""
+
+
 class JobQueue:
-    """Jobs that can go on, demands before guesses, and a step each in turn among equals."""
+    """Jobs that can go on, demands before guesses.
+
+    Demands of one frame go before longer ones, of which one after the other is answered, since nobody has use for half
+    of one; guesses get a step each in turn.
+    """
 
     def __init__(self) -> None:
+        self._short: deque[Job] = deque()
+        self._short_in_a_row = 0
         self._demand: deque[Job] = deque()
         self._background: deque[Job] = deque()
 
     def __len__(self) -> int:
-        return len(self._demand) + len(self._background)
+        return len(self._short) + len(self._demand) + len(self._background)
 
     @property
-    def has_demand(self) -> bool:
+    def has_short(self) -> bool:
+        """Whether one frame answers some demand."""
+        return bool(self._short)
+
+    @property
+    def has_long(self) -> bool:
+        """Whether some demand needs several."""
         return bool(self._demand)
 
     @property
@@ -313,17 +341,30 @@ class JobQueue:
         return bool(self._background)
 
     def put(self, job: Job) -> None:
-        (self._background if job.background else self._demand).append(job)
+        """Behind its equals."""
+        (self._background if job.background else self._short if job.is_short else self._demand).append(job)
 
-    def maybe_next(self, *, demand: bool, background: bool) -> Job | None:
-        """Take the next job of a kind that is allowed."""
-        if demand and self._demand:
+    def put_back(self, job: Job) -> None:
+        """After a step of it, and before the next."""
+        if job.background:
+            self._background.append(job)
+        else:
+            (self._short if job.is_short else self._demand).appendleft(job)
+
+    def maybe_next(self, *, short: bool, long: bool, background: bool) -> Job | None:
+        """Take the next job of a kind that is allowed: demands of one frame, of several, guesses."""
+        longs_turn = long and self._demand and self._short_in_a_row >= MOST_SHORT_IN_A_ROW
+        if short and self._short and not longs_turn:
+            self._short_in_a_row += 1
+            return self._short.popleft()
+        if long and self._demand:
+            self._short_in_a_row = 0
             return self._demand.popleft()
         return self._background.popleft() if background and self._background else None
 
     def maybe_remove(self, request_id: int) -> Job | None:
         """Take the job of that id if it waits here."""
-        for waiting in (self._demand, self._background):
+        for waiting in (self._short, self._demand, self._background):
             for job in _with_id(waiting, request_id):
                 waiting.remove(job)
                 return job

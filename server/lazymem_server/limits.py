@@ -38,10 +38,12 @@ class ServerLimits:
     """How long `send_bytes` may take to leave: slower than 1 KiB/s is no link that a guest could run on."""
 
     send_bytes: int = 64 * 1024
-    """Handed to the socket at a time; what a demand may have to wait behind in this process (0.5 ms at 1 Gb/s)."""
+    """Handed to the socket at a time; what a demand may have to wait behind in this process (0.5 ms at 1 Gb/s). Less on
+    slow links, as the next one."""
 
     socket_unsent_bytes: int = 64 * 1024
-    """TCP_NOTSENT_LOWAT: what the kernel may hold beyond what the link has room for. It cannot be overtaken there."""
+    """TCP_NOTSENT_LOWAT: what the kernel may hold beyond what the link has room for. It cannot be overtaken there. Less
+    on slow links (`pace.unsent_bytes_at`)."""
 
     max_unsent_bytes: int = 512 * 1024
     """Answers waiting for a slow client. Beyond it, its requests are not even read."""
@@ -66,7 +68,8 @@ class ServerLimits:
     """Disk reads of all clients that wait at a time."""
 
     demand_frame_pages: int = 32
-    """Pages of one PAGES frame that answers a demand: 128 KiB, the kernel's largest FUSE read by default."""
+    """Pages of one PAGES frame that answers a demand: 128 KiB, the kernel's largest FUSE read by default. Fewer on slow
+    links (`pace.frame_pages_at`)."""
 
     cold_read_pages: int = 64
     """Read from a disk at a time for guessed pages: 256 KiB; a seek costs more than the transfer below that."""

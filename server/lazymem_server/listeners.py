@@ -207,4 +207,11 @@ def tune(stream: trio.SocketStream, unsent_bytes: int) -> None:
     if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError):  # gone already, or a kernel without it
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent_bytes)
+        allow_unsent(stream, unsent_bytes)
+
+
+def allow_unsent(stream: trio.SocketStream, count: int) -> None:
+    """Have the kernel take no more than `count` bytes beyond what the link has room for. Any thread may call it."""
+    if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):  # as above
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, count)

@@ -39,8 +39,8 @@ class Outlet:
         """A frame, in pieces, to be sent by `flush`."""
         self._output.put(frame, lane)
 
-    def flush(self) -> None:
-        """Hand the socket what it takes of the most urgent frames.
+    def flush(self, most_bytes: int) -> None:
+        """Hand the socket what it takes of the most urgent frames, about `most_bytes` of them.
 
         Raises:
             SessionEnd: it has taken too little for too long.
@@ -48,7 +48,7 @@ class Outlet:
         output = self._output
         if not output.unsent_bytes:
             return
-        sent = self.write(output.pieces(self._limits.send_bytes))
+        sent = self.write(output.pieces(min(most_bytes, self._limits.send_bytes)))
         self._sent_since += sent
         if output.sent(sent):
             self.stuck_at = None

@@ -44,11 +44,28 @@ SLOW_EPOCHS = 4
 LEAST_EPOCHS_BETWEEN_TRIALS = 4
 MOST_EPOCHS_BETWEEN_TRIALS = 64
 
-FRAME_SECONDS = 0.008
-"""A frame of guessed pages is at most so long on the link: the receiver can use nothing of it before its end."""
+FRAME_SECONDS = 0.01
+"""A frame is at most so long on the link, though nothing of it compresses: nothing overtakes it there, and the receiver
+can use nothing of it before its end."""
 
 FIRST_FRAME_PAGES = 64
-LEAST_FRAME_PAGES = 16
+
+MOST_UNSENT_BYTES = 64 * 1024
+LEAST_UNSENT_BYTES = 4 * 1024
+UNSENT_SECONDS = 0.01
+"""What is handed to the socket at a time, and may be unsent in the kernel, which nothing overtakes either; on a faster
+link the first of these, which is 0.5 ms at 1 Gb/s."""
+
+
+def frame_pages_at(wire_bytes_per_second: float) -> int:
+    """Of a frame on a link of that rate: `FRAME_SECONDS` long at most, but one page at least."""
+    return max(1, min(MAX_FRAME_PAGES, int(wire_bytes_per_second * FRAME_SECONDS) // PAGE_SIZE))
+
+
+def unsent_bytes_at(wire_bytes_per_second: float) -> int:
+    """What may be in the kernel beyond what a link of that rate has room for: a power of two, for few changes."""
+    room = int(min(MOST_UNSENT_BYTES, max(LEAST_UNSENT_BYTES, wire_bytes_per_second * UNSENT_SECONDS)))
+    return 1 << (room.bit_length() - 1)
 
 
 class _Seen(NamedTuple):
@@ -65,6 +82,7 @@ class Pace:
 
     level: int = FAST_LEVEL
     frame_pages: int = FIRST_FRAME_PAGES
+    unsent_bytes: int = MOST_UNSENT_BYTES
     _supposed: bool = True
     _lately: _Seen = field(default_factory=lambda: _Seen(0.0, 0.0, 0.0))
     _slow_epochs: int = 0
@@ -136,8 +154,8 @@ class Pace:
     def _decide(self, rate: float, wire_rate: float, making_share: float) -> None:
         """An epoch ended: go on, try the other way, or keep the better one of two that were tried."""
         self._smooth(rate, wire_rate, making_share)
-        frame_pages = int(self._lately.rate * FRAME_SECONDS) // PAGE_SIZE
-        self.frame_pages = max(LEAST_FRAME_PAGES, min(MAX_FRAME_PAGES, frame_pages))
+        self.frame_pages = frame_pages_at(self._lately.wire_rate)
+        self.unsent_bytes = unsent_bytes_at(self._lately.wire_rate)
         if self._lately.wire_rate < SLOW_WIRE_BYTES_PER_SECOND and self._lately.making_share < MAKING_SHARE:
             if self._maybe_other_rate is not None and not self.level:
                 self._lengthen_pause()

@@ -20,6 +20,7 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -36,7 +37,7 @@ from lazymem_server.fewlines import FewLines
 from lazymem_server.gate import Admitted, Gate
 from lazymem_server.learning import Learning
 from lazymem_server.limits import ServerLimits
-from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, parse_listen, spoken_address, tune
+from lazymem_server.listeners import DEFAULT_LISTEN, Listeners, allow_unsent, parse_listen, spoken_address, tune
 from lazymem_server.pace import Pace
 from lazymem_server.session import Session
 
@@ -196,6 +197,7 @@ class Serving:
             read=admitted.read,
             begun=admitted.begun,
             maybe_linger_turn=self._linger_turn,
+            allow_unsent=partial(allow_unsent, stream),
         )
 
     def _pace(self, host: str) -> Pace:

@@ -52,7 +52,7 @@ from lazymem_server.limits import ServerLimits
 from lazymem_server.linger import Linger
 from lazymem_server.outlet import Outlet
 from lazymem_server.output import Lane, Piece
-from lazymem_server.pace import Pace
+from lazymem_server.pace import MOST_UNSENT_BYTES, Pace
 from lazymem_server.shortway import RecentDemands, ShortWay
 from lazymem_server.steps import Steps
 
@@ -89,6 +89,7 @@ class Session:
         read: Callable[[int, int], bytes] = os.read,
         begun: bytes = b"",
         maybe_linger_turn: threading.Lock | None = None,
+        allow_unsent: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Args:
         fd: a connected stream socket, not blocking; whoever made it closes it.
@@ -98,6 +99,7 @@ class Session:
         maybe_learning: where working sets that clients send go.
         begun: what was read before.
         maybe_linger_turn: as `Linger` takes it; all sessions share it.
+        allow_unsent: tells the kernel how many bytes it may have that the link has no room for.
         """
         self.counters = Counters()
         self._fd = fd
@@ -118,6 +120,8 @@ class Session:
         self._short_way = ShortWay(
             self._connection, self._outlet, self.counters, pace, self._demands, limits.demand_frame_pages
         )
+        self._allow_unsent = allow_unsent
+        self._unsent_allowed = MOST_UNSENT_BYTES
         self._reader: SnapshotReader | None = None
         self._linger = Linger(maybe_linger_turn or threading.Lock())
         self._heard = False
@@ -249,15 +253,15 @@ class Session:
             self._steps.step(self._reader, output.unsent_bytes)
         if output.unsent_bytes >= BULK_BYTES:
             with self._bulk_turns:
-                output.flush()
+                self._flush()
         elif output.unsent_bytes:
-            output.flush()
+            self._flush()
         if self._leaving and not output.unsent_bytes and not self._connection.open_requests:
             raise SessionEnd("goodbye")
         if not found or self._reader is None:
             self._look_at_clock()
 
-    def _may_step(self) -> tuple[bool, bool]:
+    def _may_step(self) -> tuple[bool, bool, bool]:
         assert self._reader is not None, "there is no request before the greeting"
         return self._steps.may_step(self._reader, self._outlet.unsent_bytes)
 
@@ -411,6 +415,14 @@ class Session:
         return repeated
 
     # ---- out
+
+    def _flush(self) -> None:
+        """As much as the link takes soon: what the kernel has, nothing more urgent overtakes."""
+        most = self._pace.unsent_bytes
+        if most != self._unsent_allowed:
+            self._unsent_allowed = most
+            self._allow_unsent(min(most, self._limits.socket_unsent_bytes))
+        self._outlet.flush(most)
 
     def _say(self, answers: Sequence[Answer | Cancelled | FileStored], lane: Lane) -> None:
         for answer in answers:

@@ -72,7 +72,7 @@ class ShortWay:
         request_id, flags, start, count = lone
         if count > self._most_pages or start % LEAF_PAGES + count > LEAF_PAGES:
             return False
-        if flags & _BACKGROUND or start in self._demands or self._pace.slow:
+        if flags & _BACKGROUND or start in self._demands or self._pace.slow or count > self._pace.frame_pages:
             return False
         buffer = self._one_page if count == 1 else self._buffer[: count * PAGE_SIZE]
         held = reader.read_into_nowait(start, count, buffer)

@@ -19,6 +19,9 @@ from lazymem_server.limits import ServerLimits
 from lazymem_server.output import Lane
 from lazymem_server.pace import Pace
 
+SENDS_AHEAD = 2
+"""Of long demands, as of guesses, so that the link never runs dry."""
+
 Say = Callable[[Sequence[Answer | Cancelled], Lane], None]
 
 
@@ -72,20 +75,23 @@ class Steps:
             self._cancelled.add(request_id)
         # else: the last answer crossed the CANCEL, and is the last word
 
-    def may_step(self, reader: SnapshotReader, unsent_bytes: int) -> tuple[bool, bool]:
-        """Whether there is a step of a demand, or of a guess, that the bounds allow with so much unsent."""
+    def may_step(self, reader: SnapshotReader, unsent_bytes: int) -> tuple[bool, bool, bool]:
+        """Whether there is a step of a demand of one frame, of several, or of a guess, that the bounds allow with so
+        much unsent. Of long ones no more is made than the socket takes next: a short one could not overtake it."""
         cold, limits = self._cold, self._limits
         if unsent_bytes >= limits.max_unsent_bytes or len(cold) >= limits.max_cold_reads:
-            return False, False
-        demand = self._queue.has_demand and reader.serves(background=False)
+            return False, False, False
+        serves = reader.serves(background=False)
+        short = self._queue.has_short and serves
+        long = self._queue.has_long and serves and unsent_bytes < SENDS_AHEAD * self._pace.unsent_bytes
         if unsent_bytes >= limits.max_background_unsent_bytes or not reader.serves(background=True):
-            return demand, False
-        return demand, self._queue.has_background and not any(job.background for job in cold.values())
+            return short, long, False
+        return short, long, self._queue.has_background and not any(job.background for job in cold.values())
 
     def step(self, reader: SnapshotReader, unsent_bytes: int) -> None:
         """One step of the job whose turn it is."""
-        demand, background = self.may_step(reader, unsent_bytes)
-        job = self._queue.maybe_next(demand=demand, background=background)
+        short, long, background = self.may_step(reader, unsent_bytes)
+        job = self._queue.maybe_next(short=short, long=long, background=background)
         if job is None:
             return
         if job.background:
@@ -139,7 +145,7 @@ class Steps:
     def _give(self, job: Job, answers: Sequence[Answer]) -> None:
         self._say(answers, _lane(job))
         if not job.done:
-            self._queue.put(job)
+            self._queue.put_back(job)
 
 
 def _guarded(job: Job, step: Callable[[], list[Answer] | None]) -> list[Answer] | None:

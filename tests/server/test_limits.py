@@ -15,6 +15,7 @@ import trio
 from lazymem_server.limits import ServerLimits
 from lazymem_server.listeners import tune
 from lazymem_server.output import Lane, Output
+from lazymem_server.pace import Pace
 from lazymem_server.serving import Serving, serve
 
 from lazymem.pages import PageRange
@@ -206,6 +207,24 @@ def test_send_bytes() -> None:
     for _ in range(10):
         output.put((bytes(1000),), Lane.BACKGROUND)
     assert sum(map(len, output.pieces(3000))) == 3000
+
+
+async def test_over_a_slow_link_demands_come_in_frames_that_are_short_there(
+    snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the kernel gets less at a time: what it has, nothing overtakes."""
+    allowed: list[int] = []
+    monkeypatch.setattr("lazymem_server.serving.allow_unsent", lambda stream, count: allowed.append(count))
+    async with served(snapshot, ServerLimits()) as serving:
+        slow = Pace(level=0, frame_pages=3, unsent_bytes=8192)
+        monkeypatch.setattr(serving, "_pace", lambda host: slow)
+        async with connected(serving.addresses[0]) as client:
+            answers = await client.fetch(PageRange(0, 100))
+            lone = await client.fetch(PageRange(100, 20))
+    for frames in (answers, lone):
+        counts = [found.pages.count for found in frames if isinstance(found, Pages) and found.encoding != Encoding.ZERO]
+        assert max(counts) == 3
+    assert allowed == [8192]
 
 
 async def test_socket_unsent_bytes() -> None:

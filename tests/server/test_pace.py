@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from lazymem_server.pace import EPOCH_BYTES, EPOCH_SECONDS, SLOW_WIRE_BYTES_PER_SECOND, Pace
+from lazymem_server.pace import (
+    EPOCH_BYTES,
+    EPOCH_SECONDS,
+    LEAST_UNSENT_BYTES,
+    MOST_UNSENT_BYTES,
+    SLOW_WIRE_BYTES_PER_SECOND,
+    Pace,
+    frame_pages_at,
+    unsent_bytes_at,
+)
 
+from lazymem.pages import PAGE_SIZE
 from lazymem.wire.limits import MAX_FRAME_PAGES
 
 STEP = 256 * 1024
@@ -59,12 +69,33 @@ def test_a_slow_link_is_seen_to_be_slow_and_to_be_fast_again() -> None:
     assert pace.level == 0
 
 
-@pytest.mark.parametrize(("link", "pages"), [(1e6, 16), (125e6, 256), (5e9, 256)])
-def test_frames_are_short_beside_the_link(link: float, pages: int) -> None:
+@pytest.mark.parametrize("megabits", [0.1, 1, 3.2, 3.3, 5, 10, 20, 33, 52, 100, 300, 1000, 10_000, 100_000])
+def test_a_frame_is_never_longer_than_10_ms_of_the_link_where_one_page_is_not(megabits: float) -> None:
+    """Also where none of its pages compresses."""
+    link = megabits * 1e6 / 8
+    seconds = frame_pages_at(link) * PAGE_SIZE / link
+    assert seconds <= 0.01 or frame_pages_at(link) == 1
+    assert seconds > 0.005 or frame_pages_at(link) in (1, MAX_FRAME_PAGES), "and not shorter for nothing"
+    assert LEAST_UNSENT_BYTES <= unsent_bytes_at(link) <= MOST_UNSENT_BYTES
+    assert unsent_bytes_at(link) / link <= 0.01 or unsent_bytes_at(link) == LEAST_UNSENT_BYTES
+
+
+@pytest.mark.parametrize(("link", "pages"), [(1.25e6, 3), (12.5e6, 30), (125e6, 256), (5e9, 256)])
+def test_frames_follow_the_rate_that_is_seen(link: float, pages: int) -> None:
     pace = Pace()
     run(pace, link)
-    assert 16 <= pace.frame_pages <= MAX_FRAME_PAGES
-    assert pace.frame_pages == pytest.approx(pages, rel=0.5)
+    assert 1 <= pace.frame_pages <= MAX_FRAME_PAGES
+    assert pace.frame_pages == pytest.approx(pages, rel=0.35)
+    assert pace.unsent_bytes == unsent_bytes_at(pace._lately.wire_rate)
+
+
+def test_fast_links_are_left_as_they_were() -> None:
+    """Demands of the kernel's largest read in one frame, bulk of a MiB, and 64 KiB a time for the socket."""
+    for link in (125e6, 5e9):
+        pace = Pace()
+        run(pace, link)
+        assert pace.frame_pages >= 128
+        assert pace.unsent_bytes == MOST_UNSENT_BYTES
 
 
 def test_a_pause_is_no_slowness() -> None:
