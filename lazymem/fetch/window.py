@@ -25,6 +25,9 @@ from lazymem.pages import PAGE_SIZE
 MIN_WINDOW_PAGES = 16
 """64 KiB: 52 ms of a 10 Mb/s line, and enough for a rate to be seen."""
 
+MIN_DEMANDED_PAGES = 4
+"""While somebody demands: 13 ms of that line. A window that is too small makes no slow link (`note`: not full)."""
+
 MAX_WINDOW_PAGES = 2048
 """8 MiB: twice the product of 1 Gb/s and 32 ms. More would be memory for links that no guest should be resumed over."""
 
@@ -109,7 +112,7 @@ class BackgroundWindow:
     @property
     def piece_pages(self) -> int:
         """Size of one request: three in a window, or more where a round trip has time for their processors' share."""
-        return min(MAX_PIECE_PAGES, self._pages // (3 if self._round_trip < SLOW_SECONDS else 8))
+        return max(1, min(MAX_PIECE_PAGES, self._pages // (3 if self._round_trip < SLOW_SECONDS else 8)))
 
     def note(
         self,
@@ -140,7 +143,8 @@ class BackgroundWindow:
         gain, least, floor_pages = self.when_demanded if demanded else (GAIN, MIN_QUEUE_SECONDS, FLOOR_PAGES)
         wanted = pages_a_second * max(gain * best_round_trip_seconds, least)
         floor = min(floor_pages, pages_a_second * FLOOR_SECONDS)
-        self._pages = int(min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES, wanted, floor)))
+        least_pages = MIN_DEMANDED_PAGES if demanded else MIN_WINDOW_PAGES
+        self._pages = int(min(MAX_WINDOW_PAGES, max(least_pages, wanted, floor)))
 
     def _note_rate(self, rate: float, full: bool, best_round_trip: float, now: float) -> None:
         """Samples that were not `full` raise the maximum and let no time pass."""

@@ -11,6 +11,7 @@ from lazymem.fetch.window import (
     MAX_WINDOW_PAGES,
     MEMORY_SAMPLES,
     MEMORY_SECONDS,
+    MIN_DEMANDED_PAGES,
     MIN_QUEUE_SECONDS,
     MIN_WINDOW_PAGES,
     BackgroundWindow,
@@ -18,10 +19,13 @@ from lazymem.fetch.window import (
 from lazymem.pages import PAGE_SIZE
 
 
-def simulate(rate: float, round_trip: float, seconds: float, share: float) -> tuple[BackgroundWindow, float, float]:
+def simulate(
+    rate: float, round_trip: float, seconds: float, share: float, *, demanded: bool = False
+) -> tuple[BackgroundWindow, float, float]:
     """A first-in-first-out link, always kept full of guesses. Returns the window, use of the link (0 to 1), and the
     longest queue in the second half, in bytes."""
     window = BackgroundWindow()
+    window.when_demanded = BEHIND_DEMANDS
     now = free_at = 0.0
     out: list[tuple[float, int, float, int]] = []  # arrival, pages, sent at, delivered before
     delivered = late_pages = 0
@@ -38,7 +42,7 @@ def simulate(rate: float, round_trip: float, seconds: float, share: float) -> tu
         delivered += pages
         late_pages += pages if now > seconds / 2 else 0
         came = delivered - before
-        window.note(int(came * PAGE_SIZE * share), came, now - sent_at, round_trip, now)
+        window.note(int(came * PAGE_SIZE * share), came, now - sent_at, round_trip, now, demanded)
     return window, late_pages * PAGE_SIZE * share / (rate * seconds / 2), queue
 
 
@@ -54,6 +58,16 @@ def test_link_is_used_and_the_queue_is_short(rate: float, round_trip: float, sha
     assert queue <= product * 1.1
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.25])
+def test_beside_demands_the_queue_is_short_on_a_slow_link_too(share: float) -> None:
+    """10 Mb/s and 20 ms: a product is six pages, and most of the link is used all the same."""
+    _, use, queue = simulate(1.25e6, 0.02, 10, share, demanded=True)
+    assert use > 0.5
+    assert queue <= max(1.25e6 * 0.02, MIN_DEMANDED_PAGES * PAGE_SIZE)
+    _, _, queue_of_all = simulate(1.25e6, 0.02, 10, share)
+    assert queue < queue_of_all
+
+
 def test_bounds_hold_whatever_is_measured() -> None:
     window = BackgroundWindow()
     for delivered, elapsed, best in [(1 << 40, 1e-6, 10.0), (0, 1e9, 1e-9), (5, 0.0, 1.0), (5, 1.0, math.inf)]:
@@ -61,6 +75,10 @@ def test_bounds_hold_whatever_is_measured() -> None:
             window.note(delivered, 3, elapsed, best, delivered * 1.0)
             assert MIN_WINDOW_PAGES <= window.pages <= MAX_WINDOW_PAGES
             assert 1 <= window.piece_pages <= window.pages
+            window.note(delivered, 3, elapsed, best, delivered * 1.0, demanded=True)
+            assert MIN_DEMANDED_PAGES <= window.pages <= MAX_WINDOW_PAGES
+            assert 1 <= window.piece_pages <= window.pages
+            window.note(delivered, 3, elapsed, best, delivered * 1.0)
 
 
 ROUND_TRIP = 0.02
