@@ -55,8 +55,9 @@ class Others:
             return None
         return self._coming.maybe_wait(pages, perf_counter(), answer_seconds)
 
-    def leave_to_them(self, wants: Sequence[Want]) -> None:
-        """Withhold those of `wants` that need not be asked for, if nothing was sent for them before."""
+    def leave_to_them(self, wants: Sequence[Want]) -> bool:
+        """Withhold those of `wants` that need not be asked for, if nothing was sent for them before. Whether that is
+        all of them."""
         for want in wants:
             if want.state is State.WAITING and not want.attempts and want not in self._waits:
                 maybe_until = self._maybe_until(want.pages)
@@ -65,6 +66,7 @@ class Others:
                     self._waits[want] = trio.Event()
                     self._coming.note_waiting(len(self._waits))
                     self._nursery.start_soon(self._wait, want, maybe_until)
+        return all(want in self._waits for want in wants)
 
     async def _wait(self, want: Want, until: float) -> None:
         """Until its pages are held, nobody waits for them any more, or they are late."""

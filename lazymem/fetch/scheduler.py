@@ -133,11 +133,11 @@ class Scheduler:
         demand = self._table.demand(pages, arrived.set)
         if demand.open:
             self._promote(demand)
-            if self._maybe_others is not None:
-                self._maybe_others.leave_to_them(demand.wants)
+            left = self._maybe_others is not None and self._maybe_others.leave_to_them(demand.wants)
             if self._table.has_waiting:
                 self._send_demands()
-            self._last_demand.seconds = started_at  # also where its pages are on their way already
+            if not left:  # or who brings them would bring less, as somebody demands
+                self._last_demand.seconds = started_at  # also where its pages are on their way already
             if self._guesses.maybe_prefetcher is not None:
                 self._guesses.maybe_prefetcher.faulted(pages)
                 self._last_demand.is_near = self._guesses.maybe_prefetcher.is_near
