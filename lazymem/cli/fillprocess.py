@@ -55,6 +55,9 @@ class FillOrder(msgspec.Struct, frozen=True):
     """The manifest's digest of the leaves' sums, if it names some."""
     welcome: bytes = b""
     """The server's first word to the mount (`Welcome` as msgpack): the server may be away when this begins."""
+    maybe_round_trip_seconds: float | None = None
+    """The best that the daemon has seen. What is told of the link by the first answers alone, beside an emulator that
+    starts, may be many times as much."""
 
 
 class FillReport(msgspec.Struct, frozen=True):
@@ -223,6 +226,8 @@ def _run_child(fill: Fill, end: socket.socket, last_demand: LastDemand, keep: tu
         pipe = FillPipe(end)
         maybe_order = pipe.maybe_order()
         if maybe_order is not None:
+            if not maybe_order[1]:
+                give_way()
             try:
                 fill(*maybe_order, pipe, last_demand)
             except LazymemError as error:
@@ -240,13 +245,18 @@ def _clipped(text: str) -> str:
 
 
 def _become_background(keep: tuple[int, ...]) -> None:
-    """Ctrl-C is the daemon's to hear; a lock or pipe of its must not stay open here; time is what others leave."""
+    """Ctrl-C is the daemon's to hear; a lock or pipe of its must not stay open here."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
     let_go_of_inherited(*keep)
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with contextlib.suppress(OSError):  # a fill can be had again, and a guest cannot
         Path("/proc/self/oom_score_adj").write_text("500")
+
+
+def give_way() -> None:
+    """In the child, once, when it brings what nobody is about to need: take the time that others leave. Until then it
+    shares the processors as the daemon does: a recorded set is what a guest that has just been resumed waits for."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     with contextlib.suppress(OSError):
         os.nice(NICENESS)

@@ -148,6 +148,7 @@ async def _serve(
             template=state is None,
             sums=bytes.fromhex(manifest.ram_sums or "") if manifest is not None else b"",
             welcome=msgspec.msgpack.encode(client.welcome),
+            maybe_round_trip_seconds=_maybe_finite(client.best_round_trip_seconds),
         )
         maybe_filler.begin(order, recorded, state.written.fileno() if state is not None else None)
         nursery.start_soon(tell_link, client, maybe_filler.last_demand)
@@ -240,6 +241,10 @@ async def _client(nursery: trio.Nursery, settings: MountSettings, survival: Surv
     client = await connect(nursery, settings.servers, settings.link)
     survival.record.note(WELCOME_NOTE, msgspec.msgpack.encode(client.welcome))
     return client
+
+
+def _maybe_finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
 
 
 async def _close(ram: GuestRam) -> None:

@@ -55,15 +55,16 @@ class Fill:
         last_demand: LastDemand,
         maybe_coming: Coming | None = None,
         tell_kept: Callable[[], None] = lambda: None,
+        round_trip_seconds: float = math.inf,
     ) -> None:
         """`pages`: of the whole RAM. `maybe_coming`: shared with who demands. `tell_kept`: called when pages were kept
-        and somebody waits for such."""
+        and somebody waits for such. `round_trip_seconds`: the best one that was seen by others."""
         self._source = source
         self._sink = sink
         self._guesses = guesses
         self._last_demand = last_demand
         self._window = BackgroundWindow()
-        self._best_answer = math.inf
+        self._best_answer = round_trip_seconds
         self._coming = maybe_coming or Coming(pages)
         self._tell_kept = tell_kept
         self._arrived: deque[tuple[int, Sequence[PageRange], Fetched]] = deque()
@@ -116,7 +117,7 @@ class Fill:
         """Look again when demands have had the link to themselves for long enough, or a trickle passes."""
         while True:
             await self._to_go_on.wait()
-            left = self._right_of_way.left_seconds(perf_counter(), self._last_demand.seconds, self._round_trip_seconds)
+            left = self._right_of_way.left_seconds(perf_counter(), self._last_demand.seconds, self.round_trip_seconds)
             await trio.sleep(max(LOOK_AGAIN_SECONDS, min(left, TRICKLE_SECONDS)))
             self._to_go_on = trio.Event()
             self._send_more()
@@ -171,7 +172,8 @@ class Fill:
             self._to_copy.set()
 
     @property
-    def _round_trip_seconds(self) -> float:
+    def round_trip_seconds(self) -> float:
+        """The best one of the link; infinite before any."""
         return min(self._best_answer, self._source.best_round_trip_seconds)
 
     def _gives_way(self) -> bool:
@@ -179,13 +181,13 @@ class Fill:
         guest is about to demand."""
         if not self._last_demand.is_near or self._guesses.set_is_coming:
             return False
-        return self._right_of_way.left_seconds(perf_counter(), self._last_demand.seconds, self._round_trip_seconds) > 0
+        return self._right_of_way.left_seconds(perf_counter(), self._last_demand.seconds, self.round_trip_seconds) > 0
 
     def _may_send(self) -> bool:
         if not self._gives_way():
             return True
         out, demanded_at = self.in_flight_pages > 0, self._last_demand.seconds
-        return self._right_of_way.passes(perf_counter(), demanded_at, self._round_trip_seconds, requests_out=out)
+        return self._right_of_way.passes(perf_counter(), demanded_at, self.round_trip_seconds, requests_out=out)
 
     def _gather(self, pages: int, most: int) -> list[PageRange]:
         """Ranges of so many pages or, for the sake of whole leaves, of `most`; ascending. Empty: nothing to ask for
@@ -252,7 +254,7 @@ class Fill:
             self._source.wire_received_bytes - bytes_before,
             self.brought_pages - brought_before,
             elapsed,
-            self._round_trip_seconds,
+            self.round_trip_seconds,
             trio.current_time(),
             perf_counter() - self._last_demand.seconds < DEMANDED_SECONDS,
         )

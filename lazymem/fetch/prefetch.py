@@ -109,16 +109,18 @@ def prepager(
     total_pages: int,
     *,
     recorded: tuple[PageRange, ...] = (),
+    whole_blocks: Callable[[], bool] = lambda: False,
     sweep: bool = True,
     maybe_leaf_missing: LeafMissing | None = None,
     others_bring_set: Callable[[], bool] = lambda: False,
 ) -> Prepager:
     """A strategy over the sink's `next_missing`, and its `missing_leaves` (without that the sweep has no scouts).
+    `whole_blocks`: as of `RecordedSet`.
     `others_bring_set`: whether another process is bringing a recorded set; nothing is guessed meanwhile."""
     return Prepager(
         Neighbourhoods(missing, total_pages),
         Streams(missing, total_pages),
-        RecordedSet(missing, recorded) if recorded else None,
+        RecordedSet(missing, recorded, whole_blocks) if recorded else None,
         sweep_of(missing, total_pages, maybe_leaf_missing) if sweep else None,
         others_bring_set,
     )

@@ -10,18 +10,29 @@ from collections.abc import Callable, Sequence
 
 from lazymem.pages import PageRange
 
+BLOCK_PAGES = 32
+"""128 KiB, what the kernel reads around a touch. A block that is here as a whole goes into the kernel's cache in one
+READ; of one with holes each page that is touched costs a READ of its own."""
+
 
 class RecordedSet:
-    """`runs`: in order of first touch, not overlapping. `missing` is the sink's `next_missing`."""
+    """`runs`: in order of first touch, not overlapping. `missing` is the sink's `next_missing`. `whole_blocks`:
+    whether what surrounds a run is brought along, to the borders of its aligned blocks."""
 
-    def __init__(self, missing: Callable[[int, int], PageRange | None], runs: Sequence[PageRange]) -> None:
+    def __init__(
+        self,
+        missing: Callable[[int, int], PageRange | None],
+        runs: Sequence[PageRange],
+        whole_blocks: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._missing = missing
+        self._whole_blocks = whole_blocks
         self._coming = iter(runs)
         self._rest: PageRange | None = None
 
     def next_range(self, max_pages: int) -> PageRange | None:
         """The next missing pages of the set. None: all of it was asked for, or is here."""
-        while (run := self._rest or next(self._coming, None)) is not None:
+        while (run := self._rest or self._next_run()) is not None:
             found = self._missing(run.start, min(max_pages, run.count))
             if found is None or found.start >= run.end:
                 self._rest = None
@@ -30,3 +41,10 @@ class RecordedSet:
             self._rest = PageRange(end, run.end - end) if end < run.end else None
             return PageRange(found.start, end - found.start)
         return None
+
+    def _next_run(self) -> PageRange | None:
+        run = next(self._coming, None)
+        if run is None or not self._whole_blocks():
+            return run
+        start = run.start - run.start % BLOCK_PAGES
+        return PageRange(start, -(-run.end // BLOCK_PAGES) * BLOCK_PAGES - start)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from lazymem.cli.fillprocess import Fill, FillOrder, FillPipe, FillProcess, FillReport
+from lazymem.cli.fillprocess import NICENESS, Fill, FillOrder, FillPipe, FillProcess, FillReport, give_way
 from lazymem.errors import StoreError
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.pages import PageRange
@@ -22,11 +22,15 @@ RECORDED = (PageRange(3, 5), PageRange(1, 1))
 ON_ITS_WAY = FillReport(held_pages=7, brought_pages=6, in_flight_pages=5, wire_received_bytes=9, set_is_coming=True)
 
 
-def run(fill: Fill, meanwhile: Callable[[FillProcess], None] = lambda process: None) -> tuple[bool, FillProcess]:
+def run(
+    fill: Fill,
+    meanwhile: Callable[[FillProcess], None] = lambda process: None,
+    recorded: tuple[PageRange, ...] = RECORDED,
+) -> tuple[bool, FillProcess]:
     process = FillProcess(fill)
 
     async def hear() -> bool:
-        process.begin(ORDER, RECORDED, None)
+        process.begin(ORDER, recorded, None)
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, meanwhile, process)
@@ -55,6 +59,24 @@ def test_an_order_arrives_and_its_descriptors_stay() -> None:
     done, process = run(fill)
     assert process.latest == FillReport(held_pages=1, done=True)
     assert done
+
+
+@pytest.mark.parametrize("recorded", [RECORDED, ()])
+def test_who_brings_a_recorded_set_gives_way_when_that_is_here(recorded: tuple[PageRange, ...]) -> None:
+    """It is what a guest waits for; everything else is what others leave time for, from the beginning."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def fill(order: FillOrder, recorded: tuple[PageRange, ...], *others: object) -> None:
+        pipe = others[1]
+        assert isinstance(pipe, FillPipe)
+        at_first = os.getpriority(os.PRIO_PROCESS, 0)
+        if recorded:
+            give_way()
+        pipe.tell_end(FillReport(held_pages=at_first, brought_pages=os.getpriority(os.PRIO_PROCESS, 0), done=True))
+
+    _, process = run(fill, recorded=recorded)
+    nicer = min(before + NICENESS, 19)
+    assert (process.latest.held_pages, process.latest.brought_pages) == (before if recorded else nicer, nicer)
 
 
 def test_an_error_of_any_length_is_told_and_what_was_brought_stays_told() -> None:

@@ -14,7 +14,7 @@ from lazymem.fetch.inflight import InFlightTable, Want
 from lazymem.fetch.neighbourhood import MAX_REACH_PAGES, MIN_REACH_PAGES, Neighbourhoods
 from lazymem.fetch.plan import Budget, Load, background_allowance
 from lazymem.fetch.prefetch import Prepager, prepager
-from lazymem.fetch.recorded import RecordedSet
+from lazymem.fetch.recorded import BLOCK_PAGES, RecordedSet
 from lazymem.fetch.sweep import (
     LEAST_LEAVES_A_PLACE,
     MAX_LEAD_LEAVES,
@@ -296,6 +296,20 @@ def test_nothing_is_guessed_while_others_bring_the_set() -> None:
     assert strategy.next_range(64) is None
     others.clear()
     assert strategy.next_range(64) == PageRange(321, MIN_REACH_PAGES - 1)
+
+
+def test_what_surrounds_recorded_pages_comes_along_where_that_is_wished() -> None:
+    """To the borders of their blocks, in the order of the set, and a block once."""
+    pages = Pages(set(range(4 * BLOCK_PAGES)) - {BLOCK_PAGES + 1})
+    runs = (PageRange(BLOCK_PAGES + 5, 2), PageRange(3, 1), PageRange(BLOCK_PAGES + 9, 1))
+    recorded = RecordedSet(pages.next_missing, runs, lambda: True)
+    found: list[int] = []
+    while (guess := recorded.next_range(64)) is not None:
+        found += range(guess.start, guess.end)
+        pages.missing -= set(range(guess.start, guess.end))
+    assert found == [page for page in range(BLOCK_PAGES, 2 * BLOCK_PAGES) if page != BLOCK_PAGES + 1] + list(
+        range(BLOCK_PAGES)
+    )
 
 
 def test_recorded_pages_that_are_here_are_not_asked_for() -> None:
