@@ -39,6 +39,7 @@ from lazymem.fs.lifetime import Lifetime
 from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
 from lazymem.fs.pagecache import PageCache
 from lazymem.fs.readahead import ReadAheads
+from lazymem.fs.refused import Refused
 from lazymem.fs.session import MountOptions
 from lazymem.fs.tree import DIGESTS_INODE, WRITTEN_INODE, Tree
 from lazymem.fs.writeback import WritebackPace
@@ -170,8 +171,9 @@ async def _serve(
             page_cache.prefer(sorted(recorded))
     touches = Touches(origin.pages, pristine.states, recorded)
     recording = maybe_recording(settings, client, touches, ram.written_pages, survival)
-    watch = Watch(page_cache, None, None, None)
+    watch = Watch(page_cache, None, None, None, None)
     if recorded or recording is not None or (maybe_filler is not None and everything):
+        refused = Refused(origin.pages, ram.is_at_hand)
         read_aheads = ReadAheads(
             origin.pages,
             ram.is_at_hand,
@@ -185,8 +187,9 @@ async def _serve(
                     and not (maybe_prepager is not None and maybe_prepager.are_of_a_stream(pages))
                 )
             ),
+            refused.refuse,
         )
-        watch = Watch(page_cache, read_aheads, touches, recording)
+        watch = Watch(page_cache, read_aheads, refused, touches, recording)
     try:
         status = MountStatus(
             settings,

@@ -10,6 +10,7 @@ from lazymem.fs import mountinfo
 from lazymem.fs.channel import Taken, Written
 from lazymem.fs.pagecache import PageCache
 from lazymem.fs.readahead import ReadAheads
+from lazymem.fs.refused import Refused
 from lazymem.store.touches import Touches
 
 
@@ -20,6 +21,7 @@ class Watch:
         self,
         maybe_page_cache: PageCache | None,
         maybe_read_aheads: ReadAheads | None,
+        maybe_refused: Refused | None,
         maybe_touches: Touches | None,
         maybe_recording: MountRecording | None,
     ) -> None:
@@ -27,6 +29,7 @@ class Watch:
         self._maybe_recording = maybe_recording
         self._is_gone = False
         self._maybe_read_aheads = maybe_read_aheads
+        self._maybe_refused = maybe_refused
         self._maybe_touches = maybe_touches
         nobody = maybe_page_cache is None and maybe_read_aheads is None and maybe_touches is None
         self.maybe_on_read: Taken | None = None if nobody else self._on_read
@@ -44,6 +47,8 @@ class Watch:
                     self._maybe_read_aheads.refuse_everything(False)
             if self._maybe_page_cache is not None and not self._is_gone:
                 nursery.start_soon(self._maybe_page_cache.run, mounted, wish_to_end)
+            if self._maybe_refused is not None and not self._is_gone:
+                nursery.start_soon(self._maybe_refused.run, mounted)
 
     async def finish(self) -> None:
         """The mount is gone."""
@@ -53,10 +58,16 @@ class Watch:
 
     def _on_read(self, thread: int, offset: int, size: int) -> bool:
         """As `Taken`."""
+        if self._maybe_refused is not None and self._maybe_refused.takes(thread, offset, size):
+            return False
         if self._maybe_page_cache is not None and self._maybe_page_cache.takes(thread, offset, size):
+            if self._maybe_refused is not None:
+                self._maybe_refused.given(offset, size)
             return False
         if self._maybe_read_aheads is not None and self._maybe_read_aheads.refuses(offset, size):
             return True
+        if self._maybe_refused is not None:
+            self._maybe_refused.touched(offset, size)
         if self._maybe_touches is not None:
             self._maybe_touches.read(offset, size)
         return False

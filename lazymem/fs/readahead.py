@@ -28,13 +28,19 @@ the processors as much as is won: a guest resumed at 1 ms and 1 Gb/s was not fas
 
 class ReadAheads:
     """`at_hand(offset, size)`: whether a READ of these bytes needs no fetch. `guessing_better(pages)`:
-    whether our own guesses are on their way, and better than the kernel's."""
+    whether our own guesses are on their way, and better than the kernel's. `on_refused` is told of
+    each READ that is refused."""
 
     def __init__(
-        self, total_pages: int, at_hand: Callable[[int, int], bool], guessing_better: Callable[[PageRange], bool]
+        self,
+        total_pages: int,
+        at_hand: Callable[[int, int], bool],
+        guessing_better: Callable[[PageRange], bool],
+        on_refused: Callable[[PageRange], None] = lambda pages: None,
     ) -> None:
         self._at_hand = at_hand
         self._guessing_better = guessing_better
+        self._on_refused = on_refused
         self._everything = False
         self._refused = mmap.mmap(-1, total_pages, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
@@ -54,4 +60,5 @@ class ReadAheads:
         if not self._everything and self._at_hand(offset, size):
             return False
         self._refused[start:end] = b"\1" * (end - start)
+        self._on_refused(PageRange(start, end - start))
         return True

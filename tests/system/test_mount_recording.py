@@ -16,6 +16,7 @@ from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot import workingset
 from lazymem.snapshot.workingset import WorkingSet
 from tests.support.mounts import Mounted, Server, Stage, page_of, stage, wait_until
+from tests.support.residency import cached_pages
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 PAGES = 4096
@@ -158,6 +159,31 @@ def test_refused_read_ahead_gets_into_the_page_cache_later(staged: Stage, snapsh
         for page in range(PAGES):
             assert page_of(mapped, page) == snapshot.page(page)
         assert mounted.requests() - before < PAGES // 100
+
+
+@pytest.mark.needs_root("only root's daemon fills the kernel's page cache (open_tree(2))")
+def test_what_is_around_a_touched_page_of_refused_read_ahead_follows(staged: Stage, snapshot: BuiltSnapshot) -> None:
+    """All of it is held, and nothing else fills the kernel's cache; a page that was written meanwhile stays."""
+    server = staged.serve(snapshot.folder)
+    mounted = staged.mount(server.address, "--prefetch", "all", name="first")
+    wait_until(lambda: mounted.status()["pages_held"] == PAGES, "everything")
+    mounted.unmount()
+    target = staged.folder / "recorded"
+    options = ("--prefetch", "working-set", "--record", target, "--record-seconds", "0.2")
+    mounted = staged.mount(server.address, *options, name="second")
+    descriptor = os.open(mounted.ram_path, os.O_RDWR)
+    with mmap.mmap(descriptor, PAGES * PAGE_SIZE, mmap.MAP_SHARED) as mapped:
+        os.close(descriptor)
+        mapped.madvise(14)  # MADV_HUGEPAGE
+        block = range(TOUCHED[0] - TOUCHED[0] % 32, TOUCHED[0] - TOUCHED[0] % 32 + 32)
+        assert page_of(mapped, TOUCHED[0]) == snapshot.page(TOUCHED[0])
+        wait_until(target.exists, "the recording")
+        touched, written = [page for page in block if page != TOUCHED[0]][10:12]
+        mapped[written * PAGE_SIZE : (written + 1) * PAGE_SIZE] = b"w" * PAGE_SIZE
+        assert page_of(mapped, touched) == snapshot.page(touched)
+        wait_until(lambda: cached_pages(mounted.ram_path) >= len(block), "the rest of the block")
+        for page in block:
+            assert page_of(mapped, page) == (b"w" * PAGE_SIZE if page == written else snapshot.page(page))
 
 
 def test_pages_that_were_overwritten_whole_are_not_wanted(staged: Stage, snapshot: BuiltSnapshot) -> None:
