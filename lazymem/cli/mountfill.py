@@ -104,9 +104,7 @@ async def _fill(
         coming = Coming(origin.pages, coming_fd)
         os.close(coming_fd)
         round_trip_seconds = math.inf if order.maybe_round_trip_seconds is None else order.maybe_round_trip_seconds
-        work = Fill(
-            client, pristine, origin.pages, guesses, last_demand, coming, pipe.tell_kept, round_trip_seconds
-        )
+        work = Fill(client, pristine, origin.pages, guesses, last_demand, coming, pipe.tell_kept, round_trip_seconds)
         pristine.wire_bytes_per_second = lambda: work.bytes_per_second
         nursery.start_soon(work.run)
         if order.sums:
