@@ -67,7 +67,7 @@ def test_who_brings_a_recorded_set_gives_way_when_that_is_here(recorded: tuple[P
     before = os.getpriority(os.PRIO_PROCESS, 0)
 
     def fill(order: FillOrder, recorded: tuple[PageRange, ...], *others: object) -> None:
-        pipe = others[1]
+        pipe = others[2]
         assert isinstance(pipe, FillPipe)
         at_first = os.getpriority(os.PRIO_PROCESS, 0)
         if recorded:
