@@ -166,7 +166,7 @@ class FillProcess:
             assert self._maybe_coming_fd is not None
             with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
                 socket.send_fds(self._end, [b"!"], [written_fd, file.fileno(), self._maybe_coming_fd])
-            os.close(self._maybe_coming_fd)
+            self._close_coming()
         self.latest = FillReport(set_is_coming=bool(recorded))
         self._begun = True
 
@@ -215,8 +215,15 @@ class FillProcess:
         if self._pid > 0:
             pid, self._pid = self._pid, 0
             self._end.close()
+            self._close_coming()
             os.kill(pid, signal.SIGKILL)  # ours until it is waited for
             os.waitpid(pid, 0)
+
+    def _close_coming(self) -> None:
+        """It stays mapped wherever it is in use."""
+        if self._maybe_coming_fd is not None:
+            fd, self._maybe_coming_fd = self._maybe_coming_fd, None
+            os.close(fd)
 
 
 def _run_child(fill: Fill, end: socket.socket, last_demand: LastDemand, keep: tuple[int, ...]) -> None:

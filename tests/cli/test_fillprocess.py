@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -59,6 +60,30 @@ def test_an_order_arrives_and_its_descriptors_stay() -> None:
     done, process = run(fill)
     assert process.latest == FillReport(held_pages=1, done=True)
     assert done
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["begun", "never begun"])
+def test_what_it_shares_with_its_daemon_leaves_no_descriptor_behind(begins: bool) -> None:
+    def wait(order: FillOrder, recorded: tuple[PageRange, ...], *others: object) -> None:
+        signal.pause()
+
+    def descriptors() -> int:
+        found = []
+        for entry in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(FileNotFoundError):  # the listing's own
+                found.append(os.readlink(f"/proc/self/fd/{entry}"))
+        return sum("memfd:coming" in name for name in found)
+
+    process = FillProcess(wait)
+    before = descriptors()
+    coming = process.share(8)
+    assert descriptors() == before + 2, "ours, and the mapping's own"
+    if begins:
+        process.begin(ORDER, RECORDED, None)
+    process.close()
+    assert descriptors() == before + 1
+    coming.demand(PageRange(3, 1))
+    assert coming.is_demanded(PageRange(3, 1)), "it stays mapped"
 
 
 @pytest.mark.parametrize("recorded", [RECORDED, ()])
