@@ -90,6 +90,8 @@ class Pace:
     _last_at: float = -1.0
     _bytes: int = 0
     _wire_bytes: int = 0
+    _demanded_bytes: int = 0
+    _carried: float = 0.0
     _making: float = 0.0
     _rate: float = 0.0
     _maybe_other_rate: float | None = None
@@ -125,11 +127,18 @@ class Pace:
             self._last_at = now
             elapsed = now - self._started_at
             if self._bytes >= EPOCH_BYTES and elapsed >= EPOCH_SECONDS:
+                self._fit_frames((self._wire_bytes + self._demanded_bytes) / elapsed)
                 self._decide(self._bytes / elapsed, self._wire_bytes / elapsed, self._making / elapsed)
                 self._supposed = False
                 self._begin(now)
             elif self._supposed and elapsed >= EPOCH_SECONDS:
                 self._doubt(self._wire_bytes / elapsed)
+
+    def note_demand(self, wire_bytes: int) -> None:
+        """An answer to a demand was made, of so many bytes. The link carries it beside the guesses: a client that lets
+        few of those pass while it demands is not on a slow link."""
+        with self._lock:
+            self._demanded_bytes += wire_bytes
 
     def _doubt(self, wire_rate: float) -> None:
         """Nobody knows more of the link than a supposition: a slow one need not fill an epoch first."""
@@ -144,6 +153,7 @@ class Pace:
 
     def _begin(self, now: float) -> None:
         self._started_at, self._bytes, self._wire_bytes, self._making = now, 0, 0, 0.0
+        self._demanded_bytes = 0
 
     def _turn_to(self, level: int, rate: float) -> None:
         """Go on in this way, which had that rate, until the next trial."""
@@ -154,8 +164,6 @@ class Pace:
     def _decide(self, rate: float, wire_rate: float, making_share: float) -> None:
         """An epoch ended: go on, try the other way, or keep the better one of two that were tried."""
         self._smooth(rate, wire_rate, making_share)
-        self.frame_pages = frame_pages_at(self._lately.wire_rate)
-        self.unsent_bytes = unsent_bytes_at(self._lately.wire_rate)
         if self._lately.wire_rate < SLOW_WIRE_BYTES_PER_SECOND and self._lately.making_share < MAKING_SHARE:
             if self._maybe_other_rate is not None and not self.level:
                 self._lengthen_pause()
@@ -175,6 +183,12 @@ class Pace:
         if self._until_trial <= 0:
             self._maybe_other_rate = self._rate
             self.level = 0 if self.level else FAST_LEVEL
+
+    def _fit_frames(self, carried: float) -> None:
+        """`carried`: bytes of all answers on the wire a second; smoothed as the guesses' rates are."""
+        self._carried += (carried - self._carried) * (SMOOTHING if self._carried else 1.0)
+        self.frame_pages = frame_pages_at(self._carried)
+        self.unsent_bytes = unsent_bytes_at(self._carried)
 
     def _smooth(self, rate: float, wire_rate: float, making_share: float) -> None:
         """What single epochs of a slow link show is where its queues fill and drain, by a factor of three."""

@@ -101,6 +101,7 @@ class Steps:
                 self._note_pace(job, started)
         else:
             self._take(job)
+            self._note_demand(job)
 
     def take_warmed(self) -> None:
         """What the pool's threads have done."""
@@ -116,6 +117,11 @@ class Steps:
         if job.data_bytes and job.id not in self._cold:
             now = time.monotonic()
             self._pace.note(now, job.data_bytes, job.wire_bytes, now - started)
+            job.data_bytes = 0
+
+    def _note_demand(self, job: Job) -> None:
+        if job.data_bytes and job.id not in self._cold:
+            self._pace.note_demand(job.wire_bytes)
             job.data_bytes = 0
 
     def _take(self, job: Job) -> None:
@@ -135,6 +141,8 @@ class Steps:
         del self._cold[job.id], self._at_disk[job.id]
         if job.background:
             self._note_pace(job, time.monotonic())
+        else:
+            self._note_demand(job)
         if job.id in self._cancelled:
             self._cancelled.discard(job.id)
             self._say([Cancelled(job.id)], _lane(job))

@@ -86,7 +86,19 @@ def test_frames_follow_the_rate_that_is_seen(link: float, pages: int) -> None:
     run(pace, link)
     assert 1 <= pace.frame_pages <= MAX_FRAME_PAGES
     assert pace.frame_pages == pytest.approx(pages, rel=0.35)
-    assert pace.unsent_bytes == unsent_bytes_at(pace._lately.wire_rate)
+    assert pace.unsent_bytes == unsent_bytes_at(pace._carried)
+
+
+@pytest.mark.parametrize(("demanded", "pages"), [(0, 3), (128 * 1024, 32)])
+def test_a_trickle_of_guesses_beside_demands_does_not_make_their_frames_short(demanded: int, pages: int) -> None:
+    """While a guest demands, a client lets a request of guesses pass each 50 ms, whatever the link is."""
+    pace, now = Pace(), 100.0
+    for _ in range(2000):
+        now += 0.05
+        for _ in range(10):
+            pace.note_demand(demanded)
+        pace.note(now, 128 * 1024, 64 * 1024, 0.001)
+    assert pages <= pace.frame_pages <= 3 * pages
 
 
 def test_fast_links_are_left_as_they_were() -> None:
