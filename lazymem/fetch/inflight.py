@@ -33,15 +33,17 @@ class State(enum.Enum):
 
 class Want:
     """Consecutive pages that travel together. `runs` (of the whole request) is set once they are here; before that it
-    is what came early, for readers who wait for no more of it."""
+    is what came early, for readers who wait for no more of it. `is_late`: another process was to bring them, and did
+    not in time."""
 
-    __slots__ = ("attempts", "background", "demands", "error", "pages", "runs", "state")
+    __slots__ = ("attempts", "background", "demands", "error", "is_late", "pages", "runs", "state")
 
     def __init__(self, pages: PageRange, background: bool) -> None:
         self.pages = pages
         self.background = background
         self.state = State.SENT if background else State.WAITING
         self.attempts = 0
+        self.is_late = False
         self.demands: list[Demand] = []
         self.runs: Sequence[PageRun] = ()
         self.error: LazymemError | None = None

@@ -59,7 +59,7 @@ class Others:
         """Withhold those of `wants` that need not be asked for, if nothing was sent for them before. Whether that is
         all of them."""
         for want in wants:
-            if want.state is State.WAITING and not want.attempts and want not in self._waits:
+            if want.state is State.WAITING and not want.attempts and not want.is_late and want not in self._waits:
                 maybe_until = self._maybe_until(want.pages)
                 if maybe_until is not None:
                     self._table.withhold(want)
@@ -79,6 +79,7 @@ class Others:
             del self._waits[want]
             self._coming.note_waiting(len(self._waits))
         if want.state is State.WAITING:
+            want.is_late = True  # whoever joins it does not wait for them again
             self._table.release(want)
             self._on_late()
 

@@ -185,6 +185,8 @@ class _Advisor:
         except OSError as error:
             log.debug("refused read-ahead is left to the guest: %s", error)
             self._over = True
+        finally:
+            self._id = -1  # which may be another thread's soon
 
     def _work(self) -> None:
         """With the file open: until there has been nothing to do for a while."""

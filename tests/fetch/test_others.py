@@ -11,6 +11,7 @@ from trio.testing import MockClock
 
 from lazymem.fetch import others
 from lazymem.fetch.coming import Coming
+from lazymem.fetch.inflight import InFlightTable
 from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.pages import PageRange, PageRun
@@ -117,6 +118,22 @@ async def test_what_is_late_is_asked_for(
     assert 499 < trio.current_time() - started <= ANSWER
     await scheduler.wait_kept()
     assert_empty(scheduler, coming)
+
+
+async def test_who_joins_what_was_late_does_not_wait_for_them_again(
+    autojump_clock: MockClock, sink: MemorySink, nursery: trio.Nursery, coming: Coming
+) -> None:
+    """Where there is no room yet to ask for it."""
+    table, late = InFlightTable(coming), trio.Event()
+    waiting = others.Others(coming, table, sink, nursery, lambda: ANSWER, late.set)  # which sends nothing
+    first = table.demand(PAGES, lambda: None)
+    waiting.leave_to_them(first.wants)
+    assert not table.has_waiting
+    await late.wait()
+    second = table.demand(PAGES, lambda: None)
+    assert second.wants == first.wants
+    waiting.leave_to_them(second.wants)
+    assert table.has_waiting
 
 
 async def test_what_is_not_on_its_way_or_comes_too_late_is_asked_for_at_once(
