@@ -199,8 +199,11 @@ def _be_child(work: Callable[[Guard], int], guard: Guard, users: tuple[signal.Si
         with suppress(OSError):
             traceback.print_exc()
     finally:
-        _flush()
-        os._exit(code)
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (_PASSED_ON,))  # what is done is done
+        finally:
+            _flush()
+            os._exit(code)
 
 
 def _flush() -> None:

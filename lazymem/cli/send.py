@@ -135,10 +135,14 @@ def _run(found: argparse.Namespace, folder: Path, guard: Guard) -> int:
 
 
 def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> int:
-    if guard.is_again and (maybe_over := _maybe_over(journal)):  # the one before was killed while it said its last word
+    maybe_over = _maybe_untold_end(journal)
+    if maybe_over is not None and guard.is_again:  # the one before was killed while it said its last word
         say(_ALL_THERE)
         outcome = Outcome(Source.RELEASED, _ALL_THERE)
         return _told(outcome, maybe_over.state_bytes, as_json=found.json, reclaimed=found.reclaim)
+    if maybe_over is not None and journal.found is not None:
+        maybe_over.told = True  # else a process after this one would take it for the end of what this one begins
+        journal.write(journal.found.handover, journal.found.state, msgspec.to_builtins(maybe_over))
     before = _maybe_before(journal)
     if found.reclaim and not _may_be_reclaimed(journal, before, guard):
         raise IdentityError(f"nothing was given away that could be taken back ({journal.folder})")
@@ -192,12 +196,12 @@ def _let_go_on(guest: LeavingGuest, journal: Journal) -> None:
         journal.write(maybe_now.handover, maybe_now.state, msgspec.to_builtins(leaving))
 
 
-def _maybe_over(journal: Journal) -> Leaving | None:
-    """What an earlier process has brought to its end."""
+def _maybe_untold_end(journal: Journal) -> Leaving | None:
+    """What an earlier process has brought to its end, if no command has begun since."""
     if journal.found is None or journal.found.state != Source.RELEASED.value:
         return None
     found = msgspec.convert(journal.found.details, Leaving)
-    return found if found.over else None
+    return found if found.over and not found.told else None
 
 
 def _may_be_reclaimed(journal: Journal, before: Leaving | None, guard: Guard) -> bool:

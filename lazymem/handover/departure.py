@@ -24,8 +24,9 @@ class PageServer(Protocol):
 
 class Leaving(Struct):
     """What stands in a source's journal. `stopped`: when the guest stood, by its emulator's clock. `over`: nothing is
-    left to do. `void`: as `offers.Offers.void`. `settings_before`: of the emulator's migrations, as long as they may be
-    changed for this hand-over; there before they are."""
+    left to do; `told`: and a command that came later has found that, whose own hand-over is another one. `void`: as
+    `offers.Offers.void`. `settings_before`: of the emulator's migrations, as long as they may be changed for this
+    hand-over; there before they are."""
 
     address: str
     monitor: str
@@ -39,6 +40,7 @@ class Leaving(Struct):
     stopped: float = 0.0
     state_bytes: int = 0
     over: bool = False
+    told: bool = False
     void: list[str] = field(default_factory=list)
     settings_before: MigrationSettings | None = None
 

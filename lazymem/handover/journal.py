@@ -154,14 +154,14 @@ def read(folder: Path) -> Record | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process has this journal open now."""
+    """Whether a process has this journal open now, or may have."""
     try:
         descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:
         return True
     finally:
         os.close(descriptor)

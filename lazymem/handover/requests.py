@@ -6,6 +6,7 @@ Whoever may write there may decide where the guest runs; the journal refuses a f
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -15,8 +16,10 @@ from pathlib import Path
 import trio
 from msgspec import Struct
 
-from lazymem.errors import BusyError
+from lazymem.errors import BusyError, StoreError
 from lazymem.handover.journal import is_held
+
+log = logging.getLogger(__name__)
 
 _REQUEST = "request"
 _ANSWER = "answer"
@@ -40,10 +43,13 @@ def ask(folder: Path, word: str, seconds: float) -> Answer:
 
     Raises:
         BusyError: it does not answer, or has ended.
+        StoreError: it cannot be asked: the disk refuses.
     """
-    with suppress(FileNotFoundError):
-        (folder / _ANSWER).unlink()
-    _put(folder / _REQUEST, word.encode())
+    try:
+        (folder / _ANSWER).unlink(missing_ok=True)
+        _put(folder / _REQUEST, word.encode())
+    except OSError as error:
+        raise StoreError(f"cannot ask in {folder}: {error.strerror}") from error
     deadline = time.monotonic() + seconds
     try:
         while time.monotonic() < deadline:
@@ -76,7 +82,10 @@ class Asked:
             async with self._answering:
                 if maybe_asked(self._folder) == self._word:
                     done, text = await self._act()
-                    answer(self._folder, done=done, text=text)
+                    try:
+                        answer(self._folder, done=done, text=text)
+                    except OSError as error:  # no room: no reason to end a guest's hand-over
+                        log.warning("whoever asked for %s is not told (%s): %s", self._word, error.strerror, text)
 
     async def answered(self) -> None:
         """Until whoever has asked is told: what he asked for may be this process's end."""

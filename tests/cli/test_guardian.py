@@ -150,6 +150,12 @@ def test_an_interrupt_between_two_is_the_nexts_to_take(guardian: Guardian) -> No
     assert guardian.end() == (130, "", "")
 
 
+@of("late")
+def test_what_is_done_is_not_interrupted_any_more(guardian: Guardian) -> None:
+    guardian.child(again=False)
+    assert guardian.end() == (7, "", "")
+
+
 @of("bug")
 def test_a_bug_is_not_met_for_ever(guardian: Guardian) -> None:
     code, out, error = guardian.end()

@@ -88,6 +88,15 @@ def test_who_starts_it_by_hand_then_wants_another_hand_over(tmp_path: Path) -> N
         run(tmp_path, guard=Guard())
 
 
+def test_an_end_of_old_is_not_that_of_a_command_that_begins_now(tmp_path: Path) -> None:
+    """Its first process is killed before anybody comes: the second one goes on with it."""
+    begun(tmp_path, "released", leaving(tmp_path, over=True))
+    for guard in (Guard(), AGAIN):
+        with pytest.raises(MonitorError, match="cannot reach the monitor"):
+            run(tmp_path, guard=guard)
+    assert stands_in(tmp_path).over
+
+
 @pytest.mark.parametrize(("state", "goes_on"), [("ours", True), ("given", False), ("gone", False), ("released", False)])
 @pytest.mark.parametrize("why", ["port", "certificate"])
 def test_where_it_cannot_begin_a_guest_that_is_here_goes_on(

@@ -1,8 +1,9 @@
 """Work for a guardian, as a process: ``python -m tests.support.guardedwork KIND``; it tells on stdout what it meets.
 
 KIND: ``wait`` until the second interrupt, ends with 7; ``once``: kills itself, and the next one is as ``wait``;
-``dies``: always; ``bug``: always raises; ``slow``: as ``wait``, once it has read a line from stdin; ``counts``: when it
-waits it reads that line, tells how many interrupts there were, and ends with 7.
+``dies``: always; ``bug``: always raises; ``late``: ends with 7, and is interrupted just then; ``slow``: as ``wait``,
+once it has read a line from stdin; ``counts``: when it waits it reads that line, tells how many interrupts there were,
+and ends with 7.
 
 ``wait:fork:N,...``: the Nth forks fail, of those that the guardian tries. With stdout closed it tells on stderr.
 """
@@ -44,6 +45,9 @@ def main(kind: str) -> int:
             raise RuntimeError("a bug")
         if kind == "dies" or (kind == "once" and not guard.is_again):
             os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "late":
+            guardian._flush = lambda: os.kill(os.getpid(), guardian._PASSED_ON)
+            return 7
         if kind == "slow":
             sys.stdin.readline()
         trio.run(_wait, guard, kind == "counts")
