@@ -28,6 +28,7 @@ from lazymem.cli.mountwatch import Watch
 from lazymem.cli.restart import Restart
 from lazymem.cli.supervised import Supervised
 from lazymem.cli.survival import Survival
+from lazymem.errors import MountError
 from lazymem.fetch.adopting import Adopting, ToldToBoth
 from lazymem.fetch.client import Client, connect, resume
 from lazymem.fetch.prefetch import Prepager, prepager
@@ -359,7 +360,10 @@ async def _announce(
     def tune_and_look() -> None:
         tuning.ensure_fusectl()
         tuning.apply(tuning.knobs(0, mounted.minor))
-        os.stat(path)
+        try:
+            os.stat(path)
+        except OSError as error:
+            raise MountError(f"the mount on {path} does not answer: {error.strerror}") from error
 
     await trio.to_thread.run_sync(tune_and_look, abandon_on_cancel=True)
     gc.freeze()  # or the collector looks at all that start-up made, 20 ms at a time, while a fault waits
