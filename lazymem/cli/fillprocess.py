@@ -160,7 +160,7 @@ class FillProcess:
             file.write(_LENGTH.pack(len(data)) + data)
             file.write(b"".join(_RUN.pack(pages.start, pages.count) for pages in recorded))
             file.flush()
-            written_fd = file.fileno() if maybe_written_fd is None else maybe_written_fd  # two, in any case
+            written_fd = file.fileno() if maybe_written_fd is None else maybe_written_fd  # three, in any case
             if self._maybe_coming_fd is None:
                 self.share(order.size_bytes >> PAGE_SHIFT)
             assert self._maybe_coming_fd is not None
