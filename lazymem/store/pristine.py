@@ -185,7 +185,7 @@ class PristinePages:
         self._verifier.accept(fetched)
 
     def know_sums(self, sums: bytes, digest: bytes) -> None:
-        """As `HashedVerifier.know_sums`: from now on, leaves that come whole are verified at once."""
+        """As `LeafSums`: from now on, leaves that come whole are verified at once."""
         assert isinstance(self._verifier, HashedVerifier), "there is a manifest"
         self._verifier.know_sums(sums, digest, self._maybe_held_nowait)
 

@@ -1,17 +1,15 @@
 """Rule 3: which digest each page must have, and whether fetched or cached bytes have it. No disk but the digest file's.
 
 Of a hashed snapshot: the upper level was checked against the manifest's root, a leaf is checked against the upper level
-when it comes (from the source or from the cache's file), a page against its leaf. Where the leaves' sums are known, all
-pages of a leaf that come at once are checked against that, which takes a fifth of the time. Of a snapshot that nobody
-hashed: the digest that the server first vouched for, for ever.
+when it comes (from the source or from the cache's file), a page against its leaf, or all of a leaf's at once
+(`leafsums`). Of a snapshot that nobody hashed: the digest that the server first vouched for, for ever.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from lazymem.digests import (
@@ -21,33 +19,20 @@ from lazymem.digests import (
     TreeShape,
     leaf_digest,
     leaf_matches,
-    leaf_sum,
     page_digest,
     page_digests,
     root_digest,
-    sums_digest,
     zero_marks,
 )
 from lazymem.errors import StoreError, VerificationError
 from lazymem.pages import PAGE_SIZE, ZERO_PAGE, Fetched, PageRange, PageRun
 from lazymem.store.digestfile import NO_DIGEST, DigestFile
+from lazymem.store.leafsums import LeafSums, ReadHeld
 
 RECENT_LEAVES = 1024
 """4 MiB of checked leaves, for 1 GiB of RAM around the last touches; loading one again: a read and a hash of 4 KiB."""
 
-MAX_HELD_PAGES = 32
-"""Of a leaf: so many that came before the others, for a fault or ahead of the rest, are read back for its sum. A few of
-them cost as much as what the sum saves of one."""
-
 _ZERO_LEAF = ZERO_PAGE_DIGEST * LEAF_PAGES
-_NOT_ZERO, _ZERO = 0, 1  # as `zero_marks` has it
-
-ReadHeld = Callable[[PageRange], bytes | None]
-"""The bytes of pages, not verified, if they are held and at hand."""
-
-
-def _none_held(pages: PageRange) -> bytes | None:
-    return None
 
 
 class Verifier(Protocol):
@@ -138,19 +123,11 @@ class HashedVerifier:
         self._recent: OrderedDict[int, bytes] = OrderedDict()
         # Accepted but not yet in the file: may not be forgotten, or accepting their pages again would fail for ever.
         self._unstored: dict[int, bytes] = {}
-        self._sums = b""
-        self._read_held: ReadHeld = _none_held
+        self._maybe_sums: LeafSums | None = None
 
-    def know_sums(self, sums: bytes, digest: bytes, read_held: ReadHeld = _none_held) -> None:
-        """The leaves' sums, 16 bytes each; `digest` is the manifest's of them. `read_held`: asked for the few pages of
-        a leaf that came before the others.
-
-        Raises:
-            VerificationError: they are not those; nothing was learnt.
-        """
-        if len(sums) != self._shape.upper_bytes or sums_digest(sums) != digest:
-            raise VerificationError("the leaves' sums are not those that the manifest names")
-        self._sums, self._read_held = sums, read_held
+    def know_sums(self, sums: bytes, digest: bytes, read_held: ReadHeld) -> None:
+        """As `LeafSums`, for whole leaves from now on."""
+        self._maybe_sums = LeafSums(self._shape, sums, digest, read_held)
 
     def missing_leaves(self, pages: PageRange) -> bool:
         if pages.count == 1:
@@ -177,59 +154,15 @@ class HashedVerifier:
             if not 0 <= leaf < self._shape.leaves or not leaf_matches(self._upper, leaf, digests):
                 raise VerificationError(f"the digests of leaf {leaf} are not the snapshot's")
         runs = list(_sound_runs(fetched, self._shape))
-        for run in self._without_summed(runs, fetched.leaves) if self._sums else runs:
+        if self._maybe_sums is not None:
+            runs = list(
+                self._maybe_sums.not_vouched_for(runs, lambda leaf: self._digests_of_leaf(leaf, fetched.leaves))
+            )
+        for run in runs:
             _check_run(run, self._digests_of(run.pages, fetched.leaves))
         for leaf, digests in fetched.leaves.items():
             if leaf not in self._recent:
                 self._unstored[leaf] = bytes(digests)
-
-    def _without_summed(self, runs: Sequence[PageRun], fresh: Mapping[int, bytes]) -> Iterator[PageRun]:
-        """Those of `runs` that the sums do not tell to be right: zeros, parts of leaves, and what is wrong."""
-        for maybe_leaf, found in groupby(runs, _maybe_only_leaf):
-            of_leaf = list(found)
-            with_data = [run for run in of_leaf if run.data is not None]
-            if maybe_leaf is None or not self._has_sum(maybe_leaf, with_data, fresh):
-                yield from of_leaf
-            elif len(with_data) < len(of_leaf):
-                yield from [run for run in of_leaf if run.data is None]
-
-    def _has_sum(self, leaf: int, runs: Sequence[PageRun], fresh: Mapping[int, bytes]) -> bool:
-        """Whether `runs`, with data, are right, since with what is held they are all pages of the leaf that are not
-        zero. The sum says nothing of where a page belongs: what is zero, and so where the others are, the digests do.
-        """
-        digests = fresh[leaf] if leaf in fresh else self._maybe_leaf(leaf)
-        if digests is None or not runs:
-            return False
-        first = leaf * LEAF_PAGES
-        marks = zero_marks(digests)
-        pieces: list[bytes | memoryview] = []
-        at = held = 0
-        for run in runs:
-            start, end = run.pages.start - first, run.pages.end - first
-            if start < at or _ZERO in marks[start:end] or run.data is None:
-                return False
-            held += marks.count(_NOT_ZERO, at, start)
-            if held > MAX_HELD_PAGES or not self._add_held(pieces, first, marks, at, start):
-                return False
-            pieces.append(run.data)
-            at = end
-        held += marks.count(_NOT_ZERO, at)
-        if held > MAX_HELD_PAGES or not self._add_held(pieces, first, marks, at, len(marks)):
-            return False
-        return leaf_sum(pieces) == self._sums[leaf * DIGEST_BYTES : (leaf + 1) * DIGEST_BYTES]
-
-    def _add_held(self, pieces: list[bytes | memoryview], first: int, marks: bytes, at: int, end: int) -> bool:
-        """The bytes of the pages from ``first + at`` to ``first + end`` that are not zero; False: they are not here."""
-        at = marks.find(_NOT_ZERO, at, end)
-        while at >= 0:
-            stop = marks.find(_ZERO, at, end)
-            stop = end if stop < 0 else stop
-            maybe_data = self._read_held(PageRange(first + at, stop - at))
-            if maybe_data is None:
-                return False
-            pieces.append(maybe_data)
-            at = marks.find(_NOT_ZERO, stop, end)
-        return True
 
     def _is_right_at_once(self, fetched: Fetched) -> bool:
         """Whether it is one page with data, under a leaf that is here, and right: what a fault brings."""
@@ -266,13 +199,16 @@ class HashedVerifier:
         for leaf in _leaves(pages):
             first = leaf * LEAF_PAGES
             inside = PageRange(max(pages.start, first), min(pages.end, first + LEAF_PAGES) - max(pages.start, first))
-            digests = fresh[leaf] if leaf in fresh else self._maybe_leaf(leaf)
+            digests = self._digests_of_leaf(leaf, fresh)
             if digests is None:
                 parts.append(NO_DIGEST * inside.count)
             else:
                 at = (inside.start - first) * DIGEST_BYTES
                 parts.append(bytes(digests[at : at + inside.count * DIGEST_BYTES]))
         return b"".join(parts)
+
+    def _digests_of_leaf(self, leaf: int, fresh: Mapping[int, bytes]) -> bytes | None:
+        return fresh[leaf] if leaf in fresh else self._maybe_leaf(leaf)
 
     def _maybe_leaf(self, leaf: int) -> bytes | None:
         if self._zero[leaf]:
@@ -400,12 +336,6 @@ class UnhashedVerifier:
 
 def _leaves(pages: PageRange) -> range:
     return range(pages.start // LEAF_PAGES, (pages.end - 1) // LEAF_PAGES + 1)
-
-
-def _maybe_only_leaf(run: PageRun) -> int | None:
-    """The leaf that all pages of `run` are in."""
-    leaf = run.pages.start // LEAF_PAGES
-    return leaf if run.pages.end <= (leaf + 1) * LEAF_PAGES else None
 
 
 def _zero_leaves(shape: TreeShape, upper: bytes) -> bytes:
