@@ -116,9 +116,6 @@ class Run:
     def told(self) -> str:
         return f"failed: {self._faults.failed or 'nothing'}\n{self.mount.log.read_text()}"
 
-    def wait_kept(self) -> None:
-        wait_until(lambda: not self.mount.status()["fetch"]["unkept_pages"], "what was fetched is kept")
-
     def end(self) -> None:
         """All of it through the mount, and once more through the next one over the same folders."""
         assert self._guest.stdin is not None
@@ -207,7 +204,7 @@ def test_a_call_of_a_fetch_or_a_write_back_fails(runs: Runs, kind: str, count: i
         faults.arm(KINDS[kind], number, count)
         run.begin()
         run.finish()
-        run.wait_kept()
+        run.mount.wait_kept()
         faults.disarm()
         may_fail = faults.failed.startswith(SYNCS if count == 1 else "") and bool(faults.failed)
         may_fail = may_fail and not KINDS[kind].of_network
@@ -240,7 +237,7 @@ def test_a_call_of_a_next_daemon_fails(runs: Runs, way: str, kind: str, count: i
         run.finish()
         if way == "killed":
             wait_until(lambda run=run, before=before: run.mount.status()["pid"] != before, "a next daemon")  # type: ignore[misc]
-        run.wait_kept()
+        run.mount.wait_kept()
         faults.disarm()
         may_fail = bool(faults.failed) and not KINDS[kind].of_network
         assert may_fail or not run.unsynced, f"{run.unsynced}: {run.told()}"

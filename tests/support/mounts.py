@@ -111,6 +111,11 @@ class Mounted:
         count: int = self.status()["store"]["reads"]
         return count
 
+    def wait_kept(self) -> None:
+        """Until all that was fetched is in the cache: a READ is answered before its pages are kept, and a leaf's zero
+        pages are held before that. Without background (`--prefetch none`) nothing changes there afterwards."""
+        wait_until(lambda: not self.status()["fetch"]["unkept_pages"], "what was fetched is kept")
+
     def open_map(self, *, private: bool = False) -> mmap.mmap:
         """The RAM file, mapped as a guest maps it."""
         descriptor = os.open(self.ram_path, os.O_RDWR)

@@ -206,7 +206,7 @@ def test_a_killed_writer_waits_where_the_kernel_may_have_its_page(mounts: Stage,
     server = mounts.serve(snapshot.folder)
     mount = mounts.mount(server.address, *QUIET)
     mapping, tell = _mapping(mount, 5, b"mapped")
-    wait_until(lambda: not mount.status()["fetch"]["unkept_pages"], "the page is kept")
+    mount.wait_kept()
     for pages in mounts.cache.glob("*/pages"):
         os.truncate(pages, 0)
         os.truncate(pages, len(snapshot.ram))

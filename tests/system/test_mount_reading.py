@@ -168,7 +168,7 @@ def test_two_mounts_share_one_cache_at_the_same_time(mounts: Stage, snapshot: Bu
     with open(first.ram_path, "rb") as file:
         assert file.read(half) == snapshot.ram[:half]
     fetched = second.status()["wire_received_bytes"]
-    wait_until(lambda: bool(first.status()["fetch"]["unkept_pages"] == 0), "fetched pages are kept")
+    first.wait_kept()
     descriptor = os.open(second.ram_path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     assert os.pread(descriptor, half // 2, 0) == snapshot.ram[: half // 2]

@@ -116,7 +116,7 @@ def test_fetched_and_written_pages_are_in_their_files(mounts: Stage, snapshot: B
     mount = mounts.mount(server.address, *QUIET, "--state", state, "--reserve", "0")
     assert mount.ram_path.read_bytes() == snapshot.ram
     _write(mount.ram_path, 3 * PAGE_SIZE, b"w" * PAGE_SIZE)
-    wait_until(lambda: mount.status()["fetch"]["unkept_pages"] == 0, "fetched pages are kept")
+    mount.wait_kept()
     cached = next(mounts.cache.glob("*/pages")).read_bytes()
     assert cached == snapshot.ram
     assert (state / "pc.ram").read_bytes()[3 * PAGE_SIZE : 4 * PAGE_SIZE] == b"w" * PAGE_SIZE

@@ -122,7 +122,7 @@ def test_no_log_and_no_error_has_anything_of_a_page(
         assert file.read(8 * PAGE_SIZE) == ram[: 8 * PAGE_SIZE]
         file.seek(0)
         file.write(page)
-    wait_until(lambda: bool(mount.status()["pages_held"]), "kept")
+    mount.wait_kept()
     cache = mounts.cache / snapshot.identity.hex()
     for path in (cache / cachefolder.PAGES_NAME, snapshot.folder / "pc.ram"):
         with path.open("r+b") as other:

@@ -164,7 +164,7 @@ def test_an_unhashed_snapshot_that_changes_is_refused(mounts: Stage, tmp_path: P
     page = full_page(snapshot, 200)
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     assert read_page(mount, page) == snapshot.page(page)
-    wait_until(lambda: bool(mount.status()["pages_held"]), "kept")
+    mount.wait_kept()
     flip(mounts.cache / mount.status()["identity"] / cachefolder.PAGES_NAME, page * PAGE_SIZE)
     flip(snapshot.folder / "pc.ram", page * PAGE_SIZE)
     drop_kernel_cache(mount.ram_path)
@@ -183,7 +183,7 @@ def test_verify_of_a_mount_touches_nothing(
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     page = full_page(snapshot, 50)
     read_page(mount, page)
-    wait_until(lambda: bool(mount.status()["pages_held"]), "kept")
+    mount.wait_kept()
     reads, held = mount.requests(), mount.status()["pages_held"]
     assert verify.main([str(mount.path)]) == 0
     assert f"{held} of {snapshot.pages} pages are here" in capsys.readouterr().out
