@@ -148,8 +148,12 @@ class _Watch:
         Raises:
             StoreError: nothing is on its way any more, and some still are.
         """
+        whole = PageRange(0, self._pristine.total_pages)
         start, moved_at = 0, trio.current_time()
-        while (found := self._pristine.next_missing(start, 1) or self._pristine.next_missing(0, 1)) is not None:
+        while (
+            found := self._pristine.next_missing(PageRange(start, whole.end - start), 1)
+            or self._pristine.next_missing(whole, 1)
+        ) is not None:
             now = trio.current_time()
             if found.start != start or self._work.is_busy or self._work.has_left_out:
                 start, moved_at = found.start, now

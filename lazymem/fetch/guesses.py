@@ -127,10 +127,9 @@ class GuessQueue:
         """The next missing run of what is left, taken out of it."""
         while left:
             pages = left.popleft()
-            found = self._sink.next_missing(pages.start, min(limit, pages.count))
-            if found is None or found.start >= pages.end:
+            found = self._sink.next_missing(pages, limit)
+            if found is None:
                 continue
-            found = PageRange(found.start, min(found.end, pages.end) - found.start)
             if found.end < pages.end:
                 left.appendleft(PageRange(found.end, pages.end - found.end))
             return found

@@ -15,8 +15,8 @@ beside where faults have been, the guest reads on faster than we guess.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
+from lazymem.fetch.sink import MissingOf
 from lazymem.pages import PageRange
 
 MIN_REACH_PAGES = 32
@@ -49,7 +49,7 @@ MAX_RECENT_FAULTS = 32
 class Neighbourhoods:
     """`missing` is the sink's `next_missing`. While faults are far apart nothing is guessed."""
 
-    def __init__(self, missing: Callable[[int, int], PageRange | None], total_pages: int) -> None:
+    def __init__(self, missing: MissingOf, total_pages: int) -> None:
         self._missing = missing
         self._total_pages = total_pages
         # By distance: the rest of a fault's smallest block, the other half of the next larger one, and so on.
@@ -112,10 +112,9 @@ class Neighbourhoods:
     def _next_of(self, recent: deque[tuple[int, int]], max_pages: int) -> PageRange | None:
         while recent:
             start, end = recent.pop()
-            found = self._missing(start, min(max_pages, end - start))
-            if found is None or found.start >= end:
+            found = self._missing(PageRange(start, end - start), max_pages)
+            if found is None:
                 continue
-            found = PageRange(found.start, min(found.count, end - found.start))
             if found.end < end:
                 recent.append((found.end, end))
             return found

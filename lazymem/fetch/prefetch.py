@@ -11,12 +11,10 @@ from typing import Protocol
 
 from lazymem.fetch.neighbourhood import Neighbourhoods
 from lazymem.fetch.recorded import RecordedSet
+from lazymem.fetch.sink import MissingOf
 from lazymem.fetch.streams import Streams
 from lazymem.fetch.sweep import LeafMissing, Sweeps, sweep_of
 from lazymem.pages import PageRange
-
-MissingFrom = Callable[[int, int], PageRange | None]
-"""`PageSink.next_missing`: first missing run at or behind a page, at most so long."""
 
 
 class Prefetcher(Protocol):
@@ -105,7 +103,7 @@ class Prepager:
 
 
 def prepager(
-    missing: MissingFrom,
+    missing: MissingOf,
     total_pages: int,
     *,
     recorded: tuple[PageRange, ...] = (),

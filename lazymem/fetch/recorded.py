@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from lazymem.fetch.sink import MissingOf
 from lazymem.pages import PageRange
 
 BLOCK_PAGES = 32
@@ -21,7 +22,7 @@ class RecordedSet:
 
     def __init__(
         self,
-        missing: Callable[[int, int], PageRange | None],
+        missing: MissingOf,
         runs: Sequence[PageRange],
         whole_blocks: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -33,13 +34,11 @@ class RecordedSet:
     def next_range(self, max_pages: int) -> PageRange | None:
         """The next missing pages of the set. None: all of it was asked for, or is here."""
         while (run := self._rest or self._next_run()) is not None:
-            found = self._missing(run.start, min(max_pages, run.count))
-            if found is None or found.start >= run.end:
-                self._rest = None
-                continue
-            end = min(found.end, run.end)
-            self._rest = PageRange(end, run.end - end) if end < run.end else None
-            return PageRange(found.start, end - found.start)
+            found = self._missing(run, max_pages)
+            rest = 0 if found is None else run.end - found.end
+            self._rest = PageRange(run.end - rest, rest) if rest else None
+            if found is not None:
+                return found
         return None
 
     def _next_run(self) -> PageRange | None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from lazymem.pages import Fetched, PageRange
+
+MissingOf = Callable[[PageRange, int], PageRange | None]
+"""`Sink.next_missing`: the first missing run of these pages, at most so long."""
 
 
 class Sink(Protocol):
@@ -12,7 +16,7 @@ class Sink(Protocol):
 
     def missing_leaves(self, pages: PageRange) -> bool: ...
     def maybe_digests(self, pages: PageRange) -> bytes | None: ...
-    def next_missing(self, start: int, limit: int) -> PageRange | None: ...
+    def next_missing(self, pages: PageRange, limit: int) -> PageRange | None: ...
     def maybe_read_held_nowait(self, pages: PageRange) -> bytes | None: ...
     def worth_fetching(self, pages: PageRange) -> list[PageRange]: ...
     @property

@@ -7,8 +7,7 @@ the next pages are asked for before it gets there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from lazymem.fetch.sink import MissingOf
 from lazymem.pages import PageRange
 
 STEP_PAGES = 64
@@ -43,7 +42,7 @@ class _Stream:
 class Streams:
     """`missing` is the sink's `next_missing`."""
 
-    def __init__(self, missing: Callable[[int, int], PageRange | None], total_pages: int) -> None:
+    def __init__(self, missing: MissingOf, total_pages: int) -> None:
         self._missing = missing
         self._total_pages = total_pages
         self._streams: list[_Stream] = []  # the latest one at the end
@@ -80,11 +79,10 @@ class Streams:
             end = min(stream.last + stream.ahead, self._total_pages)
             if stream.edge >= end:
                 continue
-            found = self._missing(stream.edge, min(max_pages, end - stream.edge))
-            if found is None or found.start >= end:
+            found = self._missing(PageRange(stream.edge, end - stream.edge), max_pages)
+            if found is None:
                 stream.edge = end
                 continue
-            found = PageRange(found.start, min(found.count, end - found.start))
             stream.edge = found.end
             return found
         return None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from lazymem.digests import LEAF_PAGES
+from lazymem.fetch.sink import MissingOf
 from lazymem.pages import PageRange
 
 SCOUT_LEAVES = 16
@@ -41,11 +42,11 @@ class Sweep:
 
     def __init__(
         self,
-        missing: Callable[[int, int], PageRange | None],
+        missing: MissingOf,
         pages: PageRange,
         maybe_leaf_missing: LeafMissing | None = None,
     ) -> None:
-        self._missing_anywhere = missing
+        self._missing_in = missing
         self._start, self._end = pages.start, pages.end
         self._maybe_leaf_missing = maybe_leaf_missing
         self._cursor = self._start
@@ -61,10 +62,7 @@ class Sweep:
         self._brought = True
 
     def _missing(self, start: int, limit: int) -> PageRange | None:
-        found = self._missing_anywhere(start, limit)
-        if found is None or found.start >= self._end:
-            return None
-        return PageRange(found.start, min(found.end, self._end) - found.start)
+        return self._missing_in(PageRange(start, self._end - start), limit) if start < self._end else None
 
     def next_range(self, max_pages: int) -> PageRange | None:
         return self._next_scout() or self._next_swept(max_pages)
@@ -97,7 +95,7 @@ class Sweep:
         return self._maybe_leaf_missing is not None and self._maybe_leaf_missing(pages)
 
     def _next_swept(self, max_pages: int) -> PageRange | None:
-        found = self._missing(self._cursor, max_pages) if self._cursor < self._end else None
+        found = self._missing(self._cursor, max_pages)
         if found is None and self._brought:
             self._brought = False
             self._scout = self._start
@@ -147,7 +145,9 @@ class Sweeps:
 
 
 def sweep_of(
-    missing: Callable[[int, int], PageRange | None], total_pages: int, maybe_leaf_missing: LeafMissing | None = None
+    missing: MissingOf,
+    total_pages: int,
+    maybe_leaf_missing: LeafMissing | None = None,
 ) -> Sweeps:
     """All of a RAM; the arguments are `Sweep`'s."""
     leaves = -(-total_pages // LEAF_PAGES)

@@ -108,7 +108,7 @@ class GuestRam:
     @property
     def is_whole(self) -> bool:
         """Whether no page is missing any more. Looks at a byte a page up to the first one that is."""
-        return self._pristine.next_missing(0, 1) is None
+        return self._pristine.next_missing(PageRange(0, self._pristine.total_pages), 1) is None
 
     def statistics(self) -> StoreStatistics:
         candidates = self._pristine.maybe_candidates

@@ -149,8 +149,8 @@ class PristinePages:
         """The runs within `pages` that are not held, in order."""
         return self._cache.held.unset_runs(pages)
 
-    def next_missing(self, start: int, limit: int) -> PageRange | None:
-        end = self.total_pages
+    def next_missing(self, pages: PageRange, limit: int) -> PageRange | None:
+        start, end = pages.start, min(pages.end, self.total_pages)  # a recorded set's blocks may reach beyond it
         while start < end:
             start = self._cache.held.first_unset(start, end)
             unwritten = self._written.first_unset(start, end) if self._written else start
@@ -163,16 +163,16 @@ class PristinePages:
             start = unwritten
         return None
 
-    def next_to_guess(self, start: int, limit: int) -> PageRange | None:
+    def next_to_guess(self, pages: PageRange, limit: int) -> PageRange | None:
         """As `next_missing`, of pages that may be asked for without being waited for: a candidate that is not decided
         may turn out right."""
-        found = self.next_missing(start, limit)
-        candidates, end = self.maybe_candidates, self.total_pages
+        found = self.next_missing(pages, limit)
+        candidates, end = self.maybe_candidates, pages.end
         while found is not None and candidates is not None:
             decided = candidates.first_decided(found.start, end)
             if decided == found.start:
                 return candidates.decided_parts(found)[0]
-            found = self.next_missing(decided, limit) if decided < end else None
+            found = self.next_missing(PageRange(decided, end - decided), limit) if decided < end else None
         return found
 
     def missing_leaves(self, pages: PageRange) -> bool:

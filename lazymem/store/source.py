@@ -36,11 +36,11 @@ class PageSink(Protocol):
         """Whether verifying `pages` needs leaf blocks that are not here yet."""
         ...
 
-    def next_missing(self, start: int, limit: int) -> PageRange | None:
-        """First run of pages neither held nor written at or behind page `start`, cut to at most `limit` pages.
+    def next_missing(self, pages: PageRange, limit: int) -> PageRange | None:
+        """First run of `pages` that are neither held nor written, cut to at most `limit` pages. None: they have none.
 
-        Accepted pages that are not kept yet may count as missing; the scheduler knows those itself. None: nothing is
-        missing from `start` to the end. Synchronous, no disk; called once a pre-paging request, so O(gap) is fine.
+        Accepted pages that are not kept yet may count as missing; the scheduler knows those itself. Synchronous, no
+        disk; called for each guess behind a fault, so it looks at no byte beyond `pages`.
         """
         ...
 

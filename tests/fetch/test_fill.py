@@ -50,7 +50,7 @@ class Filling:
         self.work = work
 
     async def wait_idle(self) -> None:
-        await until(lambda: self.pristine.next_missing(0, 1) is None and not self.work.is_busy)
+        await until(lambda: self.pristine.next_missing(PageRange(0, PAGES), 1) is None and not self.work.is_busy)
 
     async def read_all(self) -> bytes:
         """What the cache holds, verified as it is read."""
@@ -265,8 +265,8 @@ class Demanding(LastDemand):
         raise AssertionError("the filling process only looks")
 
 
-def everything(start: int, limit: int) -> PageRange | None:
-    return PageRange(start, min(limit, PAGES - start)) if start < PAGES else None
+def everything(pages: PageRange, limit: int) -> PageRange:
+    return PageRange(pages.start, min(limit, pages.count))
 
 
 async def test_a_fill_gives_way_to_demands_that_are_near_each_other(nursery: trio.Nursery) -> None:
@@ -334,14 +334,10 @@ class SlowDisk(TakesAll):
 LARGE = 4 * MAX_UNKEPT_PAGES
 
 
-def much(start: int, limit: int) -> PageRange | None:
-    return PageRange(start, min(limit, LARGE - start)) if start < LARGE else None
-
-
 async def test_what_a_slow_disk_has_not_kept_bounds_what_is_asked_for(nursery: trio.Nursery) -> None:
     """Rule 8: answers that wait in memory are no more than the bound, and what was out when it was met."""
     source = OnlyAsked()
-    work = Fill(source, SlowDisk(), LARGE, prepager(much, LARGE), LastDemand())  # type: ignore[arg-type]
+    work = Fill(source, SlowDisk(), LARGE, prepager(everything, LARGE), LastDemand())  # type: ignore[arg-type]
     work._window = SettledWindow(1024)  # type: ignore[assignment]
     work._note = lambda *_: None  # type: ignore[method-assign]  # the window stays as it is
     nursery.start_soon(work.run)
@@ -360,7 +356,7 @@ async def test_a_fills_window_is_one_product_while_a_guest_demands_and_two_other
     """Rule 5, over a link of 20 ms that brings 125 MB/s: what is out beyond one product stands in its queue."""
     source, demands = OnlyAsked(), Demanding()
     demands.ends = not demanded
-    work = Fill(source, TakesAll(), LARGE, prepager(much, LARGE), demands)  # type: ignore[arg-type]
+    work = Fill(source, TakesAll(), LARGE, prepager(everything, LARGE), demands)  # type: ignore[arg-type]
     product = int(0.02 * 125e6) // PAGE_SIZE
     for _ in range(20):
         source.wire_received_bytes += 125_000_000 // 50
@@ -382,8 +378,8 @@ async def test_what_the_daemon_has_on_its_way_is_left_out_and_looked_at_again(nu
         async def keep(self, fetched: Fetched) -> None:
             missing.difference_update(page for asked in source.asked for part in asked for page in _numbers(part))
 
-    def next_missing(start: int, limit: int) -> PageRange | None:
-        first = next((page for page in range(start, PAGES) if page in missing), None)
+    def next_missing(pages: PageRange, limit: int) -> PageRange | None:
+        first = next((page for page in range(pages.start, pages.end) if page in missing), None)
         return None if first is None else PageRange(first, 1)
 
     work = Fill(source, Sink(), PAGES, prepager(next_missing, PAGES), LastDemand(), coming)  # type: ignore[arg-type]

@@ -31,18 +31,22 @@ BLOCK = 128
 """Pages of a neighbourhood at the start."""
 
 
+def all_missing(pages: PageRange, limit: int) -> PageRange:
+    return PageRange(pages.start, min(limit, pages.count))
+
+
 class Pages:
     """What is missing, as the sink would tell it."""
 
     def __init__(self, missing: set[int]) -> None:
         self.missing = missing
 
-    def next_missing(self, start: int, limit: int) -> PageRange | None:
-        first = min((page for page in self.missing if page >= start), default=None)
+    def next_missing(self, pages: PageRange, limit: int) -> PageRange | None:
+        first = min((page for page in self.missing if page in pages), default=None)
         if first is None:
             return None
         end = first
-        while end in self.missing and end < first + limit:
+        while end in self.missing and end < min(first + limit, pages.end):
             end += 1
         return PageRange(first, end - first)
 
@@ -107,7 +111,7 @@ def test_only_so_many_neighbourhoods_are_kept() -> None:
 
 
 def test_neighbourhoods_shrink_to_nothing_while_faults_are_far_apart() -> None:
-    neighbourhoods = Neighbourhoods(lambda start, limit: PageRange(start, limit), 1 << 24)
+    neighbourhoods = Neighbourhoods(all_missing, 1 << 24)
     assert neighbourhoods.reach_pages == BLOCK
     for number in range(100):
         neighbourhoods.faulted(PageRange((number * 7919) % 4096 * 4096, 32))
@@ -120,7 +124,7 @@ def test_neighbourhoods_shrink_to_nothing_while_faults_are_far_apart() -> None:
 
 
 def test_neighbourhoods_grow_while_faults_stay_near() -> None:
-    neighbourhoods = Neighbourhoods(lambda start, limit: PageRange(start, limit), 1 << 24)
+    neighbourhoods = Neighbourhoods(all_missing, 1 << 24)
     for number in range(100):
         neighbourhoods.faulted(PageRange(5_000_000 + number * 32, 32))
     assert neighbourhoods.reach_pages == MAX_REACH_PAGES
@@ -129,7 +133,7 @@ def test_neighbourhoods_grow_while_faults_stay_near() -> None:
 
 def test_faults_at_random_within_a_quarter_of_a_gigabyte_are_not_near() -> None:
     rng = random.Random(3)
-    neighbourhoods = Neighbourhoods(lambda start, limit: PageRange(start, limit), 1 << 24)
+    neighbourhoods = Neighbourhoods(all_missing, 1 << 24)
     near = []
     for _ in range(1100):
         neighbourhoods.faulted(PageRange(rng.randrange(1 << 16), 1))
@@ -231,9 +235,7 @@ def test_a_sweep_goes_on_without_its_scouts_in_the_end() -> None:
     """They never arrive, nor does anything else: every page is guessed, and then it ends."""
     total = (MAX_LEAD_LEAVES + 20) * LEAF_PAGES
     pages = Leaves(set(range(total)), set())
-    prefetcher = prepager(
-        lambda start, limit: PageRange(start, min(limit, total - start)), total, maybe_leaf_missing=lambda _: True
-    )
+    prefetcher = prepager(all_missing, total, maybe_leaf_missing=lambda _: True)
     guesses = []
     while (guess := prefetcher.next_range(256)) is not None:
         guesses.append(guess)
@@ -428,10 +430,7 @@ def test_the_promises_of_the_whole(
 def test_a_large_ram_is_swept_in_several_places_by_turns_and_no_page_twice(leaves: int, more: int, room: int) -> None:
     total = leaves * LEAF_PAGES - more
 
-    def missing(start: int, limit: int) -> PageRange | None:
-        return PageRange(start, min(limit, total - start)) if start < total else None
-
-    sweeps = sweep_of(missing, total)
+    sweeps = sweep_of(all_missing, total)
     found = []
     while (guess := sweeps.next_range(room)) is not None:
         assert guess.count <= room

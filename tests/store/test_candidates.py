@@ -111,7 +111,7 @@ async def _held(folder: Path, came: dict[int, int], later: dict[int, int], fetch
             here.writer.write([PageRun(PageRange(page, 1), candidate(page, kind)) for page, kind in kinds.items()])
         assert here.candidates.decided_parts(PageRange(0, PAGES)) == []
         assert here.missing() == set(range(PAGES))
-        assert here.pristine.next_to_guess(0, 1) is None
+        assert here.pristine.next_to_guess(PageRange(0, PAGES), 1) is None
         await keep(here, fetched)
         leaves = await here.adoption.begin()
         expected = came | later
@@ -138,7 +138,7 @@ async def _held(folder: Path, came: dict[int, int], later: dict[int, int], fetch
 def to_guess(here: Place) -> set[int]:
     found: set[int] = set()
     start = 0
-    while (run := here.pristine.next_to_guess(start, 50)) is not None:
+    while start < PAGES and (run := here.pristine.next_to_guess(PageRange(start, PAGES - start), 50)) is not None:
         found |= set(range(run.start, run.end))
         start = run.end
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import trio
 
 from lazymem.errors import LazymemError, VerificationError
-from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
+from lazymem.pages import Fetched, PageRange
 
 
 class MemorySink:
@@ -31,13 +31,12 @@ class MemorySink:
     def given(self, pages: PageRange) -> None:
         pass
 
-    def next_missing(self, start: int, limit: int) -> PageRange | None:
-        total = len(self.ram) >> PAGE_SHIFT
-        first = next((page for page in range(start, total) if page not in self.held), None)
+    def next_missing(self, pages: PageRange, limit: int) -> PageRange | None:
+        first = next((page for page in range(pages.start, pages.end) if page not in self.held), None)
         if first is None:
             return None
         end = first + 1
-        while end < min(first + limit, total) and end not in self.held:
+        while end < min(first + limit, pages.end) and end not in self.held:
             end += 1
         return PageRange(first, end - first)
 
