@@ -34,14 +34,16 @@ _SUFFIXES = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the benchmark; returns its exit code: 1 when a case failed."""
+    """Runs the benchmark; returns its exit code: 1 when a case failed, 130 when it was interrupted."""
     found = _parser().parse_args(arguments)
     if found.list:
         print(_listing())
         return 0
     folder: Path = found.report or found.out or found.work / "results"
-    results = _earlier(folder) if found.report else _measured(found, folder)
+    results, ended = (_earlier(folder), True) if found.report else _measured(found, folder)
     report(results, folder, plots=not found.no_plots)
+    if not ended:
+        return 130
     return 1 if any(sample.problem for sample in results.samples) else 0
 
 
@@ -94,7 +96,8 @@ def _earlier(folder: Path) -> Results:
     return Results.from_json((folder / "results.json").read_text())
 
 
-def _measured(found: argparse.Namespace, folder: Path) -> Results:
+def _measured(found: argparse.Namespace, folder: Path) -> tuple[Results, bool]:
+    """What was measured, and whether that is all."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(
         tuple(found.measure),
@@ -113,7 +116,8 @@ def _measured(found: argparse.Namespace, folder: Path) -> Results:
             results.write(folder / "results.json")  # whatever ends the run, what was measured is there
     except KeyboardInterrupt:
         print("interrupted; the report is of what was measured so far", file=sys.stderr)
-    return results
+        return results, False
+    return results, True
 
 
 def report(results: Results, folder: Path, *, plots: bool) -> None:

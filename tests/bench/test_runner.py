@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from bench.runner import Plan, mixed
 from bench.way import VARIANTS
 from bench.ways import WAYS
 from lazymem.pages import PAGE_SIZE
+from tests.support.mounts import WAIT_SECONDS, wait_until
+from tests.support.processtree import children_of, descendants_of, is_gone
 from tests.support.skips import needs_resend
 
 
@@ -92,6 +96,28 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(sample["figures"]["touches"] == 200 for sample in found["samples"])
     assert "| loopback TCP | lazymem, guessing off | wait p50 seconds |" in output
     assert (tmp_path / "out" / "results.md").read_text() in output
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_reports_what_it_has_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bench", "--measure", "touch", "--way", "lazymem-none", "--link", "loopback"]
+    command += ["--image-mib", "8", "--touches", "200", "--rounds", "1000", "--no-plots"]
+    command += ["--work", str(tmp_path / "work"), "--out", str(out)]
+    with (
+        tempfile.TemporaryDirectory(prefix="lazymem-") as places,  # short: sockets are in it
+        subprocess.Popen(command, env={**os.environ, "TMPDIR": places}, stdout=subprocess.DEVNULL) as run,
+    ):
+        wait_until((out / "results.json").exists, "a first sample")
+        wait_until(lambda: bool(children_of(run.pid)), "it starts the next one")
+        started = descendants_of(run.pid)
+        run.send_signal(number)
+        assert run.wait(WAIT_SECONDS) == 130
+        wait_until(lambda: all(map(is_gone, started)), "what it started to end")
+        assert places not in Path("/proc/self/mountinfo").read_text()
+        assert not os.listdir(places)
+    assert "wait p50 seconds" in (out / "results.md").read_text()
 
 
 @needs_resend
