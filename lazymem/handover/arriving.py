@@ -23,7 +23,7 @@ _EVENTS = "events"
 """QEMU's capability to tell of a migration's end by itself."""
 
 _PATIENT_SECONDS = 1e9
-"""The emulator's monitor is silent while a device's load waits for a page of RAM, as long as the source is away."""
+"""The emulator's monitor is silent while a device waits for a page of RAM: as long as the source is away."""
 
 WAITS = "inmigrate"
 
@@ -127,6 +127,7 @@ class ArrivingGuest:
         if is_running:
             return time.time()
         self._qmp.take_events()
+        self._qmp.patience(_PATIENT_SECONDS)  # a device that starts may want a page, too
         self._qmp.command("cont")
         deadline = time.monotonic() + _RESUME_SECONDS
         while (seconds := deadline - time.monotonic()) > 0:

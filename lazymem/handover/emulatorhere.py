@@ -67,7 +67,7 @@ class EmulatorHere:
         if not self._arriving.runs:
             return None
         try:
-            return await trio.to_thread.run_sync(self._run, guest)
+            return await trio.to_thread.run_sync(self._run, guest, abandon_on_cancel=True)
         except NeverToldError as error:
             raise NotRunError("its emulator is gone") from error
         except CommandError as error:

@@ -110,6 +110,23 @@ def test_when_it_began_is_what_its_emulator_says(tmp_path: Path, *, behind: bool
         assert monitor.commands[1:] == ["query-status", "cont"]
 
 
+def test_one_that_is_slow_to_begin_is_waited_for(tmp_path: Path) -> None:
+    """Its devices start with it, and may want pages whose source is away."""
+    guests: list[ArrivingGuest] = []
+    patience: list[float] = []
+
+    def answers(name: str, _: int) -> tuple[list[Any], Answer, list[Any]]:
+        if name == "cont":
+            patience.append(guests[0]._qmp._timeout_seconds)
+            return ([event("RESUME", seconds=5)], returns({}), [])
+        return ([], returns({"status": "paused"}), [])
+
+    with arriving(tmp_path, answers) as (guest, _):
+        guests.append(guest)
+        assert guest.run() == 5
+        assert patience[0] > 1e6
+
+
 def test_a_load_that_is_told_of_is_not_asked_about(tmp_path: Path) -> None:
     """Each question would cost the emulator time that it loads in."""
     loads = {"count": 0}
