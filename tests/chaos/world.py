@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from tests.support.badlink import BadLink, Mode
 from tests.support.certificates import Pki, options
 from tests.support.mounts import Mounted, Server, Stage
+from tests.support.ports import KeptPort
 
 T = TypeVar("T")
 
@@ -30,9 +31,10 @@ class ServerPlace:
         self._folders = folders
         self._log = log
         self._options = options
-        self._server: Server | None = Server(*folders, arguments=options, log=log)
-        self._port = self._server.port
-        self.link = BadLink(self._server.address, seed)
+        self._place = KeptPort()
+        self._server: Server | None = None
+        self.start()
+        self.link = BadLink(f"127.0.0.1:{self._place.number}", seed)
         self.link.delay_seconds = BASE_DELAY_SECONDS
 
     @property
@@ -46,7 +48,8 @@ class ServerPlace:
 
     def start(self) -> None:
         if self._server is None:
-            self._server = Server(*self._folders, port=self._port, arguments=self._options, log=self._log)
+            port = self._place.number
+            self._server = Server(*self._folders, port=port, arguments=self._options, log=self._log)
 
     def close(self) -> None:
         self.link.close()

@@ -24,6 +24,7 @@ from lazymem.handover.journal import read
 from tests.support.emulatorwatch import EmulatorWatch, both_ran, stopped_and_resumed
 from tests.support.forkedcommands import Forked, ForkServer
 from tests.support.networkhosts import NetworkHost
+from tests.support.ports import KeptPort
 from tests.support.processtree import descendants_of, is_gone
 from tests.support.residency import cached_pages
 from tests.support.vmprocess import WAIT_SECONDS, wait_until
@@ -143,7 +144,8 @@ class Pair:
         environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
         journals = folder / "send.journal", folder / "receive.journal"
         on = ((), ()) if hosts is None else (hosts[0].on, hosts[1].on)
-        listen = "127.0.0.1:0" if hosts is None else f"{hosts[0].address}:0"
+        self._place = KeptPort()
+        listen = f"127.0.0.1:{self._place.number}" if hosts is None else f"{hosts[0].address}:0"
         insecure = () if hosts is None else ("--insecure",)
         words = (*insecure, "--qmp", monitor, "--listen", listen, "--journal", journals[0], "--json")
         words += ("--warm", f"{warm:g}") if warm else ()

@@ -17,6 +17,7 @@ from typing import Any
 from lazymem.fs import mountinfo, session
 from lazymem.fs.lock import MountLock
 from lazymem.pages import PAGE_SIZE
+from tests.support.ports import KeptPort
 
 WAIT_SECONDS = 30.0
 """For a condition on a busy test machine; nothing waits this long unless it is broken."""
@@ -36,7 +37,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Server:
-    """A `lazymem-serve` process. `address` is HOST:PORT."""
+    """A `lazymem-serve` process. `address` is HOST:PORT, where another one can be started once it has ended."""
 
     def __init__(
         self,
@@ -47,10 +48,12 @@ class Server:
         descriptors: int = 0,
     ) -> None:
         """`log`: where it logs, if not on our stderr. `descriptors`: how many it may have, if not as many as we."""
+        self._place = KeptPort(port)
+        listen = ("--listen", f"127.0.0.1:{self._place.number}")
         few = ("prlimit", f"--nofile={descriptors}") if descriptors else ()
         with contextlib.ExitStack() as opened:
             self._process = subprocess.Popen(
-                [*few, *command("lazymem_server.app", *folders, "--listen", f"127.0.0.1:{port}", "--json", *arguments)],
+                [*few, *command("lazymem_server.app", *folders, *listen, "--json", *arguments)],
                 stdout=subprocess.PIPE,
                 stderr=opened.enter_context(log.open("ab")) if log is not None else None,
                 text=True,
