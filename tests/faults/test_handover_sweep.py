@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 
 from lazymem.vm.guests import build_guest
 from tests.support.handover import Pair, pair
-from tests.support.vmprocess import WAIT_SECONDS, Process, Start, starting
+from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, starting, ticks_of, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -37,11 +36,6 @@ ENOUGH = 5
 """So many N of which no call failed, and all have: how many calls a hand-over makes is not the same each time."""
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def one_guest(start: Start, folder: Path) -> Process:
     ram = folder / "ram"
     ram.touch()
@@ -58,7 +52,6 @@ def hand_over(folder: Path, side: str, kind: str, number: int) -> bool:
     with starting(folder, RAM_MIB) as start:
         guest = one_guest(start, folder)
         with pair(folder, guest.monitor, "-serial", f"file:{folder}/there") as two:
-            two.send.arguments[two.send.arguments.index("--listen") + 1] = f"127.0.0.1:{free_port()}"
             for command in (two.send, two.receive):
                 command._environment["PYTHONPATH"] = f"{FAILING}:{ROOT}"
                 command._environment["LAZYMEM_TEST_FAILS"] = f"{side} {kind} {number} {failed}"
@@ -67,17 +60,20 @@ def hand_over(folder: Path, side: str, kind: str, number: int) -> bool:
             two.receive.arguments += [address, str(two.mountpoint), *map(str, two.vm_options)]
             two.receive.start()
             settle(two, guest, failed)
+            wait_until(lambda: bool(ticks_of(folder / "there")), "the guest to count on")
+            counts_on(guest.ticks(), ticks_of(folder / "there"))
     return failed.exists()
 
 
 def settle(two: Pair, guest: Process, failed: Path) -> None:
-    """Until the guest runs at the destination; whoever ended on the way is started again."""
+    """Until the guest runs at the destination, which has all of it: a call that is to fail may be one of the last.
+    Whoever ended on the way is started again."""
     give_up = time.monotonic() + 2 * WAIT_SECONDS
     while True:
         runs = two.runs()
         told = f"{failed.read_text() if failed.exists() else 'nothing'} failed; {two.tell()}"
         assert runs != (True, True), f"both run; {told}"
-        if runs[1]:
+        if runs[1] and two.send.code() == 0:
             return
         assert guest.process.poll() is None or two.runs()[1], f"the source's emulator ended: {guest.end()}; {told}"
         assert time.monotonic() < give_up, told

@@ -54,9 +54,7 @@ class Process:
 
     def ticks(self) -> list[int]:
         """The numbers that the guest has counted so far, of whole lines only."""
-        if not self.serial.exists():
-            return []
-        return [int(number) for number in re.findall(r"tick (\d+)\r?\n", self.serial.read_text())]
+        return ticks_of(self.serial)
 
     def wait_ticks(self, count: int) -> None:
         wait_until(lambda: len(self.ticks()) >= count or self.process.poll() is not None, f"{count} ticks")
@@ -87,6 +85,12 @@ class Process:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def ticks_of(serial: Path) -> list[int]:
+    """The numbers of whole lines of a guest's that counts: it may be in the middle of one, or have begun in one."""
+    text = serial.read_text() if serial.exists() else ""
+    return [int(number) for number in re.findall(r"^tick (\d+)\r?\n", text, re.MULTILINE)]
 
 
 Start = Callable[..., Process]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 from pathlib import Path
@@ -21,7 +20,7 @@ from tests.support import skips
 from tests.support.handover import Pair, pair
 from tests.support.networkhosts import NetworkHost, booted_by_itself, two_hosts
 from tests.support.smalldisks import small_disk
-from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, wait_until
+from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, ticks_of, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
@@ -44,19 +43,13 @@ def guest(start: Start, tmp_path: Path) -> Process:
     return process
 
 
-def ticks(path: Path) -> list[int]:
-    """The numbers of whole lines: it may be in the middle of one."""
-    text = path.read_text() if path.exists() else ""
-    return [int(number) for number in re.findall(r"^tick (\d+)\r?\n", text, re.MULTILINE)]
-
-
 def handed_over(pair: Pair, guest: Process) -> None:
     """It counts on there, and needs the source no more."""
     assert pair.send.wait() == 0, pair.tell()
     assert guest.end() == (0, "")
-    before, count = guest.ticks(), len(ticks(pair.folder / "there"))
-    wait_until(lambda: len(ticks(pair.folder / "there")) > count + 1, "the guest to count on")
-    counts_on(before, ticks(pair.folder / "there"))
+    before, count = guest.ticks(), len(ticks_of(pair.folder / "there"))
+    wait_until(lambda: len(ticks_of(pair.folder / "there")) > count + 1, "the guest to count on")
+    counts_on(before, ticks_of(pair.folder / "there"))
 
 
 def test_a_guest_goes_on_elsewhere(guest: Process, tmp_path: Path) -> None:
@@ -181,11 +174,11 @@ def test_between_two_hosts_whose_cable_is_pulled(guest: Process, tmp_path: Path)
         assert two.runs() == (True, False)
         two.receive.let_go_on()
         assert two.wait_settled() == (False, True)
-        wait_until(lambda: len(ticks(tmp_path / "there")) > 1, "the guest to have what it runs on")
+        wait_until(lambda: len(ticks_of(tmp_path / "there")) > 1, "the guest to have what it runs on")
         hosts[1].cable("down")
         two.send.let_go_on()
-        count = len(ticks(tmp_path / "there"))
-        wait_until(lambda: len(ticks(tmp_path / "there")) > count, "the guest to count alone")
+        count = len(ticks_of(tmp_path / "there"))
+        wait_until(lambda: len(ticks_of(tmp_path / "there")) > count, "the guest to count alone")
         assert two.send.code() is None
         hosts[1].cable("up")
         handed_over(two, guest)
@@ -207,7 +200,7 @@ def test_a_chain_whose_pages_are_not_yet_in_its_middle(guest: Process, tmp_path:
     ):
         first.begin(source_dies="half")
         assert first.wait_settled() == (False, True)
-        wait_until(lambda: len(ticks(tmp_path / "1" / "there")) > 1, "the guest to count in the middle")
+        wait_until(lambda: len(ticks_of(tmp_path / "1" / "there")) > 1, "the guest to count in the middle")
         second.begin()
         assert second.wait_settled() == (False, True)
         run = json.loads(os.getxattr(first.mountpoint, "user.lazymem.run"))
@@ -216,7 +209,7 @@ def test_a_chain_whose_pages_are_not_yet_in_its_middle(guest: Process, tmp_path:
         assert first.send.wait() == 0, first.tell()
         assert second.send.wait() == 0, second.tell()
         assert first.receive.wait() == 0, first.tell()
-        counts_on(ticks(tmp_path / "1" / "there"), ticks(tmp_path / "2" / "there"))
+        counts_on(ticks_of(tmp_path / "1" / "there"), ticks_of(tmp_path / "2" / "there"))
         assert not os.path.ismount(first.mountpoint)
 
 

@@ -12,7 +12,7 @@ from lazymem.settings import TlsSettings
 from lazymem.vm.guests import build_guest
 from tests.support.certificates import Pki, options
 from tests.support.handover import Pair, pair
-from tests.support.vmprocess import Process, Start, wait_until
+from tests.support.vmprocess import Process, Start, ticks_of, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 
@@ -41,11 +41,6 @@ def with_tls(two: Pair, source: TlsSettings | None, destination: TlsSettings | N
         two.receive.arguments += options(destination)
 
 
-def ticks(path: Path) -> list[int]:
-    text = path.read_text() if path.exists() else ""
-    return [int(line.split()[1]) for line in text.split("\n")[:-1] if line.startswith("tick ")]
-
-
 @pytest.mark.parametrize(("step", "warm"), [("", 60.0), ("RECORDED given", 0.0)])
 def test_a_guest_goes_on_elsewhere(guest: Process, pki: Pki, tmp_path: Path, step: str, warm: float) -> None:
     """Also with its pages ahead of it, and where the source is killed in the midst of it, and comes back."""
@@ -57,7 +52,7 @@ def test_a_guest_goes_on_elsewhere(guest: Process, pki: Pki, tmp_path: Path, ste
         assert guest.end() == (0, "")
         assert two.report()["state"] == "released"
         assert bool(two.report()["candidates_used"]) == bool(warm), two.tell()
-        wait_until(lambda: bool(ticks(tmp_path / "there")), "the guest to count on")
+        wait_until(lambda: bool(ticks_of(tmp_path / "there")), "the guest to count on")
 
 
 def test_who_may_not_take_it_hears_so_and_the_next_one_takes_it(guest: Process, pki: Pki, tmp_path: Path) -> None:
