@@ -13,7 +13,7 @@ import pytest
 from lazymem.fs import mountinfo
 from tests.support.mounts import Mounted, Stage, command, wait_until
 from tests.support.ownnamespace import own_mount_namespace
-from tests.support.processtree import started_with
+from tests.support.processtree import is_gone, started_with
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 pytestmark = pytest.mark.system
@@ -205,11 +205,7 @@ def test_force_aborts(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     with contextlib.suppress(OSError):  # its flush cannot be answered any more
         os.close(holder)
     assert _gone(mount)
-    assert not os.path.exists(f"/proc/{mount.pid}") or _is_zombie(mount.pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    wait_until(lambda: is_gone(mount.pid), "the daemon's end: it lets go of the mount a moment before")
 
 
 def test_our_own_descriptors_never_hold_the_mount(mounts: Stage, snapshot: BuiltSnapshot) -> None:
@@ -249,7 +245,7 @@ def test_an_unanswerable_request_does_not_keep_the_daemon(mounts: Stage, snapsho
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     mount.unmount()
-    assert not Path(f"/proc/{mount.pid}").exists() or _is_zombie(mount.pid)
+    wait_until(lambda: is_gone(mount.pid), "the daemon's end: it lets go of the mount a moment before")
 
 
 def test_fusermount_ends_it_too(mounts: Stage, snapshot: BuiltSnapshot) -> None:
