@@ -277,7 +277,7 @@ def test_without_the_server(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     mount = mounts.mount(server.address, *QUIET)
     with open(mount.ram_path, "rb") as ram:
         assert ram.read(64 * PAGE_SIZE) == snapshot.ram[: 64 * PAGE_SIZE]
-    wait_until(lambda: mount.status()["pages_held"] >= 64, "it is held")
+    mount.wait_kept()
     server.kill()
     kill_and_wait(mount)
     drop_kernel_cache(mount.ram_path)
