@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from lazymem.cli.status import read_status
+from lazymem.fs import session
 from tests.support.mounts import WAIT_SECONDS, Mounted, Stage, command, wait_until
 from tests.support.snapshots import BuiltSnapshot
 
@@ -74,13 +75,19 @@ def _touch_all(mount: Mounted) -> None:
             ram[offset]
 
 
+def _unmount_beside(mount: Mounted) -> None:
+    """A look at a mount keeps it busy as long as it lasts."""
+    wait_until(lambda: session.unmount(str(mount.path)), "a moment without a look at it")
+    mount.wait_ended()
+
+
 def test_it_shows_what_happens_until_the_mount_ends(mount: Mounted, watching: Watching) -> None:
     watching.wait_for("held ")
     _touch_all(mount)
     watching.wait_for("held 100.0%")
     watching.wait_for("all is here")
     watching.wait_for("waits of demand faults: p50")
-    mount.unmount()
+    _unmount_beside(mount)
     assert watching.wait_ended() == 0
     assert "the mount has ended" in watching.text
     assert "Traceback" not in watching.text
@@ -101,6 +108,7 @@ def test_json_has_the_same_numbers(mount: Mounted) -> None:
     with mount.open_map() as ram:
         ram[0:4] = b"mine"
         ram.flush()
+    mount.wait_kept()  # what is not held is missing on the map
     asked = subprocess.run(
         command("lazymem.cli.status", mount.path, "--json"), capture_output=True, check=True, timeout=WAIT_SECONDS
     )
@@ -128,7 +136,7 @@ def test_watched_json_has_rates_a_line_a_look(mount: Mounted) -> None:
         assert found["rates"]["demand_faults_per_second"] > 0
         assert found["pages_held"] == found["pages_total"]
         assert any(found["map"]["demanded"])
-        mount.unmount()
+        _unmount_beside(mount)
         assert process.wait(WAIT_SECONDS) == 0
 
 
