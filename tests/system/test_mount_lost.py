@@ -66,7 +66,8 @@ def test_the_filling_process_goes_on_at_the_other_server(mounts: Stage) -> None:
         assert link.accepted >= 2
         drop_kernel_cache(mount.ram_path)
         assert mount.ram_path.read_bytes() == big.ram
-        assert mount.status()["served_by"] == second.address
+        # All of it is here: what demands goes to the other server by itself, and nobody waits for that.
+        wait_until(lambda: mount.status()["served_by"] == second.address, "the daemon's own way to the other one")
         assert "the filling process ended early" not in mount.log.read_text()
 
 
@@ -101,7 +102,18 @@ def test_what_a_deadline_does_to_a_guest(mounts: Stage, snapshot: BuiltSnapshot)
     assert "did not come within 0.3 s" in mount.log.read_text()
     mounts.serve(snapshot.folder, port=port)
     wait_until(lambda: mount.status()["connected"], "the server is found again")
-    assert subprocess.run(touch, capture_output=True, check=True, timeout=60).stdout == snapshot.page(0)
+
+    def is_right() -> bool:
+        """On a busy machine a page may be late once more, and then that is what its reader died of."""
+        late = mount.log.read_text().count("did not come within")
+        done = subprocess.run(touch, capture_output=True, check=False, timeout=60)
+        if done.returncode == -signal.SIGBUS:
+            assert mount.log.read_text().count("did not come within") > late, mount.log.read_text()
+            return False
+        assert (done.returncode, done.stdout) == (0, snapshot.page(0)), done
+        return True
+
+    wait_until(is_right, "a page that comes in time")
 
 
 @skips.needs_resend
