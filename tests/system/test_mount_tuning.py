@@ -3,6 +3,7 @@
 Those that not even root of a user namespace may turn stay as they are, and the mount's log names them.
 """
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -119,8 +120,9 @@ def _flags(pid: int) -> dict[str, int]:
     """Of each thread of a process, what /proc/PID/task/TID/stat has as flags."""
     found = {}
     for path in Path(f"/proc/{pid}/task").iterdir():
-        _, _, fields = (path / "stat").read_text().rpartition(")")
-        found[f"{path.name} {(path / 'comm').read_text().strip()}"] = int(fields.split()[6])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
+            name, _, fields = (path / "stat").read_text().rpartition(")")
+            found[name] = int(fields.split()[6])
     return found
 
 
