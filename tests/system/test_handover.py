@@ -12,6 +12,7 @@ import pytest
 
 from bench.memorygroup import memory_group
 from lazymem.cli.receivehost import GONE_CODE
+from lazymem.cli.status import read_status
 from lazymem.errors import BusyError, EnvironmentRefusedError, MountError, ServerRefusedError, StoreError
 from lazymem.handover import messages
 from lazymem.handover.journal import read
@@ -69,9 +70,13 @@ def test_a_guest_goes_on_elsewhere(guest: Process, tmp_path: Path) -> None:
         assert report["ram_bytes"] == RAM_MIB << 20
         assert report["state_bytes"] > 0
         assert report["wire_received_bytes"] > 0
-        assert report["demand_faults"] > 0
-        assert report["pages_demanded"] >= report["demand_faults"]
-        assert 0 < report["wait_p50_seconds"] <= report["wait_p99_seconds"]
+        # A guest that is slow to run finds its pages there, and what it asks for may be on its way as a guess.
+        now = read_status(str(two.mountpoint))
+        assert report["demand_faults"] == now["demand_faults"]
+        assert report["pages_demanded"] <= now["pages_demanded"]
+        assert report["pages_demanded"] + report["pages_prefetched"] > 0
+        if report["wait_p50_seconds"] is not None:
+            assert 0 < report["wait_p50_seconds"] <= report["wait_p99_seconds"]
         # Said behind the word that lets the source end.
         wait_until(lambda: two.receive.out.read_text().endswith("\n"), "the destination's report")
         assert json.loads(two.receive.out.read_text()) == {name: report[name] for name in report if name not in OWN}
@@ -247,7 +252,7 @@ def test_tried_again_after_it_came_to_nothing(guest: Process, tmp_path: Path) ->
         assert two.wait_settled() == (False, True)
         handed_over(two, guest)
         report = two.report()
-        assert report["demand_faults"] == 0 or report["wait_p99_seconds"] > 0
+        assert report["wait_p99_seconds"] is None or report["wait_p99_seconds"] > 0
 
 
 def test_nothing_is_taken_by_hand_from_a_side_that_answers(guest: Process, tmp_path: Path) -> None:
