@@ -1,5 +1,6 @@
 """Held pages go into the kernel's cache before the guest asks: on a real mount, under a guest that reads and writes."""
 
+import itertools
 import mmap
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,18 @@ pytestmark = [
 
 def _filled(mount: Mounted) -> bool:
     return bool(mount.status()["fill"]["state"] == FILLED)
+
+
+def _seen_filling(mount: Mounted) -> dict[str, Any]:
+    """What it tells once it has filled something; on a busy machine that may be all of it."""
+    seen: list[dict[str, Any]] = []
+
+    def fills() -> bool:
+        seen.append(mount.status()["fill"])
+        return bool(seen[-1]["asked_pages"])
+
+    wait_until(fills, "it fills")
+    return seen[-1]
 
 
 def _has_filled_more(mount: Mounted, asked_pages: int) -> bool:
@@ -127,13 +141,14 @@ def test_an_unmount_works_while_it_is_filling(mounts: Stage, tmp_path: Path) -> 
     wait_until(lambda: first.status()["pages_held"] == big.pages, "all is held")
     first.unmount()
     unfinished = 0
-    for round_ in range(5):
+    for round_ in itertools.count():
+        assert round_ < 50, "we are always too late"
         mount = mounts.mount(server.address, name=f"again{round_}")
-        wait_until(lambda mount=mount: mount.status()["fill"]["asked_pages"] > 0, "it fills")  # type: ignore[misc]
-        unfinished += mount.status()["fill"]["state"] == "filling"
+        unfinished += _seen_filling(mount)["state"] == "filling"
         mount.unmount()  # umount(8), once: EBUSY would fail
         assert "Traceback" not in mount.log.read_text()
-    assert unfinished, "at least one was in the middle of it"
+        if unfinished >= 3:
+            return
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
