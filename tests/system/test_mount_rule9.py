@@ -27,8 +27,8 @@ offsets = st.integers(0, SIZE - 1) | st.builds(lambda page: page * PAGE_SIZE, st
 lengths = st.integers(1, 3 * PAGE_SIZE) | st.sampled_from([PAGE_SIZE, 2 * PAGE_SIZE, 10])
 
 
-SLOW = Link("slow", "2 ms, 16 Mb/s", 0.002, 2e6)
-"""The RAM takes half a second: longer than an example needs for its first operations."""
+SLOW = Link("slow", "2 ms, 4 Mb/s", 0.002, 5e5)
+"""The RAM takes two seconds: longer than an example needs for its first operations, also on a busy machine."""
 
 
 @dataclass
