@@ -102,8 +102,8 @@ class BadLink:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
-        for thread in self._threads:
-            thread.join()
+        while alive := [thread for thread in self._threads if thread.is_alive()]:
+            alive[0].join()  # the one that accepts may start two more
 
     def __enter__(self) -> BadLink:
         return self
@@ -141,6 +141,8 @@ class BadLink:
             for end in (connection.client, connection.server):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connections.append(connection)
+            if self._closing:  # which may not have seen this one
+                connection.close()
             self._start(self._carry, connection, connection.client, connection.server)
             self._start(self._carry, connection, connection.server, connection.client)
 
