@@ -21,6 +21,9 @@ from typing import Any
 
 from lazymem.demo.processes import child, wait_for_path
 
+WAIT_SECONDS = 60.0
+"""For a condition on a busy test machine; nothing waits this long unless it is broken."""
+
 VMSTATE = b"QEVM fake device state" * 1000
 
 
@@ -84,9 +87,9 @@ class FakeEmulator:
             return int.from_bytes(file.read(8), "little")
 
     def runs(self) -> bool:
-        """Whether the guest changes its RAM (waits up to 5 s to see it)."""
+        """Whether the guest changes its RAM. Waits long to see it: no test asks where it is not to."""
         before = self.counter()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + WAIT_SECONDS
         while self.counter() == before:
             if time.monotonic() > deadline:
                 return False
@@ -94,7 +97,7 @@ class FakeEmulator:
         return True
 
     def wait_command(self, name: str) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + WAIT_SECONDS
         while name not in self.commands:
             assert time.monotonic() < deadline, f"no {name} in {self.commands}"
             time.sleep(0.001)

@@ -13,6 +13,7 @@ import pytest
 
 from lazymem.nowait import lies_in_memory
 from tests.support.skips import stood_in
+from tests.support.vmprocess import WAIT_SECONDS
 
 _STEPS_BYTES = (1 << 20, 64 << 10, 4 << 10)
 
@@ -52,7 +53,7 @@ def mount_again(disk: Path) -> None:
 
 
 def _unmount(disk: Path) -> None:
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + WAIT_SECONDS
     while subprocess.run(["umount", disk], capture_output=True, check=False).returncode:
         if time.monotonic() > give_up:
             subprocess.run(["umount", "-l", disk], check=True)
