@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 from lazymem.errors import BusyError, LazymemError, MountError
 from lazymem.fs import holders, mountinfo, session
@@ -18,6 +19,11 @@ _EPILOG = """examples:
 
 STORE_WAIT_SECONDS = 60.0
 """For the daemon to store what the guest wrote, after the mount itself is gone."""
+
+LOOK_SECONDS = 2.0
+"""Longer than anybody takes who only looks at a mount that answers."""
+
+POLL_SECONDS = 0.02
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,12 +60,23 @@ def end_mount(path: str, *, force: bool) -> None:
     if force:
         session.abort(mounted.minor)
         session.unmount(path, lazy=True)
-    elif not session.unmount(path):
-        who = ", ".join(str(holder) for holder in holders.find_holders(mounted.device, path)) or "somebody"
-        raise BusyError(f"{path} is in use: {who}; end that first (--force would kill it)")
+    else:
+        _unmount(path, mounted.device)
     lock = MountLock(path)
     lock.acquire(STORE_WAIT_SECONDS)
     lock.release()
+
+
+def _unmount(path: str, device: str) -> None:
+    """Who asks for a status, or only lists the folder, keeps a mount busy as long as that lasts, and is not found: so
+    it is tried again for a moment where nobody is."""
+    give_up = time.monotonic() + LOOK_SECONDS
+    while not session.unmount(path):
+        found = holders.find_holders(device, path)
+        if found or time.monotonic() > give_up:
+            who = ", ".join(str(holder) for holder in found) or "somebody"
+            raise BusyError(f"{path} is in use: {who}; end that first (--force would kill it)")
+        time.sleep(POLL_SECONDS)
 
 
 if __name__ == "__main__":
