@@ -15,6 +15,7 @@ from trio.testing import MockClock
 
 from lazymem.errors import DeadlineError, ServerRefusedError, ServerUnreachableError, StoreError
 from lazymem.fetch import guesses
+from lazymem.fetch import scheduler as scheduler_module
 from lazymem.fetch.inflight import Demand, Want
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.plan import Budget
@@ -888,6 +889,7 @@ async def test_guesses_beside_demands_are_of_a_smaller_window(
     demanded: bool,
 ) -> None:
     """Rule 5: the window learns from each guess that comes whether somebody demanded a moment ago."""
+    monkeypatch.setattr(scheduler_module, "DEMANDED_SECONDS", 1000.0)  # of a clock that does not stand meanwhile
     told: list[bool] = []
     last_demand = LastDemand()
     scheduler = Scheduler(await network.connect(), sink, nursery, last_demand=last_demand)

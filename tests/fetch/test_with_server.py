@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from functools import partial
@@ -65,22 +66,22 @@ async def test_server_that_restarts_again_and_again_costs_no_reader_anything(
     snapshot = make_snapshot(tmp_path / "snapshot", PAGES)
     address = f"unix:{tmp_path}/socket"
 
-    async def restarts(done: trio.Event) -> None:
-        for turn in range(8):
+    async def restarts() -> None:
+        for turn in itertools.count():
             async with trio.open_nursery() as inner:
                 serving: Serving = await inner.start(partial(serve, [snapshot.folder], [address]))
                 started.set()
                 await connected.wait()  # of a server that is gone, a first connection is an error
                 await trio.sleep(0.05)
-                if turn == 7:
-                    await done.wait()
+                if enough.is_set():
+                    await trio.sleep_forever()
                 if turn % 2:
                     serving.stop("restart")
                 else:
                     inner.cancel_scope.cancel()
 
-    started, connected, done = trio.Event(), trio.Event(), trio.Event()
-    nursery.start_soon(restarts, done)
+    started, connected, enough = trio.Event(), trio.Event(), trio.Event()
+    nursery.start_soon(restarts)
     await started.wait()
     async with stack(snapshot, address, tmp_path / "cache", prefetch=False) as whole:
         connected.set()
@@ -90,8 +91,9 @@ async def test_server_that_restarts_again_and_again_costs_no_reader_anything(
                     readers.start_soon(compare, whole.ram, snapshot, seed, 20)
             for start in range(0, PAGES, 100):
                 whole.pristine.drop(PageRange(start, 100))
-        done.set()
+        enough.set()
         await compare(whole.ram, snapshot, 99, 1)
+    nursery.cancel_scope.cancel()
 
 
 async def test_no_such_snapshot_is_said_by_the_server(tmp_path: Path, nursery: trio.Nursery) -> None:
