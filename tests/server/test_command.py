@@ -22,6 +22,7 @@ from lazymem.wire.connection import CONNECTION_CLOSED, NEED_DATA, ClientConnecti
 from lazymem.wire.messages import Goodbye, Hello, Message, Welcome
 from tests.support.deltas import make_delta
 from tests.support.snapshots import make_snapshot
+from tests.support.vmprocess import WAIT_SECONDS
 from tests.support.wireclient import connected
 
 COMMAND = [sys.executable, "-m", "lazymem_server.app"]
@@ -56,7 +57,7 @@ def ready(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def plain_client(address: str) -> tuple[socket.socket, ClientConnection]:
     host, _, port = address.rpartition(":")
-    stream = socket.create_connection((host, int(port)), timeout=20)
+    stream = socket.create_connection((host, int(port)), timeout=WAIT_SECONDS)
     connection = ClientConnection()
     stream.sendall(connection.send(Hello("")))
     assert isinstance(next_message(stream, connection), Welcome)
@@ -80,7 +81,7 @@ def test_a_signal_ends_it_with_a_goodbye(tmp_path: Path, number: signal.Signals,
             process.send_signal(number)
             assert isinstance(next_message(stream, connection), Goodbye)
             assert next_message(stream, connection) is None
-        assert process.wait(20) == code
+        assert process.wait(WAIT_SECONDS) == code
 
 
 def test_the_plain_ready_line(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_the_plain_ready_line(tmp_path: Path) -> None:
         assert process.stdout.readline() == f"serving a, web on unix:{socket_path}\n"
         assert socket_path.stat().st_mode & 0o777 == 0o600
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(WAIT_SECONDS) == 0
         assert not socket_path.exists()
 
 
@@ -107,7 +108,7 @@ async def test_sockets_from_systemd(tmp_path: Path) -> None:
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified,
     ):
         notified.bind(str(tmp_path / "notify"))
-        notified.settimeout(20)
+        notified.settimeout(WAIT_SECONDS)
         process = subprocess.Popen(  # noqa: ASYNC220  # nothing else runs here
             [sys.executable, "-c", starter, str(listener.fileno()), str(snapshot.folder)],
             stdout=subprocess.PIPE,
@@ -147,7 +148,7 @@ def test_bad_input_is_one_clear_error(tmp_path: Path, arguments: list[str], code
     make_snapshot(tmp_path / "other" / "web")
     before = (tmp_path / "web" / "pc.ram").read_bytes()
     filled = [argument.format(tmp=tmp_path) for argument in arguments]
-    result = subprocess.run([*COMMAND, *filled], capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run([*COMMAND, *filled], capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
     assert result.returncode == code
     assert text in result.stderr
     assert "Traceback" not in result.stderr
@@ -164,7 +165,7 @@ def test_an_address_in_use(tmp_path: Path) -> None:
         local.listen()
         for address in (f"127.0.0.1:{taken.getsockname()[1]}", f"unix:{tmp_path / 'live'}"):
             command = [*COMMAND, "--listen", address, str(tmp_path / "web")]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
             assert (result.returncode, result.stderr.count("\n")) == (14, 1)
             assert "somebody else listens" in result.stderr
     assert (tmp_path / "live").exists()
@@ -186,7 +187,7 @@ def test_pages_never_reach_the_log(tmp_path: Path) -> None:
             assert isinstance(answer, Error)
             assert "secret" not in answer.text
         process.terminate()
-        _, log = process.communicate(timeout=20)
+        _, log = process.communicate(timeout=WAIT_SECONDS)
         assert "page 0 of web is not what it was" in log
         assert "secret" not in log
 
@@ -197,7 +198,7 @@ def test_a_delta_is_served_with_its_parent_or_not_at_all(tmp_path: Path) -> None
     delta = tmp_path / "deltas" / "web-2"
     make_delta(delta, parent.folder, {3: b"new!" * 1024}, (parent.folder,))
     with running(delta, "--listen", "127.0.0.1:0") as process:
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=WAIT_SECONDS)
         assert process.returncode == SnapshotError.exit_code
         assert said.count("\n") == 1
         assert "is not beside it: name its folder with --parent" in said

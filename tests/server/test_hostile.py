@@ -43,6 +43,9 @@ PAGES = 4096
 
 BRIEF = ServerLimits(farewell_seconds=0.05)
 
+PATIENCE_SECONDS = 60.0
+"""On a busy machine, for what takes milliseconds."""
+
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> BuiltSnapshot:
@@ -60,7 +63,7 @@ async def served(snapshot: BuiltSnapshot, limits: ServerLimits | None = None) ->
 
 async def assert_another_is_served(serving: Serving, snapshot: BuiltSnapshot) -> None:
     """A well-behaved client comes, reads 20 pages one by one, and goes, in seconds."""
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_SECONDS):
         async with connected(serving.addresses[0]) as client:
             for page in range(0, PAGES, PAGES // 20):
                 assert await client.read(PageRange(page, 1)) == snapshot.page(page)
@@ -69,14 +72,14 @@ async def assert_another_is_served(serving: Serving, snapshot: BuiltSnapshot) ->
 async def assert_dropped(stream: trio.SocketStream) -> bytes:
     """The server ends the stream; what it had said before."""
     said = b""
-    with trio.fail_after(10), contextlib.suppress(trio.BrokenResourceError):
+    with trio.fail_after(PATIENCE_SECONDS), contextlib.suppress(trio.BrokenResourceError):
         while data := bytes(await stream.receive_some(65536)):
             said += data
     return said
 
 
 async def wait_clients(serving: Serving, count: int) -> None:
-    with trio.fail_after(10):
+    with trio.fail_after(PATIENCE_SECONDS):
         while serving.clients != count:
             await trio.lowlevel.checkpoint()
 
@@ -108,9 +111,10 @@ NONSENSE_AFTER = {
 
 @pytest.mark.parametrize("name", NONSENSE)
 async def test_nonsense_instead_of_a_greeting(snapshot: BuiltSnapshot, name: str) -> None:
-    async with served(snapshot, BRIEF) as serving, await open_stream(serving.addresses[0]) as stream:
-        await stream.send_all(NONSENSE[name])
-        said = await assert_dropped(stream)
+    async with served(snapshot, ServerLimits(farewell_seconds=PATIENCE_SECONDS)) as serving:
+        async with await open_stream(serving.addresses[0]) as stream:
+            await stream.send_all(NONSENSE[name])
+            said = await assert_dropped(stream)
         assert HEADER.unpack_from(said)[1:] == (11, 0, 0, 0)  # one ERROR about the connection
         assert struct.unpack_from("<H", said, HEADER.size) == (ErrorCode.BAD_REQUEST,)
         await assert_another_is_served(serving, snapshot)
@@ -156,7 +160,7 @@ async def test_a_greeting_byte_by_byte(snapshot: BuiltSnapshot) -> None:
     async with served(snapshot, ServerLimits(handshake_seconds=0.2)) as serving:
         async with await open_stream(serving.addresses[0]) as stream:
             hello = encode(Hello("x" * 255))
-            with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(10):
+            with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(PATIENCE_SECONDS):
                 while hello:
                     await stream.send_all(hello[:1])
                     hello = hello[1:]
@@ -187,8 +191,9 @@ async def test_a_client_that_does_not_read(snapshot: BuiltSnapshot) -> None:
     """The server holds a bounded part of its answers, reads no more of its requests, and drops it in time."""
     limits = ServerLimits(send_seconds=0.5)
     async with served(snapshot, limits) as serving, small_client(serving.addresses[0]) as client:
-        for _ in range(100):
-            await client.send(Fetch(client.next_id(), (PageRange(0, PAGES),)))
+        with contextlib.suppress(trio.BrokenResourceError):  # dropped already
+            for _ in range(100):
+                await client.send(Fetch(client.next_id(), (PageRange(0, PAGES),)))
         await assert_another_is_served(serving, snapshot)
         await wait_clients(serving, 0)
         assert serving.counters.bytes_sent < 8 << 20
@@ -207,7 +212,7 @@ async def test_a_flood_of_pings_that_nobody_reads_the_answers_of(snapshot: Built
     async with served(snapshot, limits) as serving:
         async with small_client(serving.addresses[0]) as client:
             flood = b"".join(encode(Ping(at)) for at in range(1, 1000))
-            with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(20):
+            with contextlib.suppress(trio.BrokenResourceError), trio.fail_after(PATIENCE_SECONDS):
                 while True:
                     await client.stream.send_all(flood)
         await assert_another_is_served(serving, snapshot)
@@ -230,7 +235,10 @@ async def test_greedy_clients_cost_another_one_little(snapshot: BuiltSnapshot) -
                 before = sum(greed.received_bytes for greed in greeds)
                 assert await client.read(PageRange(page, 1)) == snapshot.page(page)
                 meanwhile.append(sum(greed.received_bytes for greed in greeds) - before)
-        assert all(0 < greed.received_bytes < greed.requests * whole_bytes for greed in greeds), "served, and not done"
+        with trio.fail_after(PATIENCE_SECONDS):
+            while not all(greed.received_bytes for greed in greeds):  # noqa: ASYNC110  # served, if not as soon
+                await trio.sleep(0.01)
+        assert all(greed.received_bytes < greed.requests * whole_bytes for greed in greeds), "and not done"
         nursery.cancel_scope.cancel()
     assert sorted(meanwhile)[len(meanwhile) // 2] < whole_bytes, meanwhile
 
@@ -320,7 +328,7 @@ async def test_a_cold_disk_under_one_client_does_not_stop_another(
         await waiting.send(Fetch(3, (PageRange(7, 1),)))
         [hot] = await waiting.answers(3)
         assert page_bytes(hot) == snapshot.page(7)
-        with trio.fail_after(10):
+        with trio.fail_after(PATIENCE_SECONDS):
             async with connected(serving.addresses[0]) as client:
                 assert await client.read(PageRange(0, 100)) == snapshot.ram[: 100 * PAGE_SIZE]
         disk_answers.set()

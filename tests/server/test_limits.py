@@ -183,7 +183,7 @@ async def test_max_background_unsent_bytes(snapshot: BuiltSnapshot) -> None:
             while not (unsent := [each._outlet.unsent_bytes for each in serving._sessions if each._steps.has_waiting]):
                 await trio.lowlevel.checkpoint()
             before = -1
-            while unsent != [before]:
+            while unsent != [before] or not before:
                 before = unsent[0]
                 await trio.sleep(0.1)
                 unsent = [session._outlet.unsent_bytes for session in serving._sessions]

@@ -57,7 +57,7 @@ async def session(folder: Path, take: Callable[[int], int], pace: Pace | None = 
         taken = take(len(data))
         return os.write(fd, data[:taken]) if taken else 0
 
-    with Catalog([folder]) as catalog, ThreadPoolExecutor(2) as disks, server_end, trio.fail_after(30):
+    with Catalog([folder]) as catalog, ThreadPoolExecutor(2) as disks, server_end, trio.fail_after(90):
         client = WireClient(trio.SocketStream(trio.socket.from_stdlib_socket(client_end)))
         served = Session(
             server_end.fileno(), catalog, ServerLimits(), disks, "test", pace or Pace(), threading.Lock(), writev
