@@ -14,7 +14,7 @@ from typing import IO
 
 import pytest
 
-from tests.support.processtree import is_gone
+from tests.support.processtree import is_gone, sleeps
 from tests.support.vmprocess import wait_until
 
 pytestmark = pytest.mark.timeout(60)
@@ -120,6 +120,7 @@ def test_a_child_alone_takes_signals_itself(guardian: Guardian) -> None:
     child = guardian.child(again=False)
     guardian.says("waits")
     os.kill(child, signal.SIGTERM)  # while it is not alone, that is nothing
+    wait_until(lambda: sleeps(child), "the child to have taken it")
     guardian.process.kill()
     guardian.says("alone")
     for number in (1, 2):

@@ -29,6 +29,11 @@ def is_gone(pid: int) -> bool:
     return found is None or found.is_zombie
 
 
+def sleeps(pid: int) -> bool:
+    """Whether its first thread waits for something, and so has taken every signal that was sent to it before."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
 def children_of(pid: int) -> list[Found]:
     """Those that live."""
     all_of_them = (maybe_process(int(name)) for name in os.listdir("/proc") if name.isdigit())
