@@ -29,6 +29,7 @@ from lazymem.snapshot.manifest import parse
 from lazymem.snapshot.writer import write_digests
 from lazymem.vm import taking
 from tests.support.fakeemulator import VMSTATE, Behaviour, FakeEmulator, fake_emulator
+from tests.support.vmprocess import WAIT_SECONDS
 
 SIZE = 4 << 20
 
@@ -98,7 +99,7 @@ def test_without_resume_the_file_moves_and_the_emulator_ends(behaviour: Behaviou
     with fake_emulator(behaviour, tmp_path) as fake:
         inode = fake.ram.stat().st_ino
         assert run(fake, tmp_path / "snap") == 0
-        assert fake.wait(10) == 0
+        assert fake.wait(WAIT_SECONDS) == 0
     check_whole(tmp_path / "snap", tmp_path)
     assert (tmp_path / "snap" / "pc.ram").stat().st_ino == inode
     assert not Path(behaviour.ram).exists()
@@ -108,7 +109,7 @@ def test_without_resume_a_file_with_a_second_name_is_copied(behaviour: Behaviour
     os.link(behaviour.ram, tmp_path / "vm" / "second")
     with fake_emulator(behaviour, tmp_path) as fake:
         assert run(fake, tmp_path / "snap") == 0
-        assert fake.wait(10) == 0
+        assert fake.wait(WAIT_SECONDS) == 0
     check_whole(tmp_path / "snap", tmp_path)
     assert (tmp_path / "snap" / "pc.ram").stat().st_ino != Path(behaviour.ram).stat().st_ino
 
@@ -314,7 +315,7 @@ def test_an_interrupt_lets_the_guest_go_on(behaviour: Behaviour, tmp_path: Path,
             try:
                 fake.wait_command("migrate")
                 process.send_signal(number)
-                _, error = process.communicate(timeout=30)
+                _, error = process.communicate(timeout=WAIT_SECONDS)
             finally:
                 process.kill()
         assert process.returncode == 130

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lazymem.demo.processes import child, wait_for_path
-
-WAIT_SECONDS = 60.0
-"""For a condition on a busy test machine; nothing waits this long unless it is broken."""
+from tests.support.mounts import WAIT_SECONDS
 
 VMSTATE = b"QEVM fake device state" * 1000
 
@@ -87,7 +85,7 @@ class FakeEmulator:
             return int.from_bytes(file.read(8), "little")
 
     def runs(self) -> bool:
-        """Whether the guest changes its RAM. Waits long to see it: no test asks where it is not to."""
+        """Whether the guest changes its RAM (waits up to `WAIT_SECONDS` to see it)."""
         before = self.counter()
         deadline = time.monotonic() + WAIT_SECONDS
         while self.counter() == before:
