@@ -96,8 +96,11 @@ def test_one_that_goes_when_it_is_told_may_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_when_it_began_is_what_its_emulator_says(tmp_path: Path, *, behind: bool) -> None:
+def test_when_it_began_is_what_its_emulator_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, behind: bool
+) -> None:
     """Its event may come before the answer to cont, or behind it; no other question is asked for that."""
+    monkeypatch.setattr("lazymem.handover.arriving._RESUME_SECONDS", 60.0)
     resumed = [event("RESUME", seconds=77)]
 
     def answers(name: str, _: int) -> tuple[list[Any], Answer, list[Any]]:

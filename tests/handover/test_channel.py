@@ -33,7 +33,10 @@ def _all_of(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("cancelled", [True, False])
-async def test_behind_half_a_message_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, *, cancelled: bool) -> None:
+async def test_behind_half_a_message_nothing_is_sent(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+) -> None:
+    """By a clock that stands until half of it is sent, and nothing else can happen."""
     monkeypatch.setattr(channel, "SILENCE_SECONDS", 30 if cancelled else 0.05)
     found, other = _two()
     with other:

@@ -140,7 +140,7 @@ async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection
         await keep(again, "first")
         assert ended == [again]
         door.handover = "second"
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             nursery.start_soon(keep, second, "second")
             assert await receivers.state_connection("second") is second
             await until(lambda: ended == [again, first])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -116,6 +119,8 @@ def test_it_ends_when_little_changes_or_the_time_is_over(ram: Path, monkeypatch:
             os.pwrite(file.fileno(), random.randbytes(PAGE_SIZE * (PAGES // FEW_SHARE + 2)), 0)
 
         passes: list[int] = []
+        clock = itertools.count(step=0.001)  # a millisecond a look
+        monkeypatch.setattr(runningram, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: next(clock)}))
         send(RunningRam(file.fileno(), PAGES * PAGE_SIZE), rewrite, 0.2)
         assert passes
 
