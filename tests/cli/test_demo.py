@@ -80,7 +80,8 @@ def test_linux_finds_its_memory(place: Path) -> None:
 @pytest.mark.parametrize("phase", ["fills its RAM", "serving and mounting", "verifies all its pages"])
 def test_interrupted_anywhere_it_clears_up(place: Path, phase: str) -> None:
     environment = os.environ | {"TMPDIR": str(place)}
-    command = [*COMMAND, "--guest", "pages", "--memory", "64"]
+    # One that stands at its end: the interrupt may be late.
+    command = [sys.executable, "-m", "tests.support.standingdemo", "--guest", "pages", "--memory", "64"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
