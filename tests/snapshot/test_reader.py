@@ -124,7 +124,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "SETTLED_NS", -1)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(start=st.integers(0, 599), count=st.integers(1, 300))
 def test_what_nobody_touched_is_read_without_a_look_at_its_bytes(
     built: BuiltSnapshot, settled: None, start: int, count: int

@@ -112,7 +112,7 @@ def test_a_broken_disk_is_not_taken_for_a_missing_reflink(tmp_path: Path, monkey
         copy(sparse_file(tmp_path / "source", MIB, {}), tmp_path / "target", MIB)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(parts=st.dictionaries(st.integers(0, 63), st.sampled_from([b"\1", bytes(PAGE_SIZE), b"z" * PAGE_SIZE])))
 def test_extents_hold_all_data(tmp_path: Path, parts: dict[int, bytes]) -> None:
     size = 64 * PAGE_SIZE

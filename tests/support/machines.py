@@ -11,6 +11,7 @@ from types import TracebackType
 from lazymem.vm.devicestate import State
 from lazymem.vm.machine import Ending, Machine, MachineConfig, block_sizes
 from lazymem.vm.ram import RamBlocks
+from tests.support.vmprocess import WAIT_SECONDS
 
 MIB = 1 << 20
 LOAD_ADDRESS = 0x100000
@@ -133,7 +134,7 @@ class RecordedLine:
         with self._changed:
             return bytes(self._sent)
 
-    def wait_for(self, condition: Callable[[bytes], bool], timeout_seconds: float = 20) -> bytes:
+    def wait_for(self, condition: Callable[[bytes], bool], timeout_seconds: float = WAIT_SECONDS) -> bytes:
         """What was sent, once `condition` holds for it."""
         with self._changed:
             if not self._changed.wait_for(lambda: condition(bytes(self._sent)), timeout_seconds):
@@ -169,7 +170,7 @@ class Rig:
         self.machine.start()
         return self
 
-    def ended(self, timeout_seconds: float = 20) -> Ending:
+    def ended(self, timeout_seconds: float = WAIT_SECONDS) -> Ending:
         ending = self.machine.wait_ended(timeout_seconds)
         assert ending is not None, f"the guest still runs; it sent {self.line.sent!r}"
         return ending

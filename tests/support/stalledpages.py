@@ -24,8 +24,6 @@ from lazymem.pages import PAGE_SIZE
 _MAP_FIXED = 0x10
 _PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
 _LINE_BYTES = 1 << 16
-_WAIT_SECONDS = 60.0
-"""For a condition on a busy test machine; nothing waits this long unless it is broken."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -67,7 +65,7 @@ class StalledPages:
         # Releases, so whoever waits goes on; then the memory is no more the mount's; then the mount goes.
         self._stack.close()
 
-    def wait_touched(self, timeout_seconds: float = _WAIT_SECONDS) -> None:
+    def wait_touched(self, timeout_seconds: float = 60) -> None:
         """Until somebody stands on one of the pages."""
         while not self._touched:
             self._touched.append(int(self._read_line(timeout_seconds)))
@@ -92,7 +90,7 @@ class StalledPages:
         self._daemon.stdin.write(f"{word}\n".encode())
         self._daemon.stdin.flush()
 
-    def _read_line(self, timeout_seconds: float = _WAIT_SECONDS) -> bytes:
+    def _read_line(self, timeout_seconds: float = 60) -> bytes:
         """Not readline(): that cannot give up."""
         assert self._daemon.stdout is not None
         while b"\n" not in self._unread:
@@ -117,7 +115,7 @@ def _daemon(folder: Path, pages: int) -> Iterator[subprocess.Popen[bytes]]:
             assert process.stdin is not None
             process.stdin.close()
             try:
-                process.wait(_WAIT_SECONDS)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise

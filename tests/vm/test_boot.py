@@ -257,7 +257,9 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
             load_kernel(path, "", ram.regions, ram.write)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=150, deadline=None
+)
 @given(data=st.data())
 def test_altered_files_are_loaded_or_refused_and_never_written_outside(tmp_path: Path, data: st.DataObject) -> None:
     image = bytearray(data.draw(st.sampled_from([elf([(0x100000, b"code", 64), (0x200000, b"d", 9)]), linux()])))

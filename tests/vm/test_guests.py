@@ -375,8 +375,8 @@ def stop_at_tick(rig: Rig, ticks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(pit, "advance", counting)
         rig.machine.start()
-        assert reached.wait(20)
-        assert rig.machine.stop(20)
+        assert reached.wait(60)
+        assert rig.machine.stop(60)
 
 
 @pytest.mark.parametrize("command", ["fill 77", "verify", "rewrite 1000000 3"])

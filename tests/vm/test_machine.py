@@ -199,7 +199,7 @@ def test_an_interrupt_that_the_guest_itself_raises_comes_at_once(tmp_path: Path)
 def test_what_is_typed_while_the_guest_stands_arrives_later(tmp_path: Path) -> None:
     with rig_for(ECHO, tmp_path, icount=False) as rig:
         rig.boot().line.wait_for(lambda sent: sent == b">")
-        assert rig.machine.stop(10)
+        assert rig.machine.stop(60)
         rig.line.type(b"later")
         assert rig.line.sent == b">"
         rig.machine.start()
@@ -211,7 +211,7 @@ def let_step(machine: Machine) -> None:
     for _ in range(2):
         passed = threading.Event()
         machine.post(passed.set)
-        assert passed.wait(20)
+        assert passed.wait(60)
 
 
 SILENT_ENDS = {
@@ -226,7 +226,7 @@ def test_a_stop_behind_a_start_returns_at_once(tmp_path: Path) -> None:
     with rig_for("_start: jmp _start", tmp_path, icount=False) as rig:
         rig.boot()
         for _ in range(300):
-            assert rig.machine.stop(10)
+            assert rig.machine.stop(60)
             rig.machine.start()
 
 
@@ -241,7 +241,7 @@ def test_stop_and_start_of_a_guest_that_waits(name: str, icount: bool, tmp_path:
         for _ in range(50):
             assert machine.run_state == "running"
             let_step(machine)
-            assert machine.stop(10)
+            assert machine.stop(60)
             assert machine.run_state == "paused"
             if machine.cpu.halted == halts:
                 break
@@ -251,14 +251,14 @@ def test_stop_and_start_of_a_guest_that_waits(name: str, icount: bool, tmp_path:
         assert machine.ending is None
         machine.start()
         let_step(machine)
-        assert machine.stop(10)
+        assert machine.stop(60)
         assert machine.cpu.halted == halts
 
 
 def test_virtual_time_stands_while_the_guest_stands(tmp_path: Path) -> None:
     with rig_for("_start: jmp _start", tmp_path, icount=False) as rig:
         rig.boot()
-        assert rig.machine.stop(10)
+        assert rig.machine.stop(60)
         first = rig.save()
         assert rig.save() == first
 
@@ -300,7 +300,7 @@ def test_everything_answers_while_the_guest_waits_for_a_page(icount: bool, tmp_p
             waiter.start()
             assert not stopped.wait(0.05)
             pages.release()
-            assert stopped.wait(20)
+            assert stopped.wait(60)
             waiter.join()
             assert machine.run_state in ("paused", "shutdown")
             machine.start()
@@ -339,7 +339,7 @@ def test_the_guests_ways_to_end(name: str, icount: bool, tmp_path: Path) -> None
         ending = rig.boot().ended()
         assert (ending.run_state, ending.exit_code, ending.reason) == expected
         assert ending.error is None
-        assert rig.machine.stop(10), "an ended guest stands"
+        assert rig.machine.stop(60), "an ended guest stands"
         rig.machine.start()
         assert rig.machine.run_state == "shutdown"
         rig.machine.listen_ended(lambda ending: heard.append(ending.run_state))
@@ -418,7 +418,7 @@ def test_stop_while_bytes_look_like_hlt(tmp_path: Path) -> None:
     with rig_for(NOT_HALTS.format(flags="sti").replace("300000", "3000000"), tmp_path, icount=False) as rig:
         rig.boot()
         for _ in range(30):
-            assert rig.machine.stop(10)
+            assert rig.machine.stop(60)
             if rig.machine.ending is None:
                 assert not rig.machine.cpu.halted
             rig.machine.start()

@@ -317,7 +317,7 @@ async def test_saves_that_are_cancelled_over_and_over_use_nothing_up(tmp_path: P
             await client.ask("migrate_cancel")
             await client.event("MIGRATION", status="cancelled")
         assert (await client.ask("query-status"))["status"] == "running"
-        with trio.fail_after(10):
+        with trio.fail_after(60):
             await trio.to_thread.run_sync(void, None)
         page.set()
 

@@ -36,7 +36,7 @@ class Input:
             if piece:
                 self.data += piece
             else:
-                assert self._arrived.acquire(timeout=20), f"only {self.data!r} came"
+                assert self._arrived.acquire(timeout=60), f"only {self.data!r} came"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def unix_line(socket_path: Path) -> Iterator[serial.SerialLine]:
 
 def connect(path: Path) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(20)
+    client.settimeout(60)
     client.connect(str(path))
     return client
 
@@ -101,7 +101,7 @@ def test_who_came_before_the_guest_hears_its_first_word(
     """On a busy machine the vCPU may speak before the line's own thread runs for the first time."""
     begin = threading.Event()
     step = unix_line._step
-    monkeypatch.setattr(unix_line, "_step", lambda timeout_ms: begin.wait(20) and step(timeout_ms))
+    monkeypatch.setattr(unix_line, "_step", lambda timeout_ms: begin.wait(60) and step(timeout_ms))
     with connect(socket_path) as client:
         unix_line.start(lambda: None)
         unix_line.write(b"ready")
@@ -163,7 +163,7 @@ def test_more_input_than_fits_waits_at_the_sender(unix_line: serial.SerialLine, 
         sender = threading.Thread(target=client.sendall, args=(text,))
         sender.start()
         Input(unix_line, limit=1000).wait_for(text)
-        sender.join(20)
+        sender.join(60)
         assert not sender.is_alive()
 
 
@@ -179,7 +179,9 @@ def test_a_socket_left_behind_is_replaced_and_a_served_one_is_not(socket_path: P
     line.close()
 
 
-def test_file_gets_everything_by_the_end(tmp_path: Path) -> None:
+def test_file_gets_everything_by_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serial, "WAIT_SECONDS", 60.0)  # behind a disk, or a thread, that is slow for a moment
+    monkeypatch.setattr(serial, "CLOSE_SECONDS", 60.0)
     path = tmp_path / "log"
     path.write_bytes(b"old")
     line = open_serial(f"file:{path}")
