@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import select
 import socket
@@ -12,7 +13,8 @@ STEP_BYTES = 16 * 1024
 
 
 class CorruptingWire:
-    """Listens at `address` for `server` (HOST:PORT). While `spoiling`, one bit in each piece of 16 KiB is another."""
+    """Listens at `address` for `server` (HOST:PORT). While `spoiling`, one bit in each piece of 16 KiB is another; not
+    on the first `spared` connections."""
 
     def __init__(self, server: str, seed: int) -> None:
         host, _, port = server.rpartition(":")
@@ -22,6 +24,7 @@ class CorruptingWire:
         self._ends: list[socket.socket] = [self._listener]
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.spoiling = False
+        self.spared = 0
         self.spoilt = 0
         self._begin(self._accept)
 
@@ -36,21 +39,21 @@ class CorruptingWire:
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
-            while True:
+            for number in itertools.count(1):
                 client, _ = self._listener.accept()
                 server = socket.create_connection(self._to)
                 self._ends += [client, server]
-                self._begin(self._carry, client, server, False)
-                self._begin(self._carry, server, client, True)
+                self._begin(self._carry, client, server, 0)
+                self._begin(self._carry, server, client, number)
 
-    def _carry(self, source: socket.socket, target: socket.socket, may_spoil: bool) -> None:
+    def _carry(self, source: socket.socket, target: socket.socket, number: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             while True:
                 select.select([source], [], [])
                 data = source.recv(STEP_BYTES)
                 if not data:
                     break
-                target.sendall(self._spoilt(data) if may_spoil and self.spoiling else data)
+                target.sendall(self._spoilt(data) if self.spoiling and number > self.spared else data)
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
