@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -50,10 +51,13 @@ class Vm:
             assert qmp.wait_status(lambda status: status != "inmigrate") == "running"
 
 
+NUMBERS = itertools.count()
+
+
 @contextmanager
 def vm(log: Path, ram: str, *words: str, sockets: Path) -> Iterator[Vm]:
     """`sockets`: a folder with a short name. Its serial line leads to us from the guest's first byte on."""
-    serial = sockets / f"serial{len(list(sockets.iterdir()))}"
+    serial = sockets / f"serial{next(NUMBERS)}"
     monitor = serial.with_name(f"{serial.name}.qmp")
     command = [sys.executable, "-m", "lazymem.cli.vm", "--engine", "qemu", "-m", "256", "--pcram-file", ram]
     command += ["-qmp", f"unix:{monitor}", *words]
@@ -291,9 +295,9 @@ def test_a_state_that_comes_over_a_socket_to_a_guest_that_shall_stand(
     stream = sockets / "stream"
     words = ("-incoming", f"unix:{stream}", "-S", *BOTH)
     with vm(tmp_path / "log", str(local / "pc.ram"), *words, sockets=sockets) as guest:
-        wait_until(lambda: stream.exists() or guest.process.poll() is not None, "somebody to take the state")
         with socket.socket(socket.AF_UNIX) as sender:
-            sender.connect(str(stream))
+            # QEMU listens a moment after its socket has its name.
+            wait_until(lambda: sender.connect_ex(str(stream)) == 0, "somebody to take the state")
             sender.sendall((local / "vmstate").read_bytes())
         with open_monitor(guest.monitor, guest.process, guest.log) as qmp:
             assert qmp.wait_status(lambda status: status != "inmigrate") == "paused"
