@@ -30,7 +30,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         assert guest.qemu.serial.ask("tick", "tick") == "1"
         assert guest.qemu.serial.ask("tick", "tick") == "2"
         assert snapshot.main([str(guest.qemu.monitor), str(folder / "snap")]) == 0
-        assert guest.qemu.process.wait(20) == 0
+        assert guest.qemu.process.wait(60) == 0
     return Saved(folder / "snap", guest.checksum)
 
 
@@ -110,6 +110,6 @@ def test_resumes_by_the_script_of_the_examples(saved: Saved, tmp_path: Path) -> 
     with waiting(tmp_path / "pc.ram", tmp_path / "log") as qemu:
         qemu.open_monitor().close()
         (tmp_path / "none").write_bytes(b"")
-        done = subprocess.run([script, qemu.monitor, tmp_path / "none"], check=False, capture_output=True, timeout=30)
+        done = subprocess.run([script, qemu.monitor, tmp_path / "none"], check=False, capture_output=True, timeout=60)
         assert done.returncode != 0
         assert b"no saved state" in done.stderr

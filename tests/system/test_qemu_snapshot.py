@@ -135,7 +135,7 @@ def test_without_resume_the_file_moves_and_qemu_ends(sockets: Path, tmp_path: Pa
         qemu.open_monitor().close()
         inode = ram.stat().st_ino
         assert snapshot.main([str(qemu.monitor), str(tmp_path / "snap")]) == 0
-        assert qemu.process.wait(10) == 0
+        assert qemu.process.wait(60) == 0
     assert (tmp_path / "snap" / "pc.ram").stat().st_ino == inode
     assert not ram.exists()
     manifest = parse((tmp_path / "snap" / "manifest.json").read_bytes())

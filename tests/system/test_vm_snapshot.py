@@ -55,7 +55,7 @@ def test_two_snapshots_of_one_guest_that_runs_on(vm: Vm, tmp_path: Path, sockets
     assert vm.serial.ask("rewrite 50 3", "rewrote") == "50"
     assert verify(vm) == whole
     assert snapshot.main([str(vm.monitor), str(tmp_path / "second")]) == 0
-    assert vm.process.wait(20) == 0
+    assert vm.process.wait(60) == 0
     assert write_digests(tmp_path / "first" / "pc.ram", RAM_BYTES, tmp_path / "again").tree == root
     for name, generation in (("first", "0"), ("second", "1")):
         data = (tmp_path / name / "vmstate").read_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import watchdog
-from tests.support.mounts import Stage, wait_until
+from tests.support.mounts import WAIT_SECONDS, Stage, wait_until
 from tests.support.snapshots import BuiltSnapshot
 
 pytestmark = pytest.mark.system
@@ -31,7 +31,7 @@ def test_who_stands_on_a_page_is_freed(mounts: Stage, snapshot: BuiltSnapshot) -
     try:
         wait_until(lambda: mount.status()["demand_faults"] >= 1, "it stands on a page")
         report = _watched(stands.pid, f"0.1 {mounts.folder} that test\n")
-        assert stands.wait(10) == -signal.SIGBUS
+        assert stands.wait(WAIT_SECONDS) == -signal.SIGBUS
     finally:
         stands.kill()
         stands.wait()
@@ -44,7 +44,7 @@ def test_who_stands_on_a_page_is_freed(mounts: Stage, snapshot: BuiltSnapshot) -
 def test_who_stands_elsewhere_is_killed(tmp_path: Path) -> None:
     sleeps = subprocess.Popen(["sleep", "1000"])
     report = _watched(sleeps.pid, f"0.1 {tmp_path} that test\n", "0.1")
-    assert sleeps.wait(10) == -signal.SIGKILL
+    assert sleeps.wait(WAIT_SECONDS) == -signal.SIGKILL
     assert "aborted: []" in report
 
 
@@ -70,7 +70,7 @@ def _watched(pid: int, test: str, *grace: str) -> str:
     dog.stdin.write(test)
     dog.stdin.flush()
     wait_until(lambda: not _is_running(pid), "it has ended")
-    _, report = dog.communicate(timeout=20)
+    _, report = dog.communicate(timeout=WAIT_SECONDS)
     assert dog.returncode == 0
     return report
 
