@@ -60,6 +60,8 @@ class BadLink:
     def __init__(self, target: str, seed: int = 0) -> None:
         self.mode = Mode.GOOD
         self.delay_seconds = 0.0
+        self.piece_bytes = PIECE_BYTES
+        """What is carried, and delayed, at a time."""
         self.flip_share = 0.0
         """How many of the pieces have a flipped bit, in either direction."""
         self.flips = self.accepted = 0
@@ -148,7 +150,7 @@ class BadLink:
 
     def _carry(self, connection: _Connection, source: socket.socket, to: socket.socket) -> None:
         try:
-            while data := source.recv(PIECE_BYTES):
+            while data := source.recv(self.piece_bytes):
                 if self._rng.random() < self.flip_share:
                     data = self._flipped(data)
                 if self.delay_seconds:
