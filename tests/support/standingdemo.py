@@ -21,5 +21,5 @@ def _await_and_stand(line: Any, start: str, *more: Any) -> str:
 
 
 if __name__ == "__main__":
-    runs._await = _await_and_stand
+    runs._await = _await_and_stand  # type: ignore[assignment]  # that takes whatever the other does
     sys.exit(demo.main(sys.argv[1:]))
