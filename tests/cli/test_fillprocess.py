@@ -32,7 +32,7 @@ def run(
 
     async def hear() -> bool:
         process.begin(ORDER, recorded, None)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, meanwhile, process)
                 return await process.run(lambda report: None)

@@ -31,7 +31,7 @@ async def test_a_host_without_a_thread_for_it_loses_the_recording_only(
     monkeypatch.setattr("trio.to_thread.run_sync", refuse)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(recording.run)
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             await recording.finish()
             await recording.over.wait()
     assert "the recording is lost" in caplog.text

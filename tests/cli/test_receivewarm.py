@@ -78,7 +78,7 @@ async def test_it_ends(end: str, tmp_path: Path) -> None:
         assert ahead.maybe_writer is not None
         return os.pread(ahead.maybe_writer._fds[1], 64, 0)[3:5] == b"\1\1"
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send)
             await ahead.take(cast(Any, link), found)
@@ -143,7 +143,7 @@ async def test_how_it_goes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             await trio.sleep(0.01)
         await theirs.aclose()
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send)
             await ahead.take(cast(Any, Link(ours)), arriving(ahead))

@@ -54,7 +54,7 @@ async def test_writes_wait_for_all_before_us_and_so_do_those_of_the_next(nursery
     ram = Ram()
     patient = survival.writes_after_predecessor(ram, nursery)  # type: ignore[arg-type]  # a RAM, for what it does
     nursery.start_soon(patient.write, 0, b"ours", lambda: None)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         await trio.testing.wait_all_tasks_blocked()
         assert await patient.read(0, 7) == b"at hand"
         _end(before[1])

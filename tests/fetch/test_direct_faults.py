@@ -21,7 +21,7 @@ from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.stacks import Stack, stack
 
 PAGES = 600
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture(params=[True, False], ids=["hashed", "unhashed"])

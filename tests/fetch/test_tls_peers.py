@@ -32,7 +32,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     return Pki(tmp_path_factory.mktemp("certificates") / "pki")
 
 
-async def answered_by(answer: Answer, tls: TlsSettings, seconds: float = 20.0) -> LazymemError:
+async def answered_by(answer: Answer, tls: TlsSettings, seconds: float = 60.0) -> LazymemError:
     """What our client says of a server that does `answer` with its first connection."""
     found: list[LazymemError] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -40,11 +40,11 @@ async def answered_by(answer: Answer, tls: TlsSettings, seconds: float = 20.0) -
         def serve_one() -> None:
             connected, _ = listener.accept()
             with connected, contextlib.suppress(OSError):
-                connected.settimeout(20)
+                connected.settimeout(60)
                 answer(connected)
 
         address = parse_server(f"127.0.0.1:{listener.getsockname()[1]}")
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, serve_one)
                 link = LinkSettings(tls=tls, handshake_timeout_seconds=seconds)
@@ -177,7 +177,7 @@ async def pair(pki: Pki, nursery: trio.Nursery) -> AsyncIterator[Pair]:
 async def test_what_is_inside_is_taken_without_the_socket(pair: Pair) -> None:
     """The descriptor tells of new bytes only: after `receive_nowait` none that came may wait inside."""
     transport, server = pair
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         assert transport.receive_nowait() is None
         for at in range(0, 100_000, 1000):
             await server.send_all(bytes([at // 1000]) * 1000)
@@ -218,7 +218,7 @@ async def test_close_ends_every_wait(pair: Pair) -> None:
             await (transport.send_all(bytes(1 << 24)) if sends else transport.receive())
         ended += 1
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with trio.open_nursery() as inner:
             inner.start_soon(wait, False)
             inner.start_soon(wait, True)
@@ -232,7 +232,7 @@ async def test_close_ends_every_wait(pair: Pair) -> None:
 
 async def test_the_servers_end_is_an_end(pair: Pair) -> None:
     transport, server = pair
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         await server.send_all(b"last words")
         await server.aclose()
         assert await transport.receive() == b"last words"

@@ -73,7 +73,7 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         while not condition():  # noqa: ASYNC110  # a thread does it
             await trio.sleep(0.001)
 

@@ -76,7 +76,7 @@ def arriving(
             yield guest, monitor
         finally:
             guest.close()
-            thread.join(30)
+            thread.join(60)
 
 
 def test_an_emulator_that_is_gone_before_it_is_told_has_not_run_its_guest(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def _two() -> tuple[Channel, socket.socket]:
 
 def _all_of(connection: socket.socket) -> bytes:
     """What comes until its end."""
-    connection.settimeout(30)
+    connection.settimeout(60)
     data = b""
     while more := connection.recv(1 << 16):
         data += more
@@ -70,7 +70,7 @@ async def test_who_waits_for_his_turn_to_send_may_be_cancelled() -> None:
 
 
 def _of_length(connection: socket.socket, count: int) -> bytes:
-    connection.settimeout(30)
+    connection.settimeout(60)
     data = b""
     while len(data) < count:
         data += connection.recv(count - len(data))

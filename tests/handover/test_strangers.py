@@ -70,7 +70,7 @@ async def test_a_stranger(name: str) -> None:
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
     async with ours, trio.open_nursery() as nursery:
         nursery.start_soon(receivers.serve, theirs)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             await ours.send_all(STRANGERS[name])
             await ours.send_eof()
     assert receivers.peer is None

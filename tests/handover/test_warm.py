@@ -158,7 +158,7 @@ async def taken(said: bytes, writer: Writer, seconds: float = 60.0) -> Warmed:
         async with theirs:
             await theirs.send_all(said)
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with ours, trio.open_nursery() as nursery:
             nursery.start_soon(say)
             await take(ours, writer.write, seconds, warmed)
@@ -249,7 +249,7 @@ async def test_it_ends_at_once(end: str, tmp_path: Path) -> None:
             await found.send(tmp_path / "ram", theirs, "a")
         done.set()
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with ours, trio.open_nursery() as nursery:
             nursery.start_soon(send_all)
             if end == "time":

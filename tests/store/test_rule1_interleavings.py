@@ -106,7 +106,7 @@ async def test_every_order_of_read_write_and_fetch(kind: str, short: bool, tmp_p
 
 async def _play(store: OpenStore, snapshot: BuiltSnapshot, order: tuple[str, ...], write: Write, short: bool) -> None:
     store.pristine.drop(PageRange(0, PAGES))
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             demand = SteppedDemand(store.source, store.pristine, nursery if short else None)
             play = Play(store, snapshot, demand, nursery)
@@ -164,7 +164,7 @@ async def _with_waiting_demand(
     assert demand.waiting == 0
     assert ram.written_pages == 0
     demand.open_all()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         assert await ram.read(0, len(snapshot.ram)) == snapshot.ram
         await ram.write(5, b"after")  # nothing is locked any more
     assert (await ram.read(0, 20))[:10] == snapshot.ram[:5] + b"after"

@@ -90,7 +90,7 @@ class Runs(RuleBasedStateMachine):
         """Whether it succeeded; it may fail only while the source does."""
 
         async def main() -> None:
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 await operation()  # type: ignore[misc]
 
         try:

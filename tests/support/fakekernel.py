@@ -9,7 +9,7 @@ from lazymem.fs import fuseabi
 from lazymem.fs.tree import RAM_INODE, ROOT_INODE, Tree
 
 GETATTR = 3
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 60.0
 
 
 class Reply(NamedTuple):
