@@ -214,7 +214,7 @@ def test_a_killed_mount_goes_on_and_so_does_its_guest(machine: SystemdMachine) -
     assert machine.show(VM, "MainPID") == guest
     machine.run("systemctl", "stop", MOUNT)
     assert [machine.show(unit, "Result") for unit in (VM, MOUNT)] == ["success"] * 2
-    assert machine.show(MOUNT, "NFileDescriptorStore") == "0"
+    machine.wait_shown(MOUNT, "NFileDescriptorStore", "0")
     assert not mounted(machine)
     assert not machine.shell("find /var/cache/lazymem -name 'run-*'")
 
