@@ -48,8 +48,8 @@ def test_frames_byte_by_byte() -> None:
 def test_a_real_server_answers_them(tmp_path: Path) -> None:
     image = synthetic(tmp_path / "work", 8)
     with serve_lazymem(image, tmp_path) as server:
-        found = read(server.address, 2, 0.3)
-        waits = demand(server.address, 0.1)["waits"]
+        found = read(server.address, 2, 3.0)
+        waits = demand(server.address, 1.0)["waits"]
     assert len(found["pages"]) == 2
     assert all(pages > 0 for pages in found["pages"])
     assert waits
@@ -60,7 +60,7 @@ def test_they_speak_tls_too(tmp_path: Path) -> None:
     image = synthetic(tmp_path / "work", 8)
     (variant,) = [variant for variant in VARIANTS if variant.suffix == "+tls"]
     with serve_lazymem(image, tmp_path, variant) as server:
-        found = read(server.address, 2, 0.3, client_tls(tmp_path))
-        waits = demand(server.address, 0.1, client_tls(tmp_path))["waits"]
+        found = read(server.address, 2, 3.0, client_tls(tmp_path))
+        waits = demand(server.address, 1.0, client_tls(tmp_path))["waits"]
     assert all(pages > 0 for pages in found["pages"])
     assert waits
