@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -75,6 +76,7 @@ def test_what_it_shares_with_its_daemon_leaves_no_descriptor_behind(begins: bool
         return sum("memfd:coming" in name for name in found)
 
     process = FillProcess(wait)
+    gc.collect()  # what earlier tests shared, if nobody has come for it
     before = descriptors()
     coming = process.share(8)
     assert descriptors() == before + 2, "ours, and the mapping's own"

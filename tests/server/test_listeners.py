@@ -11,6 +11,7 @@ from lazymem_server.catalog import Catalog, parse_spec
 from lazymem_server.listeners import Listeners, TcpAddress, UnixAddress, parse_listen, spoken_address
 
 from lazymem.errors import BusyError, EnvironmentRefusedError, SnapshotError, UsageError
+from tests.support.descriptors import open_descriptors
 from tests.support.snapshots import make_snapshot
 
 
@@ -104,11 +105,11 @@ def test_names(tmp_path: Path) -> None:
 
 def test_a_bad_folder_among_good_ones_leaves_nothing_open(tmp_path: Path) -> None:
     good = make_snapshot(tmp_path / "web").folder
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     with pytest.raises(SnapshotError):
         Catalog([good, tmp_path / "none"])
     with pytest.raises(UsageError):
         Catalog([good, good])
     with pytest.raises(UsageError):
         Catalog([])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

@@ -20,6 +20,7 @@ from lazymem.snapshot.deltaindex import INDEX_NAME, DeltaIndex, decode, encode
 from lazymem.snapshot.manifest import DELTA_NAME, DIGESTS_NAME, MANIFEST_NAME, Manifest, parse
 from lazymem.snapshot.reader import SnapshotReader, open_snapshot
 from tests.support.deltas import make_delta
+from tests.support.descriptors import open_descriptors
 from tests.support.snapshots import make_snapshot
 
 PAGES = 600  # Three leaves of digests, the last one not full.
@@ -239,10 +240,10 @@ def test_a_delta_that_is_its_own_parent(tmp_path: Path, delta: Path) -> None:
     with pytest.raises(SnapshotError, match="is not beside it"):
         open_snapshot(delta)
     shutil.copytree(delta, tmp_path / "copy")
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     with pytest.raises(SnapshotError, match="deltas that lie over each other"):
         open_snapshot(delta)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_index_refuses_nonsense() -> None:

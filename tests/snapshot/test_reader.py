@@ -18,6 +18,7 @@ from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot import publishedfile, vouching
 from lazymem.snapshot import reader as reader_module
 from lazymem.snapshot.reader import VouchedRun, open_snapshot
+from tests.support.descriptors import open_descriptors
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
 HASHED = pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "unhashed"])
@@ -349,12 +350,12 @@ def _huge_manifest(folder: Path) -> None:
 )
 def test_damaged_snapshots(tmp_path: Path, damage: object, match: str) -> None:
     built = make_snapshot(tmp_path / "web", pages=64)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     assert callable(damage)
     damage(built.folder)
     with pytest.raises(SnapshotError, match=match):
         open_snapshot(built.folder)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 @HASHED

@@ -21,6 +21,7 @@ from lazymem.store import cachefolder, statefiles
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.origin import RamOrigin
 from lazymem.store.statefolder import open_private_state, open_state
+from tests.support.descriptors import open_descriptors
 
 ORIGIN = RamOrigin(bytes(range(32)), 300 * PAGE_SIZE, None)
 OTHER = RamOrigin(bytes(32), 300 * PAGE_SIZE, None)
@@ -292,10 +293,10 @@ def test_a_folder_that_cannot_be_locked_is_refused_in_a_line(
     def flock(fd: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     with monkeypatch.context() as patched:
         patched.setattr(fcntl, "flock", flock)
         with pytest.raises(StoreError, match="cannot lock"):
             open_state(tmp_path / "state", ORIGIN)
-    assert len(os.listdir("/proc/self/fd")) == before, "and nothing is left open"
+    assert open_descriptors() == before, "and nothing is left open"
     open_state(tmp_path / "state", ORIGIN).close()

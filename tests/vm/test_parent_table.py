@@ -22,6 +22,7 @@ from lazymem.vm.migration import Migrations
 from lazymem.vm.ram import Host, MemFile, RamBlock, RamBlocks, check_host, parse_mem_file, pc_ram_file, this_host
 from lazymem.vm.runstate import RunState
 from lazymem.vm.uri import FileUri
+from tests.support.descriptors import open_descriptors
 from tests.support.fakemachine import RAM_BYTES, SIZES, FakeMachine
 from tests.support.streamreader import Stream, read_stream
 
@@ -161,11 +162,11 @@ class TestOpenStatSizeMap:
         assert "its file system has no shared writable maps" in text
 
     def test_an_error_gives_everything_back(self, ram: Path, tmp_path: Path) -> None:
-        before = set(os.listdir("/proc/self/fd"))
+        before = open_descriptors(collect=True)
         refused_and_unchanged(
             ram, lambda: RamBlocks(SIZES, [MemFile("pc.ram", ram), MemFile("vga.vram", tmp_path / "none")])
         )
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
         RamBlocks(SIZES, [MemFile("pc.ram", ram)]).close()  # And the lock is gone.
 
     def test_the_map_is_shared(self, ram: Path) -> None:
