@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from lazymem.cli.servicemanager import AGAIN_EXIT_CODE, MISTAKE_EXIT_CODE
 from lazymem.errors import LazymemError
+from tests.support.mounts import WAIT_SECONDS
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 MOUNT_UNIT = DEPLOY / "lazymem-mount@.service"
@@ -311,6 +313,40 @@ def test_taking_over_without_a_saved_state_is_one_clear_line(tmp_path: Path) -> 
         [sys.executable, script, tmp_path / "qmp", tmp_path / "vmstate"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (1, f"{tmp_path}/vmstate: No such file or directory\n")
+
+
+TELLS_OF_REFUSALS = """
+import runpy, socket, sys
+connect = socket.socket.connect
+
+def told(self, path):
+    try:
+        connect(self, path)
+    except ConnectionRefusedError:
+        print("refused", flush=True)
+        raise
+
+socket.socket.connect = told
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0])
+"""
+
+
+def test_a_monitor_that_has_its_name_and_does_not_listen_yet_is_waited_for(tmp_path: Path, sockets: Path) -> None:
+    """So is QEMU's, for a moment; who waited for the name is there before it."""
+    script, vmstate, monitor = DEPLOY / "examples" / "qemu-take-over", tmp_path / "vmstate", sockets / "qmp"
+    vmstate.write_bytes(b"QEVM")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(monitor))
+        command: list[str | Path] = [sys.executable, "-c", TELLS_OF_REFUSALS, script, monitor, vmstate]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "refused\n"
+            listener.listen(1)
+            with listener.accept()[0] as connection:
+                connection.sendall(b'{"QMP": {}}\n{"error": {"desc": "not now"}}\n')
+                _, said = process.communicate(timeout=WAIT_SECONDS)
+    assert (process.returncode, said) == (1, "qmp_capabilities: not now\n")
 
 
 def test_users_of_the_units_are_made() -> None:
