@@ -27,6 +27,7 @@ from lazymem.fetch.inflight import Demand, InFlightTable, State, Want, cut_runs
 from lazymem.fetch.keeper import Keeper
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.others import Others
+from lazymem.fetch.overdue import OverdueGuesses
 from lazymem.fetch.plan import Budget, Load, background_allowance, plan_demand
 from lazymem.fetch.prefetch import Prefetcher
 from lazymem.fetch.sink import Sink
@@ -116,6 +117,8 @@ class Scheduler:
             self._send_demands,
             self._fill_background,
         )
+        self._overdue = OverdueGuesses(self._starter, sink, self._answer_seconds, self._came_early)
+        nursery.start_soon(self._overdue.run)
         nursery.start_soon(self._keeper.run)
         self._fill_background()
 
@@ -213,6 +216,7 @@ class Scheduler:
                 flight = self._flights[want]
                 if flight.handle is not None:
                     flight.handle.promote(demand.pages, partial(self._came_early, flight))
+                    self._overdue.wait_for(flight)
 
     def _came_early(self, flight: Flight, part: Fetched) -> None:
         """A frame of a guess that is still coming, with pages that a reader waits for, who need not wait for the rest.
@@ -273,6 +277,7 @@ class Scheduler:
         )
 
     def _land(self, flight: Flight) -> None:
+        self._overdue.landed(flight)
         flight.handle = None  # it leads back here by `on_done`: pages would live until the cycle collector comes
         for want in flight.wants:
             del self._flights[want]

@@ -1,0 +1,183 @@
+"""Guesses that a reader waits for and that stand still: their pages are asked for as demands, before long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from lazymem.fetch.overdue import ANSWERS, LEAST_SECONDS
+from lazymem.fetch.scheduler import Scheduler
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.wire.messages import Fetch, Message
+from tests.fetch.conftest import Joined, Network
+from tests.support.memorysink import MemorySink
+from tests.support.peer import Peer, is_background
+
+GUESS = PageRange(64, 10)
+"""One request of the first window."""
+
+
+class KeepsGuessesBack:
+    """A server that answers demands only. `wrong`: so many of them with other bytes."""
+
+    def __init__(self, wrong: int = 0) -> None:
+        self.guesses: list[Fetch] = []
+        self.demands: list[list[PageRange]] = []
+        self._wrong = wrong
+
+    def __call__(self, peer: Peer, request: Message) -> Sequence[Message] | None:
+        assert isinstance(request, Fetch)
+        if is_background(request):
+            self.guesses.append(request)
+            return None
+        self.demands.append(list(request.ranges))
+        if len(self.demands) <= self._wrong:
+            return Peer(bytes(reversed(peer.ram))).honest(request)
+        return peer.honest(request)
+
+    async def guess(self, scheduler: Scheduler, nursery: trio.Nursery) -> None:
+        nursery.start_soon(scheduler.prefetch, [GUESS])
+        await trio.testing.wait_all_tasks_blocked()
+        (guess,) = self.guesses
+        assert guess.ranges == (GUESS,)
+
+    async def let_come(self, peer: Peer) -> None:
+        for answer in peer.honest(self.guesses[0]):
+            await peer.say(answer, 1)
+        await trio.testing.wait_all_tasks_blocked()
+
+
+@pytest.fixture
+def server(peer: Peer) -> KeepsGuessesBack:
+    peer.answers = KeepsGuessesBack()
+    return peer.answers
+
+
+@pytest.fixture
+def sink(peer: Peer) -> MemorySink:
+    return MemorySink(peer.ram)
+
+
+async def test_a_reader_waits_for_a_guess_that_stands_still_for_a_moment_only(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    started = trio.current_time()
+    pages = PageRange(70, 2)
+    assert joined(await scheduler.demand(pages)) == peer.bytes_of(pages)
+    assert trio.current_time() - started == pytest.approx(LEAST_SECONDS)
+    assert server.demands == [[pages]], "no page that nobody waits for"
+    await server.let_come(peer)
+    await scheduler.wait_kept()
+    assert sink.held == set(range(GUESS.start, GUESS.end))
+    assert not scheduler._flights
+    assert not len(scheduler._table)
+
+
+async def test_all_readers_of_a_guess_are_asked_for_at_once(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    """Also one that reaches beyond it, whose other pages are a demand as usual."""
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    wanted = [PageRange(64, 2), PageRange(65, 2), PageRange(70, 1), PageRange(72, 8)]
+    async with trio.open_nursery() as readers:
+
+        async def read(pages: PageRange) -> None:
+            assert joined(await scheduler.demand(pages)) == peer.bytes_of(pages)
+
+        for pages in wanted:
+            readers.start_soon(read, pages)
+    assert [PageRange(74, 6)] in server.demands
+    server.demands.remove([PageRange(74, 6)])
+    assert server.demands == [[PageRange(64, 3), PageRange(70, 1), PageRange(72, 2)]]
+
+
+async def test_a_guess_that_comes_in_time_is_asked_for_once(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    read: list[bytes] = []
+
+    async def reader() -> None:
+        read.append(joined(await scheduler.demand(PageRange(70, 1))))
+
+    nursery.start_soon(reader)
+    await trio.sleep(LEAST_SECONDS * 0.9)
+    assert not read
+    await server.let_come(peer)
+    assert read == [peer.bytes_of(PageRange(70, 1))]
+    await trio.sleep(100 * LEAST_SECONDS)
+    assert server.demands == []
+
+
+async def test_a_second_answer_that_is_wrong_is_given_to_nobody(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    server = peer.answers = KeepsGuessesBack(wrong=2)
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    assert joined(await scheduler.demand(PageRange(70, 1))) == peer.bytes_of(PageRange(70, 1))
+    assert server.demands == [[PageRange(70, 1)]] * 3
+
+
+async def test_a_reader_that_is_gone_asks_for_nothing(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    with trio.move_on_after(LEAST_SECONDS / 2):
+        await scheduler.demand(PageRange(70, 1))
+    await trio.sleep(100 * LEAST_SECONDS)
+    assert server.demands == []
+
+
+async def test_over_a_slow_link_a_guess_has_as_long_as_some_answers_take(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    scheduler._overdue._answer_seconds = lambda: LEAST_SECONDS
+    await server.guess(scheduler, nursery)
+    started = trio.current_time()
+    assert len(joined(await scheduler.demand(PageRange(70, 1)))) == PAGE_SIZE
+    assert trio.current_time() - started == pytest.approx(ANSWERS * LEAST_SECONDS)
