@@ -51,7 +51,8 @@ def test_a_guest_goes_on_elsewhere(guest: Process, pki: Pki, tmp_path: Path, ste
         assert two.send.wait() == 0, two.tell()
         assert guest.end() == (0, "")
         assert two.report()["state"] == "released"
-        assert bool(two.report()["candidates_used"]) == bool(warm), two.tell()
+        # How many of them are used is for others to test: this guest has few, and may ask for them first.
+        assert bool(two.report()["warmed_bytes"]) == bool(warm), two.tell()
         wait_until(lambda: bool(ticks_of(tmp_path / "there")), "the guest to count on")
 
 
