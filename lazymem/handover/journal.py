@@ -33,8 +33,9 @@ _SLOT_BYTES = 16 * 1024
 
 _DIGEST_BYTES = 32
 
-_LOCK_SECONDS = 0.2
-"""For a process that ends, or only looks whether somebody has it (`is_held`), to be gone from it."""
+_LOCK_SECONDS = 1.0
+"""For a process that ends, or only looks whether somebody has it (`is_held`), to be gone from it: milliseconds, unless
+the host is so busy that it is put aside just then."""
 
 _LOCK_POLL_SECONDS = 0.005
 
