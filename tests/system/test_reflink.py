@@ -1,6 +1,6 @@
 """`lazymem snapshot` on a file system with reflinks: the copy shares the guest's blocks, and is still a copy.
 
-Where none can be mounted a copy stands in for FICLONE: what is shared, and how short the pause is, are not shown then.
+Where none can be mounted a copy stands in for FICLONE: what is shared is not shown then.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from tests.support.reflinks import (
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 VM_RAM_BYTES = 64 << 20
-ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +136,12 @@ def test_shared_blocks_and_a_guest_that_runs_on(
 ) -> None:
     stand_in = disk.told(request.node)
     beside = guest.ram.parent
-    pauses: dict[str, list[float]] = {"reflink": [], "copy": []}
-    for number in range(ROUNDS):
-        # In turn, so that a busy machine is as busy for both. Another file system has no block of this one.
-        for way, parent in (("reflink", beside), ("copy", tmp_path)):
-            result = taken(guest, parent / f"{way}{number}", capsys)
-            assert result["ram_way"] == way
-            pauses[way].append(result["pause_seconds"])
-    assert min(*pauses["reflink"], *pauses["copy"]) > 0
-    first, copy = beside / "reflink0", tmp_path / "copy0"
+    first, copy = beside / "reflink", tmp_path / "copy"  # another file system has no block of this one
+    for target in (first, copy):
+        result = taken(guest, target, capsys)
+        assert result["ram_way"] == target.name
+        assert result["pause_seconds"] > 0
     if stand_in is None:
-        assert min(pauses["reflink"]) < min(pauses["copy"]), pauses
         check_changed = shares_its_blocks(guest, first / "pc.ram", copy / "pc.ram")
     else:
         check_changed = was_cloned(guest, first / "pc.ram", stand_in)
