@@ -14,10 +14,10 @@ guardian and the one that does the work; ``guardian:`` and ``worker:`` are the o
 source's is the one that its RAM lies on) ``daemon:``, ``supervisor:`` and ``filler:`` are killed; of its emulator
 ``emulator:``; a destination's is a lazymem-vm, and ``qemu:`` the QEMU below it, a source's is what has the guest, and
 ``vm:`` the lazymem-vm above it. ``cut:`` is the connection to the other side;
-``hold:`` nobody dies, it goes on once FILE has a sibling with the ending .go. Several of these may stand with a ``;``
-between. ``half``: of the guesses only the first 2 MiB are served until then. ``late;`` before all: the destination
-takes its emulator for not yet loaded until it has the source's word. ``early;``: it lets the source wait until its
-emulator is.
+``hold:`` nobody dies, it goes on once FILE has a sibling with the ending .go, which is gone then. Several of these may
+stand with a ``;`` between. ``half``: of the guesses only the first 2 MiB are served until then. ``late;`` before all:
+the destination takes its emulator for not yet loaded until it has the source's word. ``early;``: it lets the source
+wait until its emulator is.
 
 Where something else than the command is killed, a line ``=KIND`` says so: there may be none of the kind at that step.
 
@@ -50,6 +50,7 @@ from lazymem.pages import PageRange
 from lazymem.snapshot.liveram import LiveRam
 from lazymem.store.candidatewriter import CandidateWriter
 from tests.support.processtree import command_of, descendants_of, fillers_of, is_gone, maybe_process
+from tests.support.ramreads import read_bytes
 
 _HALF_PAGES = 512
 
@@ -80,7 +81,7 @@ class _Steps:
         with self._path.open("a") as file:
             file.write(f"{word}\n" + (f"!{word}\n" if kind is not None else ""))
         with self._path.with_suffix(".read").open("a") as file:
-            file.write(f"{_read_bytes()} {word}\n")
+            file.write(f"{read_bytes(os.getpid())} {word}\n")
         return kind
 
     def reached_alone(self, word: str) -> None:
@@ -91,8 +92,10 @@ class _Steps:
     async def reached(self, word: str, side: Any) -> None:
         kind = self.note(word)
         if kind == "hold":
-            while not self._path.with_suffix(".go").exists():  # noqa: ASYNC110 (a file)
+            go = self._path.with_suffix(".go")
+            while not go.exists():  # noqa: ASYNC110 (a file)
                 await trio.sleep(0.02)
+            go.unlink()  # the next hold waits for its own
         elif kind == "cut":
             await (side.receivers if isinstance(side, Sender) else side._link).drop()
         elif kind is not None:
@@ -144,11 +147,6 @@ def _near(kind: str, side: Any) -> list[int]:
     if kind == "filler":
         return fillers_of(status["pid"])
     return [status["pid"] if kind == "daemon" else status["survival"]["supervisor_pid"]]
-
-
-def _read_bytes() -> int:
-    """By read and its kin; what came over sockets is not among them."""
-    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def _emulator(side: Any) -> int:
