@@ -27,6 +27,9 @@ _BOOT_SECONDS = 300.0
 SCREEN = ("-vga", "std")
 """QEMU's options for it: 16 MiB, of which 3 are written."""
 
+_SCREENS = "-screens2"
+"""Part of the kept image's name: another one when `draw.S` changes."""
+
 _DRAW = """        draw) for device in /sys/bus/pci/devices/*; do
                   case $(cat $device/class) in 0x03*) screen=$device/resource0;; esac
               done
@@ -37,7 +40,7 @@ _DRAW = """        draw) for device in /sys/bus/pci/devices/*; do
 
 def linux_image(work: Path, *, screen: bool = False) -> Image:
     """The snapshot; booting it the first time takes half a minute under emulation."""
-    folder = work / f"linux{'-screens' if screen else ''}-{RAM_BYTES >> 20}-v{FORMAT}"
+    folder = work / f"linux{_SCREENS if screen else ''}-{RAM_BYTES >> 20}-v{FORMAT}"
     return image_of_guest(folder, partial(_boot_and_save, screen))
 
 
@@ -54,7 +57,7 @@ def build_guest(
     programs = []
     if screen:
         init = init.replace("        *)", _DRAW)
-        programs = [cpio.program("bin/draw", _assembled(folder))]
+        programs = [cpio.program("bin/draw", assembled(folder))]
     if init != linuxguest.INIT:
         entries = [cpio.folder(name) for name in ("bin", "dev", "proc", "sys", "tmp")]
         busybox = linuxguest.find_busybox().read_bytes()
@@ -63,7 +66,8 @@ def build_guest(
     return built
 
 
-def _assembled(folder: Path) -> bytes:
+def assembled(folder: Path) -> bytes:
+    """The program that draws, as it stands in `folder` then."""
     source, target = Path(__file__).with_name("draw.S"), folder / "draw"
     subprocess.run(["as", "--64", "-o", f"{target}.o", source], check=True)
     subprocess.run(["ld", "-static", "-nostdlib", "-o", target, f"{target}.o"], check=True)

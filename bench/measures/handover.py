@@ -60,6 +60,18 @@ SCREEN_MEASURES = (
         draws="plain",
     ),
     _beside_postcopy(
+        "screen-text",
+        "the same, of a guest whose screen is a console that scrolls all the time",
+        "the same with a console that scrolls",
+        draws="text",
+    ),
+    _beside_postcopy(
+        "screen-video",
+        "the same, of a guest whose screen is a moving picture",
+        "the same with a moving picture",
+        draws="video",
+    ),
+    _beside_postcopy(
         "screen-noise",
         "the same, of a guest that writes its screen with noise",
         "the same with a screen of noise",
