@@ -61,9 +61,14 @@ class StateSending:
             before = await remember()
         if self._is_cut:  # the guest goes on, and must not be stopped by a migration that begins behind that
             raise MonitorError("the device state was not sent: it was broken off before")
-        self._outgoing = outgoing = Outgoing(as_plain_socket(stream), guest.monitor, guest.peer_uid)
-        await trio.to_thread.run_sync(guest.send, f"unix:{outgoing.path}", before, on_stopped)
+        self._outgoing = outgoing = Outgoing(as_plain_socket(stream))
+        await trio.to_thread.run_sync(_sent, guest, outgoing, before, on_stopped)
         return await trio.to_thread.run_sync(outgoing.wait, _STATE_SECONDS)
+
+    def arrived(self, stream_bytes: int) -> None:
+        """The destination has so much of the connection."""
+        if self._outgoing is not None:
+            self._outgoing.pace.arrived(stream_bytes)
 
     def cut(self) -> None:
         """End it: whoever writes or waits gets an error; what was not begun yet never is."""
@@ -91,3 +96,16 @@ class StateSending:
         if self.received_bytes == self.sent_bytes:
             return None
         return f"of {self.sent_bytes} bytes of device state {self.received_bytes} arrived"
+
+
+def _sent(
+    guest: LeavingGuest, outgoing: Outgoing, before: MigrationSettings, on_stopped: Callable[[float], None]
+) -> None:
+    """Its state, into a connection of ours, or into one that an emulator makes which takes none."""
+    maybe_uri = guest.maybe_take(outgoing.make_pair())
+    uri = maybe_uri if maybe_uri is not None else outgoing.listen(guest.monitor, guest.peer_uid)
+    outgoing.start()
+    try:
+        guest.send(uri, before, on_stopped, outgoing.hurry)
+    finally:
+        outgoing.hurry()

@@ -16,6 +16,7 @@ while the guest runs, whatever is left then.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +40,9 @@ _EVENTS = "events"
 
 _DOWNTIME_LIMITS_MS = ((0.0, 10), (5.0, 50), (15.0, 300))
 """From so many seconds after the begin on, a last pass of so long is good enough. 300 is QEMU's own."""
+
+_CONNECTION = "lazymem-state"
+"""What the emulator knows the connection as that takes its state."""
 
 _LOOK_SECONDS = 0.5
 """Between two looks at a migration that tells nothing."""
@@ -116,18 +120,41 @@ class LeavingGuest:
         """Of its migrations, as far as `send` changes them."""
         return read(self._qmp, (CAPABILITY, _EVENTS, LEAVE_UNSYNCED))
 
-    def send(self, uri: str, before: MigrationSettings, on_stopped: Callable[[float], None]) -> float:
+    def maybe_take(self, end: socket.socket) -> str | None:
+        """Let the emulator have that end of a connection; the URI for it. None: it takes none.
+
+        Raises:
+            MonitorError: the emulator is gone.
+        """
+        try:
+            self._qmp.give(_CONNECTION, end.fileno())
+        except CommandError:  # lazymem-vm, or a monitor that others hand on
+            return None
+        return f"fd:{_CONNECTION}"
+
+    def send(
+        self,
+        uri: str,
+        before: MigrationSettings,
+        on_stopped: Callable[[float], None],
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> float:
         """Let it send its state to `uri`; returns once all is sent and the guest stands. `on_stopped` is called as soon
         as nothing writes to its RAM any more, with the moment since when the guest stands by the emulator's clock; that
-        is also what is returned. `before`: its `settings`, which are changed now and are on the disk by now, so that
-        whoever lets the guest go on can set them back.
+        is also what is returned. `on_stop` is called before that, when the guest may stand. `before`: its `settings`,
+        which are changed now and are on the disk by now, so that whoever lets the guest go on can set them back.
 
         Raises:
             MonitorError: it did not, with the reason; the guest may stand, see `go_on`.
         """
         self._qmp.take_events()
         self._prepare(before)
-        self._qmp.command("migrate", uri=uri)
+        try:
+            self._qmp.command("migrate", uri=uri)
+        except CommandError:
+            if uri.startswith("fd:"):  # else it would keep that connection
+                self._qmp.maybe_command("closefd", fdname=_CONNECTION)
+            raise
         begun = looked = time.monotonic()
         stopped: float | None = None
         while True:
@@ -137,6 +164,8 @@ class LeavingGuest:
                 raise MonitorError(f"the emulator's state was not sent within {STALLED_SECONDS:.0f} s")
             # Somebody else's STOP, or a disk's, is followed by a guest that writes on: only the save's own counts.
             is_stop = event is not None and event.name == "STOP" and stopped is None
+            if is_stop:
+                on_stop()
             if event is not None and is_stop and self._status_of_guest() in _SAVES_LAST_PASS:
                 stopped = event.seconds
                 on_stopped(stopped)

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from lazymem.errors import RemoteProtocolError
 
-VERSION = 2
+VERSION = 3
 
 CONTROL = b"lazyhand"
 STATE = b"lazystat"
@@ -76,6 +76,12 @@ class Ready(Message, frozen=True, tag="ready"):
     """The receiver's emulator waits for the state."""
 
 
+class Arrived(Message, frozen=True, tag="arrived"):
+    """So many bytes of the connection that brings the state are at the receiver; said now and then."""
+
+    stream_bytes: int
+
+
 class Received(Message, frozen=True, tag="received"):
     """The whole state is at the receiver: so many bytes."""
 
@@ -125,7 +131,7 @@ class Pong(Message, frozen=True, tag="pong"):
 
 
 Any_ = (
-    Hello | Offer | No | Clock | Ready | Received | Given | Mine | Refused | Whole | Done | Void | Ping | Pong
+    Hello | Offer | No | Clock | Ready | Arrived | Received | Given | Mine | Refused | Whole | Done | Void | Ping | Pong
 )  # what a decoder takes
 
 _DECODER = msgspec.json.Decoder(Any_)

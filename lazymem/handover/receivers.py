@@ -41,6 +41,10 @@ class Door(Protocol):
 
     async def offer(self) -> messages.Offer: ...
 
+    def arrived(self, stream_bytes: int) -> None:
+        """So much of the connection that takes the state is there."""
+        ...
+
     async def warm(self, stream: Stream) -> None:
         """Send what may be had before the receiver is ready."""
         ...
@@ -95,6 +99,9 @@ class Receivers:
             message = await channel.receive()
             if isinstance(message, messages.Clock):
                 await channel.send(messages.Clock(time.time()))
+                continue
+            if isinstance(message, messages.Arrived):
+                self._door.arrived(message.stream_bytes)
                 continue
             event = _EVENTS.get(type(message))
             if event is None:

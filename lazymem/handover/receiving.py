@@ -29,6 +29,7 @@ from lazymem.handover.relay import bring_in
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import DECIDED, SAID, Destination, Effect, Event, destination
 from lazymem.handover.taking import Taking
+from lazymem.handover.telling import Telling
 
 _LOOK_SECONDS = 0.2
 """Between two looks at the mount (is all here?) and at the emulator (does it live?)."""
@@ -177,8 +178,11 @@ class Receiver:
             self._nursery.start_soon(self._is_mounted)
 
         try:
-            async with stream:
-                await bring_in(stream, emulator, received)
+            async with stream, trio.open_nursery() as nursery:
+                telling = Telling(self._link.say)
+                nursery.start_soon(telling.run)
+                await bring_in(stream, emulator, received, telling.arrived)
+                nursery.cancel_scope.cancel()
         except* (SaveStreamError, MonitorError) as group:
             failure = str(group.exceptions[0])
             await self._events.put((Event.FAILED, failure))

@@ -1,8 +1,9 @@
 """Device state on its way from emulator to emulator: through both processes of a hand-over, never on a disk.
 
 The source's emulator writes into a unix socket; a thread hands that on to the connection, in compressed pieces
-(`statepieces`). At the destination a task reads ahead of the emulator there, which may wait for a page of RAM in the
-middle of its load while the source still waits to have sent everything.
+(`statepieces`), and not faster than they arrive while the guest runs (`pace`). At the destination a task reads ahead of
+the emulator there, which may wait for a page of RAM in the middle of its load while the source still waits to have sent
+everything.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import trio
 
 from lazymem.errors import MonitorError, SaveStreamError
 from lazymem.handover.channel import Stream
+from lazymem.handover.pace import Pace
 from lazymem.handover.statepieces import MAX_PIECE_BYTES, Packer, Unpacker
 from lazymem.tls.stream import TlsSocket, TlsStream
 
@@ -27,6 +29,9 @@ _READ_BYTES = 64 * 1024
 """Of a connection at a time."""
 
 _MAX_SOCKET_PATH = 107
+
+_HELD_BYTES = 16 * 1024
+"""Between the source's emulator and us, while its guest runs and the link is the slower one."""
 
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python names it from 3.13 on
 _AHEAD_BYTES = 4 << 20
@@ -37,28 +42,61 @@ _AHEAD_CHUNKS = 256
 
 
 class Outgoing:
-    """Listens on a fresh unix socket for one emulator, and hands what it sends on to `target`, which it then owns."""
+    """Hands what one emulator sends on to `target`, which it then owns: at a `pace` as long as the guest runs.
 
-    def __init__(self, target: socket.socket | TlsSocket, beside: Path, for_user: int) -> None:
+    The emulator gets an end of `make_pair`, or makes a connection itself to where this does `listen`; then `start`.
+    """
+
+    def __init__(self, target: socket.socket | TlsSocket) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._target = target
+        self._listener: socket.socket | None = None
+        self._path: Path | None = None
         self._connection: socket.socket | None = None
+        self._emulators: socket.socket | None = None
         self._packer = Packer()
+        self._thread = threading.Thread(target=self._relay, name="device state", daemon=True)
+        self._switching = threading.Lock()
+        self.pace = Pace()
         self.sent_bytes = 0
         self.failure: OSError | None = None
-        self.path = self._choose_path(beside)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._thread = threading.Thread(target=self._relay, name="device state", daemon=True)
+
+    def make_pair(self) -> socket.socket:
+        """The end that an emulator may have a copy of."""
+        self._connection, self._emulators = socket.socketpair()
+        return self._emulators
+
+    def listen(self, beside: Path, for_user: int) -> str:
+        """The URI of a fresh unix socket, for an emulator that takes nothing of `make_pair`. As much as the kernel
+        gives to any such connection is held there, 208 KiB.
+
+        Raises:
+            MonitorError: there can be none.
+        """
+        self._close_pair()
+        path = self._path = self._choose_path(beside)
+        listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._listener.bind(str(self.path))
-            os.chmod(self.path, 0o600)
+            listener.bind(str(path))
+            os.chmod(path, 0o600)
             if os.geteuid() == 0 and for_user != 0:
-                os.chown(self.path, for_user, -1)
-            self._listener.listen(1)
+                os.chown(path, for_user, -1)
+            listener.listen(1)
         except OSError as error:
-            self._remove()
-            raise MonitorError(f"cannot take the emulator's state at {self.path}: {error.strerror}") from error
+            raise MonitorError(f"cannot take the emulator's state at {path}: {error.strerror}") from error
+        return f"unix:{path}"
+
+    def start(self) -> None:
         self._thread.start()
+
+    def hurry(self) -> None:
+        """The guest stands, or nothing more is to come: all goes as fast as it can. Also a second time."""
+        self.pace.open()
+        with self._switching:
+            if self._emulators is not None:
+                widen(self._emulators)
+                self._emulators.close()  # its copy is the emulator's alone now, whose end is that of the connection
+                self._emulators = None
 
     def _choose_path(self, beside: Path) -> Path:
         """Beside the monitor's, a folder that the emulator sees, too."""
@@ -71,9 +109,14 @@ class Outgoing:
 
     def _relay(self) -> None:
         try:
-            self._connection, _ = self._listener.accept()
+            if self._connection is None:
+                assert self._listener is not None
+                self._connection, _ = self._listener.accept()
             while data := self._connection.recv(MAX_PIECE_BYTES):
-                self._target.sendall(self._packer.pack(data))
+                piece = self._packer.pack(data)
+                if self.pace.begin(len(piece)):
+                    self._narrow()
+                self._target.sendall(piece)
                 self.sent_bytes += len(data)
             self._target.sendall(self._packer.end())
             self._target.shutdown(socket.SHUT_WR)
@@ -83,6 +126,13 @@ class Outgoing:
             for sock in (self._connection, self._target):
                 if sock is not None:
                     _shut_down(sock)
+
+    def _narrow(self) -> None:
+        """The link is slower than the emulator. What is in our pair when the guest stops is in the way of what has to
+        go then; a faster link is better off with few turns of two processes."""
+        with self._switching:
+            if self._emulators is not None:
+                self._emulators.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _HELD_BYTES)
 
     def wait(self, seconds: float) -> int:
         """Once all is handed on: how many bytes.
@@ -99,23 +149,29 @@ class Outgoing:
 
     def cut(self) -> None:
         """End it now, from another thread: whoever writes or waits gets an error."""
+        self.pace.open()
         for sock in (self._listener, self._connection, self._target):
             if sock is not None:
                 _shut_down(sock)
 
     def close(self) -> None:
         self.cut()
-        self._thread.join()
-        for sock in (self._connection, self._target):
-            if sock is not None:
-                sock.close()
-        self._remove()
-
-    def _remove(self) -> None:
-        self._listener.close()
-        self.path.unlink(missing_ok=True)
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._close_pair()
+        self._target.close()
+        if self._listener is not None:
+            self._listener.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
         if self._folder is not None:
             self._folder.cleanup()
+
+    def _close_pair(self) -> None:
+        for sock in (self._connection, self._emulators):
+            if sock is not None:
+                sock.close()
+        self._connection = self._emulators = None
 
 
 def _shut_down(sock: socket.socket | TlsSocket) -> None:
@@ -132,9 +188,12 @@ def as_plain_socket(stream: Stream) -> socket.socket | TlsSocket:
     return plain
 
 
-async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], None]) -> None:
+async def bring_in(
+    source: Stream, emulator: Path, on_received: Callable[[int], None], on_arrived: Callable[[int], None]
+) -> None:
     """All that comes, into the emulator that listens on the unix socket. `on_received` gets the number of bytes when
-    the last one is here, which may be long before the emulator has taken it.
+    the last one is here, which may be long before the emulator has taken it; `on_arrived` after each piece how much has
+    come over the connection by then.
 
     Raises:
         SaveStreamError: the connection broke.
@@ -144,11 +203,11 @@ async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], 
         target = await trio.open_unix_socket(str(emulator))
     except OSError as error:
         raise MonitorError(f"the emulator does not take its state: {error.strerror}") from error
-    _widen(target.socket)
+    widen(target.socket)
     send, receive = trio.open_memory_channel[bytes](_AHEAD_CHUNKS)
     broke: BaseException | None = None
     pieces = Unpacker()
-    count = 0
+    count = arrived = 0
     async with target, trio.open_nursery() as nursery:
         nursery.start_soon(_feed, receive, target)
         async with send:
@@ -157,6 +216,8 @@ async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], 
                     data = await source.receive_some(_READ_BYTES)
                     if not data:
                         raise SaveStreamError("its connection ended")
+                    arrived += len(data)
+                    on_arrived(arrived)
                     for piece in pieces.feed(data):
                         count += len(piece)
                         await send.send(piece)
@@ -170,7 +231,7 @@ async def bring_in(source: Stream, emulator: Path, on_received: Callable[[int], 
         raise SaveStreamError(f"the device state broke off after {count} bytes: {broke}") from broke
 
 
-def _widen(target: trio.socket.SocketType) -> None:
+def widen(target: trio.socket.SocketType | socket.socket) -> None:
     """Let it hold more than the kernel's 208 KiB, after which two processes would take turns. As much as we may."""
     for option in (_SO_SNDBUFFORCE, socket.SO_SNDBUF):
         with suppress(OSError):

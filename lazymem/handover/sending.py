@@ -203,6 +203,10 @@ class Sender:
             self._warming.seconds if self.state is Source.OURS else 0.0,
         )
 
+    def arrived(self, stream_bytes: int) -> None:
+        """As `receivers.Door`."""
+        self._device_state.arrived(stream_bytes)
+
     async def warm(self, stream: Stream) -> None:
         """As `receivers.Door`. While the guest is here, and nothing was begun."""
         if self.state is Source.OURS and self._offers.are_open:

@@ -100,12 +100,26 @@ class QmpClient:
             CommandError: the emulator refused it.
             MonitorError: no answer in time, or the connection ended.
         """
+        return self._run(name, arguments, [])
+
+    def give(self, name: str, descriptor: int) -> None:
+        """The emulator has that descriptor under a name, which is the word for it in ``fd:NAME``; a copy stays here.
+
+        Raises:
+            CommandError: it takes none, or none came through (a monitor behind somebody who hands lines on).
+            MonitorError: as `command`.
+        """
+        self._run("getfd", {"fdname": name}, [descriptor])
+
+    def _run(self, name: str, arguments: dict[str, Any], descriptors: list[int]) -> Any:
         self._last_id += 1
         request: dict[str, Any] = {"execute": name, "id": self._last_id}
         if arguments:
             request["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            line = json.dumps(request).encode() + b"\n"
+            sent = socket.send_fds(self._socket, [line], descriptors) if descriptors else 0
+            self._socket.sendall(line[sent:])
             answer = self._next_answer(time.monotonic() + self._timeout_seconds)
         except OSError as error:
             raise MonitorError(f"the monitor {self._path} went away during {name}: {error}") from error

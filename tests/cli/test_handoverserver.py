@@ -28,6 +28,9 @@ class Door:
     async def offer(self) -> messages.Offer:
         raise AssertionError("nobody is let in here")
 
+    def arrived(self, stream_bytes: int) -> None:
+        raise AssertionError("nobody sends a state here")
+
     async def warm(self, stream: Stream) -> None:
         raise AssertionError("nor gets so far")
 

@@ -147,6 +147,7 @@ def _handover_messages(_: Path) -> Iterator[bytes]:
         messages.Offer(1, "ab" * 16, 1 << 20, emulator, "boot", "/ram", True),
         messages.No("busy", True),
         messages.Clock(1.5),
+        messages.Arrived(1 << 40),
         messages.Given(2.5),
         messages.Mine(None),
         messages.Whole({"pages": 7}),

@@ -86,6 +86,19 @@ def test_a_refused_migration_lets_the_guest_go_on_with_its_own_settings(tmp_path
         assert guest.settings() == before
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_an_emulator_may_take_an_end_of_a_connection(tmp_path: Path, *, takes: bool) -> None:
+    """One that refuses to send does not keep it. (A real QEMU sends into it in `tests/system/test_qemu_screen.py`.)"""
+    more: dict[str, Any] = {"errors": {"migrate": "told to refuse"}, "answers": {"getfd": {}} if takes else {}}
+    ours, theirs = socket.socketpair()
+    with ours, theirs, leaving(tmp_path, **more) as (guest, emulator):
+        uri = guest.maybe_take(theirs)
+        assert uri == ("fd:lazymem-state" if takes else None)
+        with pytest.raises(MonitorError, match="told to refuse"):
+            guest.send(uri or "unix:/nowhere", guest.settings(), lambda _: None)
+        assert ("closefd" in emulator.commands) is takes
+
+
 def test_a_setting_that_cannot_be_set_back_is_told_and_the_guest_goes_on(tmp_path: Path) -> None:
     """The other one is set back all the same."""
     more = {"errors": {"migrate-set-capabilities": "told to refuse"}, "status": "postmigrate"}

@@ -15,6 +15,7 @@ ALL = [
     messages.Offer(1, "id", 4096, {"name": "qemu"}, "boot", "/ram", True),
     messages.No("no", unknown=True),
     messages.Clock(1.5),
+    messages.Arrived(1 << 40),
     messages.Ready(),
     messages.Received(7),
     messages.Given(2.5),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import random
 import socket
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 
 from lazymem.errors import MonitorError, SaveStreamError
-from lazymem.handover.relay import Outgoing, bring_in
+from lazymem.handover.relay import Outgoing, bring_in, widen
+from lazymem.handover.statepieces import MAX_PIECE_BYTES
 
 STATE = random.Random(3).randbytes(700_000) + bytes(5 << 20) + b"the end"
 
@@ -31,15 +35,32 @@ def _all_of(listener: socket.socket) -> bytes:
         return bytes(data)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with socket.socket(socket.AF_UNIX) as emulator:
-        emulator.connect(str(path))
+def _begun(outgoing: Outgoing, folder: Path, *, takes: bool) -> socket.socket:
+    """The emulator's end. `takes`: it takes one that is given to it, as QEMU does; else it connects."""
+    end = outgoing.make_pair()
+    if takes:
+        found = end.dup()
+    else:
+        uri = outgoing.listen(folder / "qmp", os.geteuid())
+        found = socket.socket(socket.AF_UNIX)
+        found.connect(uri.removeprefix("unix:"))
+    outgoing.start()
+    return found
+
+
+def _written(emulator: socket.socket, data: bytes) -> None:
+    with emulator:
         emulator.sendall(data)
 
 
-async def test_all_of_it_arrives_and_both_ends_count_the_same(tmp_path: Path) -> None:
+def _nothing(_: int) -> None: ...
+
+
+@pytest.mark.parametrize("takes", [True, False])
+async def test_all_of_it_arrives_and_both_ends_count_the_same(tmp_path: Path, *, takes: bool) -> None:
+    """What has arrived is told to the source, which waits for that while the guest runs."""
     ours, theirs = socket.socketpair()
-    outgoing = Outgoing(ours, tmp_path / "qmp", os.geteuid())
+    outgoing = Outgoing(ours)
     got: list[bytes] = []
     received: list[int] = []
 
@@ -48,10 +69,12 @@ async def test_all_of_it_arrives_and_both_ends_count_the_same(tmp_path: Path) ->
 
     try:
         listener = _listener(tmp_path / "emulator")
+        emulator = _begun(outgoing, tmp_path, takes=takes)
         async with trio.SocketStream(trio.socket.from_stdlib_socket(theirs)) as stream, trio.open_nursery() as nursery:
             nursery.start_soon(load)
-            nursery.start_soon(bring_in, stream, tmp_path / "emulator", received.append)
-            await trio.to_thread.run_sync(_write, outgoing.path, STATE)
+            nursery.start_soon(bring_in, stream, tmp_path / "emulator", received.append, outgoing.pace.arrived)
+            await trio.to_thread.run_sync(_written, emulator, STATE)
+            outgoing.hurry()
             assert await trio.to_thread.run_sync(outgoing.wait, 30.0) == len(STATE)
     finally:
         outgoing.close()
@@ -59,28 +82,75 @@ async def test_all_of_it_arrives_and_both_ends_count_the_same(tmp_path: Path) ->
     assert received == [len(STATE)]
 
 
+@pytest.mark.parametrize("ends_with", ["hurry", "cut"])
+def test_no_more_is_under_way_than_the_link_takes_until_the_guest_stands(tmp_path: Path, ends_with: str) -> None:
+    """Of a destination that tells of the first piece alone. The emulator's end holds little from then on."""
+    ours, theirs = socket.socketpair()
+    widen(ours)
+    outgoing = Outgoing(ours)
+    emulator = _begun(outgoing, tmp_path, takes=True)
+    held = emulator.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    failures: list[OSError] = []
+
+    def write() -> None:
+        try:
+            emulator.sendall(random.Random(5).randbytes(4 << 20))
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        first = _taken_until_it_waits(outgoing, theirs)
+        outgoing.pace.arrived(first)
+        _taken_until_it_waits(outgoing, theirs)
+        assert thread.is_alive()
+        assert emulator.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < held // 4
+        if ends_with == "cut":
+            outgoing.cut()
+        else:
+            outgoing.hurry()
+            assert emulator.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= held
+            while thread.is_alive():
+                theirs.recv(1 << 20)
+        thread.join(30)
+        assert bool(failures) is (ends_with == "cut")
+    finally:
+        emulator.close()
+        outgoing.close()
+        theirs.close()
+
+
+def _taken_until_it_waits(outgoing: Outgoing, theirs: socket.socket) -> int:
+    """How much: one piece, which may be larger than the window, or twice that, as a link may hold more than it did."""
+    taken = 0
+    theirs.setblocking(False)
+    while not (taken and outgoing.pace.waiting):
+        time.sleep(0.001)
+        with suppress(BlockingIOError):
+            taken += len(theirs.recv(1 << 20))
+    theirs.setblocking(True)
+    assert taken <= 3 * MAX_PIECE_BYTES
+    return taken
+
+
 async def test_a_connection_that_ends_in_good_order_before_the_state_does(tmp_path: Path) -> None:
     """The kernel ends a killed source's so: what came is not all of it, and nobody counts it as such."""
     ours, theirs = socket.socketpair()
-    outgoing = Outgoing(ours, tmp_path / "qmp", os.geteuid())
+    outgoing = Outgoing(ours)
     received: list[int] = []
     listener = _listener(tmp_path / "emulator")
+    emulator = _begun(outgoing, tmp_path, takes=False)
     try:
         async with trio.SocketStream(trio.socket.from_stdlib_socket(theirs)) as stream:
             ours.shutdown(socket.SHUT_WR)
             with pytest.raises(SaveStreamError, match="broke off after 0 bytes"):
-                await bring_in(stream, tmp_path / "emulator", received.append)
-            await trio.to_thread.run_sync(_write_in_vain, outgoing.path)
+                await bring_in(stream, tmp_path / "emulator", received.append, _nothing)
+            with suppress(OSError):
+                await trio.to_thread.run_sync(_written, emulator, STATE)
             with pytest.raises(MonitorError, match="the way to the destination broke"):
                 await trio.to_thread.run_sync(outgoing.wait, 30.0)
     finally:
         outgoing.close()
         listener.close()
     assert not received
-
-
-def _write_in_vain(path: Path) -> None:
-    try:
-        _write(path, STATE)
-    except OSError:
-        return

@@ -112,8 +112,8 @@ def drawing(folder: Path) -> Iterator[tuple[Path, Screen]]:
             screen.close()
 
 
-def _take_slowly(listener: socket.socket, screen: Screen, taken: bytearray) -> None:
-    with listener, listener.accept()[0] as connection:
+def _take_slowly(connection: socket.socket, screen: Screen, taken: bytearray) -> None:
+    with connection:
         drawn_at = 0
         while data := connection.recv(1 << 16):
             taken += data
@@ -155,15 +155,16 @@ def _check(stream: bytes, screen: Screen, file: Path) -> None:
 
 def test_handed_over_over_a_slow_link(drawing: tuple[Path, Screen], folder: Path) -> None:
     monitor, screen = drawing
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(folder / "link"))
-    listener.listen(1)
+    ours, theirs = socket.socketpair()
     taken = bytearray()
-    taking = threading.Thread(target=_take_slowly, args=(listener, screen, taken))
+    taking = threading.Thread(target=_take_slowly, args=(ours, screen, taken))
     taking.start()
     guest = LeavingGuest(monitor)
     try:
-        guest.send(f"unix:{folder}/link", guest.settings(), lambda _: None)
+        with theirs:
+            uri = guest.maybe_take(theirs)
+            assert uri is not None
+            guest.send(uri, guest.settings(), lambda _: None, theirs.close)
         taking.join(WAIT_SECONDS)
         _check(bytes(taken), screen, folder / "screen")
     finally:

@@ -1,0 +1,64 @@
+"""What has arrived is told: much of it at once, little after a moment, and never twice."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+import trio.testing
+
+from lazymem.handover.messages import Arrived, Message
+from lazymem.handover.telling import EACH_BYTES, Telling
+
+
+class Source:
+    """Takes words one at a time, once it is `free`."""
+
+    def __init__(self) -> None:
+        self.heard: list[Message] = []
+        self.free = trio.Event()
+        self.free.set()
+
+    async def say(self, message: Message) -> None:
+        self.heard.append(message)
+        await self.free.wait()
+
+
+@asynccontextmanager
+async def _telling(source: Source) -> AsyncIterator[Telling]:
+    telling = Telling(source.say)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(telling.run)
+        yield telling
+        nursery.cancel_scope.cancel()
+
+
+async def test_much_at_once_and_little_after_a_moment(autojump_clock: trio.testing.MockClock) -> None:
+    source = Source()
+    async with _telling(source) as telling:
+        begun = trio.current_time()
+        telling.arrived(EACH_BYTES)
+        await trio.testing.wait_all_tasks_blocked()
+        assert source.heard == [Arrived(EACH_BYTES)]
+        assert trio.current_time() == begun
+        telling.arrived(EACH_BYTES + 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(source.heard) == 1
+        await trio.sleep(1.0)
+        assert source.heard[1:] == [Arrived(EACH_BYTES + 1)]
+        await trio.sleep(10.0)
+        assert len(source.heard) == 2
+
+
+async def test_what_comes_while_the_source_is_told_is_told_in_one_word(autojump_clock: trio.testing.MockClock) -> None:
+    source = Source()
+    source.free = trio.Event()
+    async with _telling(source) as telling:
+        telling.arrived(EACH_BYTES)
+        await trio.testing.wait_all_tasks_blocked()
+        for count in range(2, 9):
+            telling.arrived(count * EACH_BYTES)
+        source.free.set()
+        await trio.sleep(1.0)
+        assert source.heard == [Arrived(EACH_BYTES), Arrived(8 * EACH_BYTES)]
