@@ -31,7 +31,15 @@ _READ_BYTES = 64 * 1024
 _MAX_SOCKET_PATH = 107
 
 _HELD_BYTES = 16 * 1024
-"""Between the source's emulator and us, while its guest runs and the link is the slower one."""
+"""Between the source's emulator and us while its guest runs: what is in there when it stops is in the way of what has
+to go then."""
+
+_HELD_BYTES_FAST = 104 * 1024
+"""The same as long as the link was never the slower one: fewer turns of two processes. As much as any socket has (the
+kernel doubles both for its own needs)."""
+
+_FAST_PIECES = 8
+"""So many without a wait for the link, and it is fast. A guest without a screen is done by then."""
 
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h; Python names it from 3.13 on
 _AHEAD_BYTES = 4 << 20
@@ -64,6 +72,7 @@ class Outgoing:
     def make_pair(self) -> socket.socket:
         """The end that an emulator may have a copy of."""
         self._connection, self._emulators = socket.socketpair()
+        self._hold(_HELD_BYTES)
         return self._emulators
 
     def listen(self, beside: Path, for_user: int) -> str:
@@ -112,10 +121,14 @@ class Outgoing:
             if self._connection is None:
                 assert self._listener is not None
                 self._connection, _ = self._listener.accept()
+            free = 0
             while data := self._connection.recv(MAX_PIECE_BYTES):
                 piece = self._packer.pack(data)
-                if self.pace.begin(len(piece)):
-                    self._narrow()
+                waited = self.pace.begin(len(piece))
+                free += 1
+                if waited or free == _FAST_PIECES:
+                    self._hold(_HELD_BYTES if waited else _HELD_BYTES_FAST)
+                    free = _FAST_PIECES
                 self._target.sendall(piece)
                 self.sent_bytes += len(data)
             self._target.sendall(self._packer.end())
@@ -127,12 +140,11 @@ class Outgoing:
                 if sock is not None:
                     _shut_down(sock)
 
-    def _narrow(self) -> None:
-        """The link is slower than the emulator. What is in our pair when the guest stops is in the way of what has to
-        go then; a faster link is better off with few turns of two processes."""
+    def _hold(self, count: int) -> None:
+        """At most so much between the emulator and us, as long as we have its end."""
         with self._switching:
             if self._emulators is not None:
-                self._emulators.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _HELD_BYTES)
+                self._emulators.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count)
 
     def wait(self, seconds: float) -> int:
         """Once all is handed on: how many bytes.

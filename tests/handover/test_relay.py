@@ -84,12 +84,11 @@ async def test_all_of_it_arrives_and_both_ends_count_the_same(tmp_path: Path, *,
 
 @pytest.mark.parametrize("ends_with", ["hurry", "cut"])
 def test_no_more_is_under_way_than_the_link_takes_until_the_guest_stands(tmp_path: Path, ends_with: str) -> None:
-    """Of a destination that tells of the first piece alone. The emulator's end holds little from then on."""
+    """Of a destination that tells of the first pieces alone. The emulator's end holds little."""
     ours, theirs = socket.socketpair()
     widen(ours)
     outgoing = Outgoing(ours)
     emulator = _begun(outgoing, tmp_path, takes=True)
-    held = emulator.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     failures: list[OSError] = []
 
     def write() -> None:
@@ -105,16 +104,35 @@ def test_no_more_is_under_way_than_the_link_takes_until_the_guest_stands(tmp_pat
         outgoing.pace.arrived(first)
         _taken_until_it_waits(outgoing, theirs)
         assert thread.is_alive()
-        assert emulator.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < held // 4
+        assert _held(emulator) < _held(ours) // 4
         if ends_with == "cut":
             outgoing.cut()
         else:
             outgoing.hurry()
-            assert emulator.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= held
+            assert _held(emulator) == _held(ours)
             while thread.is_alive():
                 theirs.recv(1 << 20)
         thread.join(30)
         assert bool(failures) is (ends_with == "cut")
+    finally:
+        emulator.close()
+        outgoing.close()
+        theirs.close()
+
+
+def _held(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+async def test_where_the_link_is_never_the_slower_one_more_is_held(tmp_path: Path) -> None:
+    """Of zeros hardly anything is left for it."""
+    ours, theirs = socket.socketpair()
+    outgoing = Outgoing(ours)
+    emulator = _begun(outgoing, tmp_path, takes=True)
+    held = _held(emulator)
+    try:
+        await trio.to_thread.run_sync(emulator.sendall, bytes(4 << 20))
+        assert _held(emulator) > 4 * held
     finally:
         emulator.close()
         outgoing.close()
