@@ -48,6 +48,21 @@ _CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(?:,[+-]?[A-Za-z0-9_.-]+(?:=[A-Za-
 _ONLY_LOOK = ("check", "enforce")
 """Whether QEMU says, or refuses, that the host lacks a feature: the guest's CPU is the same."""
 
+_SWITCHED = dict.fromkeys(("true", "yes", "y"), "on") | dict.fromkeys(("false", "no", "n"), "off")
+"""QEMU's other words for a switch."""
+
+_FEATURE_ALIASES = {
+    "sse3": "pni",
+    "pclmuldq": "pclmulqdq",
+    "sse4-1": "sse4.1",
+    "sse4-2": "sse4.2",
+    "xd": "nx",
+    "ffxsr": "fxsr-opt",
+    "i64": "lm",
+    "hv-apicv": "hv-avic",
+}
+"""QEMU's other names for a CPU's features (x86_cpu_initfn in its target/i386/cpu.c), besides _ for -."""
+
 ACCELERATORS = ("kvm", "tcg")
 
 
@@ -212,7 +227,9 @@ def _features(cpu: str) -> tuple[str, dict[str, str]]:
     said: dict[str, str] = {}
     for part in sorted(cpu.split(",")[1:], key=lambda part: "+-".find(part[:1])):  # -1: no sign
         name, _, value = part.lstrip("+-").partition("=")
-        said[name.replace("_", "-")] = {"+": "on", "-": "off"}.get(part[:1], value or "on")
+        name = name.replace("_", "-")
+        value = {"+": "on", "-": "off"}.get(part[:1], value or "on")
+        said[_FEATURE_ALIASES.get(name, name)] = _SWITCHED.get(value, value)
     return _model(cpu), {name: value for name, value in said.items() if name not in _ONLY_LOOK}
 
 

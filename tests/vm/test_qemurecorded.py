@@ -13,6 +13,24 @@ def made_by(*options: str, machine: str | None = "pc-q35-7.2", cpu: str | None =
     return Emulator("qemu", "7.2.22", machine, cpu, options)
 
 
+@pytest.mark.parametrize(
+    ("recorded", "given"),
+    [
+        ("qemu64,+avx2", "qemu64,avx2=true"),
+        ("qemu64,avx2=on", "qemu64,avx2=yes"),
+        ("qemu64,-sse4.1", "qemu64,sse4_1=no"),
+        ("qemu64,+pni,+nx", "qemu64,xd=y,sse3"),
+        ("qemu64,ffxsr=off", "qemu64,fxsr_opt=false"),
+    ],
+)
+def test_a_cpu_in_other_words_is_the_same(recorded: str, given: str) -> None:
+    for its, his in ((recorded, given), (given, recorded)):
+        found = read(made_by("-cpu", its))
+        check_agrees(found, "pc-q35-7.2", ["-cpu", his])
+        with pytest.raises(UsageError, match="fits no other"):
+            check_agrees(found, "pc-q35-7.2", ["-cpu", f"{his},+ssse3"])
+
+
 def test_an_ordinary_one() -> None:
     options = [
         "-nodefaults",
