@@ -165,7 +165,7 @@ class _Taking:
             way.warm_up()
             with ram_left_out(self._qmp):
                 self._reporter.phase("saving device state")
-                self._save()
+                self._save_or_abandon()
                 if moving:
                     os.fsync(source)
                     return self._end_moving()
@@ -196,6 +196,16 @@ class _Taking:
             save_device_state(self._qmp, self._options.monitor, self._pending.vmstate)
         except SaveRefusedError:
             self._begun = False
+            raise
+
+    def _save_or_abandon(self) -> None:
+        """Here and not in `run` alone: while a save is under way the emulator's settings cannot be set back."""
+        try:
+            self._save()
+        except BaseException:
+            if self._begun:
+                with suppress(MonitorError):
+                    abandon(self._qmp)
             raise
 
     def _check_it_stood(self) -> None:

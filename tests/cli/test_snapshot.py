@@ -28,6 +28,7 @@ from lazymem.errors import EnvironmentRefusedError, MonitorError, RamFileError, 
 from lazymem.snapshot.manifest import parse
 from lazymem.snapshot.writer import write_digests
 from lazymem.vm import taking
+from lazymem.vm.qmpclient import QmpClient
 from tests.support.fakeemulator import VMSTATE, Behaviour, FakeEmulator, fake_emulator
 from tests.support.vmprocess import WAIT_SECONDS
 
@@ -324,6 +325,8 @@ def test_an_interrupt_lets_the_guest_go_on(behaviour: Behaviour, tmp_path: Path,
         assert fake.commands[-3:] != ["quit"]
         assert "migrate_cancel" in fake.commands
         assert fake.runs()
+        with QmpClient(fake.qmp) as qmp:  # which is refused while a save is under way
+            assert qmp.command("query-migrate-capabilities") == [{"capability": "x-ignore-shared", "state": False}]
     assert not leftovers(tmp_path)
     assert os.listdir(Path(behaviour.qmp).parent) == []
 

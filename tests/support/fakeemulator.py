@@ -218,6 +218,8 @@ class _Monitor:
         return {"value": {}}
 
     def on_migrate_set_capabilities(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        if self.migration.get("status") == "active":
+            return {"error": {"class": "GenericError", "desc": "There's a migration process in progress"}}
         self.capability = arguments["capabilities"][0]["state"]
         return {"value": {}}
 
