@@ -208,7 +208,8 @@ def _may_be_reclaimed(journal: Journal, before: Leaving | None, guard: Guard) ->
     """What a process before this one had begun to take back when it was killed is to go on, too."""
     if before is None or journal.found is None:
         return False
-    return journal.found.state == Source.GIVEN.value or (guard.is_again and journal.found.state == Source.OURS.value)
+    is_on_its_way = guard.is_again and journal.found.state == Source.OURS.value and before.reclaimed
+    return journal.found.state == Source.GIVEN.value or is_on_its_way
 
 
 def _maybe_before(journal: Journal) -> Leaving | None:

@@ -26,7 +26,7 @@ class Leaving(Struct):
     """What stands in a source's journal. `stopped`: when the guest stood, by its emulator's clock. `over`: nothing is
     left to do; `told`: and a command that came later has found that, whose own hand-over is another one. `void`: as
     `offers.Offers.void`. `settings_before`: of the emulator's migrations, as long as they may be changed for this
-    hand-over; there before they are."""
+    hand-over; there before they are. `reclaimed`: it is here because its user has taken it back."""
 
     address: str
     monitor: str
@@ -43,6 +43,7 @@ class Leaving(Struct):
     told: bool = False
     void: list[str] = field(default_factory=list)
     settings_before: MigrationSettings | None = None
+    reclaimed: bool = False
 
 
 def void_of(found: Record) -> list[str]:

@@ -279,6 +279,7 @@ class Sender:
     async def take_back(self) -> None:
         """As `reclaiming.Reclaimable`."""
         self._reason = "taken back by hand"
+        self._leaving.reclaimed = True
         await self._put_event(Event.RECLAIM, None, None)
         await until(lambda: self.state is not Source.GIVEN and not self._acting)
 

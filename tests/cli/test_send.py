@@ -18,7 +18,7 @@ from msgspec import convert, to_builtins
 
 from lazymem.cli import send
 from lazymem.cli.guardian import Guard
-from lazymem.errors import LazymemError, MonitorError, StoreError
+from lazymem.errors import IdentityError, LazymemError, MonitorError, StoreError
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.departure import Leaving
 from lazymem.handover.journal import Journal, read
@@ -144,3 +144,18 @@ def test_what_is_known_of_another_guest_says_nothing_of_this_one(
     with pytest.raises(MonitorError, match="may run there"):
         run(tmp_path)
     assert not {"cont", "migrate-set-capabilities"} & set(emulator.commands)
+
+
+@pytest.mark.parametrize("reclaimed", [True, False])
+def test_what_a_process_that_was_killed_had_taken_back_is_told_by_the_next(
+    tmp_path: Path, emulator: FakeEmulator, capsys: pytest.CaptureFixture[str], *, reclaimed: bool
+) -> None:
+    """And nothing else is: of a guest that was never given, the first one would have said so."""
+    begun(tmp_path, "ours", leaving(tmp_path, pid=emulator.pid, reclaimed=reclaimed))
+    if not reclaimed:
+        with pytest.raises(IdentityError, match="nothing was given away"):
+            run(tmp_path, "--reclaim")
+        return
+    assert run(tmp_path, "--reclaim") == 0
+    assert "taken back by hand; the guest goes on here" in capsys.readouterr().err
+    assert emulator.runs()
