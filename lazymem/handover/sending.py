@@ -236,7 +236,10 @@ class Sender:
             return True
         before, self._acting = self.state, True
         self._note(event, payload)
-        if not await self._step(event) and isinstance(payload, messages.Message):
+        # "Given" is written and said in one, whoever loses patience: else the guest would stand on both sides.
+        with trio.CancelScope(shield=event is Event.RECEIVED):
+            is_known = await self._step(event)
+        if not is_known and isinstance(payload, messages.Message):
             self._say(f"the receiver said {event.value!r}, which makes no sense where the guest is {before.value!r}")
             await self.receivers.drop()
         self._acting = False

@@ -117,6 +117,38 @@ async def test_a_guest_that_does_not_go_on_is_not_said_to(tmp_path: Path, leavin
         assert (record.handover, record.state) == (OLD, "ours")
 
 
+async def test_a_second_interrupt_comes_behind_the_word_that_the_guest_is_given(
+    tmp_path: Path, leaving: Leaving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would run it: the disk says that it is given, and the destination has not heard so."""
+    said: list[messages.Message] = []
+
+    class Peer:
+        async def send(self, message: messages.Message) -> None:
+            await trio.lowlevel.checkpoint()
+            said.append(message)
+
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found.receivers.peer = peer = cast(Any, Peer())
+        found._side.state = Source.MOVING
+        found._device_state.sent_bytes = 5
+        write = journal.write
+        async with trio.open_nursery() as found._nursery:
+
+            def interrupted(*record: Any) -> Any:
+                """The user, twice, while the disk is at it."""
+                trio.from_thread.run_sync(found._nursery.cancel_scope.cancel)
+                return write(*record)
+
+            monkeypatch.setattr(journal, "write", interrupted)
+            await found._take(Event.RECEIVED, peer, messages.Received(5))
+    record = read(tmp_path / "j")
+    assert record is not None
+    assert record.state == "given"
+    assert [type(message) for message in said] == [messages.Given]
+
+
 async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection_out() -> None:
     class Door:
         handover = "first"
