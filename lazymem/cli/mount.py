@@ -230,29 +230,35 @@ def _supervise(found: argparse.Namespace, settings: MountSettings, *, takes_up: 
 
 
 def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Announcer) -> int:
-    with quick_imports():
+    with quick_imports(trio=False):
         import resource
 
-        import trio
-
-        from lazymem.cli import mountdaemon, supervised
+        from lazymem.cli import supervisorstart
         from lazymem.cli.confinement import bound_daemon
         from lazymem.cli.restart import restart
-        from lazymem.cli.servicemanager import tell_ready
-        from lazymem.fs import tuning
-        from lazymem.fs.lock import MountLock
         from lazymem.fs.session import MountOptions
-        from lazymem.timeslice import ask_for_short_slices
-
-        if settings.link.tls is not None:  # now, and not when a guest waits for a next daemon
-            from lazymem.fetch import tlstransport  # noqa: F401
 
     logs.set_up(PROGRAM, in_front=found.foreground, verbose=found.verbose, file=found.log)
     options = MountOptions.parse(found.options)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core has pages of the guest in it; all that we start inherits
     again = restart(_parser(), found, settings)
     bound_daemon()
-    survival = supervised.begin(again, in_front=found.foreground, wanted=not found.no_supervisor)
+    looked_after = {"in_front": found.foreground, "wanted": not found.no_supervisor}
+    maybe_forked = supervisorstart.fork_supervisor(again) if supervisorstart.is_wanted(**looked_after) else None
+
+    with quick_imports():  # a tenth of a second, beside which the supervisor loads the little that it needs
+        import trio
+
+        from lazymem.cli import mountdaemon, supervised
+        from lazymem.cli.servicemanager import tell_ready
+        from lazymem.fs import tuning
+        from lazymem.fs.lock import MountLock
+        from lazymem.timeslice import ask_for_short_slices
+
+        if settings.link.tls is not None:  # now, and not when a guest waits for a next daemon
+            from lazymem.fetch import tlstransport  # noqa: F401
+
+    survival = supervised.begin(again, maybe_forked=maybe_forked, **looked_after)
     maybe_filler = _maybe_filler(settings)
     lock = MountLock(str(settings.mountpoint))
     if survival.inherited(LOCK) >= 0:

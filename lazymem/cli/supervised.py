@@ -7,7 +7,6 @@ Until there is a mount all of this happens before the event loop; then it is one
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ import trio
 
 from lazymem.cli.restart import Restart
 from lazymem.cli.servicemanager import AGAIN_EXIT_CODE
+from lazymem.cli.supervisorstart import Forked, say_hello
 from lazymem.cli.survival import SUPERVISOR, KeptBy, Survival
 from lazymem.fs import checks, descriptorstore
 from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
@@ -39,11 +39,11 @@ server is away) the kernel sends again."""
 Drain = Callable[[], Awaitable[None]]
 
 
-def begin(again: Restart, *, in_front: bool, wanted: bool) -> Survival:
+def begin(again: Restart, *, in_front: bool, wanted: bool, maybe_forked: Forked | None = None) -> Survival:
     """Who keeps what for this daemon, and what was kept by the one before it. Blocking.
 
     `in_front`: whoever started us looks after us (a systemd unit has a supervisor of its own: `unit`). `wanted`: the
-    user did not say no.
+    user did not say no. `maybe_forked`: a supervisor that is there already.
 
     Raises:
         EnvironmentRefusedError: what was kept cannot be understood.
@@ -53,6 +53,8 @@ def begin(again: Restart, *, in_front: bool, wanted: bool) -> Survival:
     maybe_hindered_by = checks.maybe_no_resend()
     if maybe_hindered_by is not None or not wanted or in_front:
         return Survival(None, descriptorstore.take_listened(), maybe_hindered_by)
+    if maybe_forked is not None:
+        return Survival(KeptBy(SUPERVISOR, maybe_forked.to, maybe_forked.pid))
     try:
         return Survival(start_supervisor(again))
     except OSError as error:
@@ -73,16 +75,7 @@ def start_supervisor(again: Restart) -> KeptBy:
             start_new_session=True,
         )
     process.returncode = 0  # nobody waits for it here
-    pidfd = os.pidfd_open(os.getpid())
-    try:
-        hello = {
-            "DAEMON": os.getpid(),
-            "COMMAND": json.dumps(again.arguments),
-            "LOG": again.maybe_log or "",
-        }
-        descriptorstore.send(ours, hello, pidfd)
-    finally:
-        os.close(pidfd)
+    say_hello(ours, again)
     return KeptBy(SUPERVISOR, ours, process.pid)
 
 

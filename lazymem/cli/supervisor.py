@@ -1,6 +1,9 @@
 """The supervisor of one mount: keeps the FUSE connection and what else must outlive the daemon, and starts the next.
 
-    python -m lazymem.cli.supervisor DESCRIPTOR     started by the daemon itself (`supervised`), for nobody else
+The first one of a mount is a fork of its daemon (`supervisorstart`); one that takes its place is started by the daemon
+(`supervised`) and by nobody else:
+
+    python -m lazymem.cli.supervisor DESCRIPTOR
 
 It holds descriptors, and a next daemon that has loaded all it needs, and waits; whatever could fail is a daemon's.
 Whether to start again is read from the connection (unmounted, or aborted: over), never from an exit code. Daemons that
@@ -28,6 +31,7 @@ from pathlib import Path
 from lazymem.cli import logs
 from lazymem.cli.daemonprocess import LOOK_SECONDS, Daemon, Program, Starter, is_readable, program_of
 from lazymem.cli.patience import Patience
+from lazymem.cli.supervisorstart import IGNORED_SIGNALS
 from lazymem.errors import LazymemError
 from lazymem.fs import descriptorstore, session
 from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, RECORD, Message
@@ -229,10 +233,15 @@ class Supervisor:
 
 def main() -> int:
     """Run the program; returns its exit code."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
+    return supervise(control)
+
+
+def supervise(control: socket.socket) -> int:
+    """Of the daemon at the other end of `control`, to the end of its mount; returns the exit code."""
     maybe_hello = descriptorstore.receive(control)
     if maybe_hello is None or maybe_hello.maybe_descriptor is None:
         return 0  # whoever started this went away again

@@ -13,6 +13,7 @@ class Found(Struct, frozen=True):
     pid: int
     parent: int
     is_zombie: bool
+    session: int
     niceness: int
 
 
@@ -21,7 +22,7 @@ def maybe_process(pid: int) -> Found | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # it ended
         return None
-    return Found(pid, int(fields[1]), fields[0] == "Z", int(fields[16]))
+    return Found(pid, int(fields[1]), fields[0] == "Z", int(fields[3]), int(fields[16]))
 
 
 def is_gone(pid: int) -> bool:
@@ -49,8 +50,9 @@ def descendants_of(pid: int) -> list[int]:
 
 
 def fillers_of(daemon: int) -> list[int]:
-    """Children that a mount's daemon forked: not its supervisor, which has a command line of its own."""
-    return [found.pid for found in children_of(daemon) if command_of(found.pid) == command_of(daemon) != []]
+    """Children that a mount's daemon forked: not its supervisor, which has a session of its own."""
+    maybe_daemon = maybe_process(daemon)
+    return [found.pid for found in children_of(daemon) if maybe_daemon and found.session == maybe_daemon.session]
 
 
 def started_with(name: str, value: str) -> list[int]:

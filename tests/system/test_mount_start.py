@@ -51,3 +51,17 @@ def test_a_mount_is_ready_without_what_it_needs_later_or_never(
     found = set(json.loads(file.read_text()))
     assert {"trio", "pyfuse3"} <= found, "they serve the mount"
     assert not found & (NEVER | METADATA)
+
+
+def test_a_mounts_supervisor_has_loaded_neither_event_loop_nor_fuse_library(
+    snapshot: BuiltSnapshot, mounts: Stage
+) -> None:
+    """It is forked before its daemon loads them."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address)
+    daemons, supervisors = (
+        Path(f"/proc/{pid}/maps").read_text() for pid in (mount.pid, mount.status()["survival"]["supervisor_pid"])
+    )
+    assert "pyfuse3" in daemons
+    assert "_ssl" in daemons, "trio brings it"
+    assert "pyfuse3" not in supervisors
+    assert "_ssl" not in supervisors
