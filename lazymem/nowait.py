@@ -9,7 +9,15 @@ _MOUNTINFO = "/proc/self/mountinfo"
 
 def nowait_flags(fd: int) -> int:
     """RWF_NOWAIT, but 0 for a file in memory: tmpfs refuses it, and reading that waits for no disk (short of swap)."""
-    return 0 if lies_in_memory(os.fstat(fd).st_dev) else os.RWF_NOWAIT
+    return 0 if is_in_memory(fd) else os.RWF_NOWAIT
+
+
+def is_in_memory(fd: int) -> bool:
+    """Whether the open file is one in memory; False, too, where its disk does not say what it is."""
+    try:
+        return lies_in_memory(os.fstat(fd).st_dev)
+    except OSError:
+        return False
 
 
 def lies_in_memory(device: int) -> bool:

@@ -25,6 +25,13 @@ def test_a_disk_is_told_not_to_wait_and_memory_does_not_know_how(monkeypatch: py
     assert flags("/dev/shm") == os.RWF_NOWAIT
 
 
+def test_a_file_of_which_nothing_can_be_told_is_on_a_disk() -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        number = file.fileno()
+        assert nowait.is_in_memory(number)
+    assert not nowait.is_in_memory(number), "it is closed"
+
+
 async def test_pages_in_memory_are_at_hand() -> None:
     """A cache on tmpfs is read at once, and not through a thread; so is /tmp where it is one."""
     with tempfile.TemporaryFile(dir="/dev/shm") as memory:

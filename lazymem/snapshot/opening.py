@@ -37,7 +37,12 @@ def maybe_open_regular(path: Path) -> int | None:
         return None
     except OSError as error:
         raise SnapshotError(f"cannot open {path}: {error.strerror}") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        os.close(fd)
+        raise SnapshotError(f"cannot look at {path}: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
         os.close(fd)
         raise SnapshotError(f"{path} is not a regular file")
     return fd

@@ -160,7 +160,11 @@ def _open(path: Path, size_bytes: int) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise StoreError(f"cannot open {path}: {error.strerror}") from error
-    found = os.fstat(fd).st_size
+    try:
+        found = os.fstat(fd).st_size
+    except OSError as error:
+        os.close(fd)
+        raise StoreError(f"cannot look at {path}: {error.strerror}") from error
     if found != size_bytes:
         os.close(fd)
         raise StoreError(f"{path} has {found} bytes, not {size_bytes}: a mount begins this cache again")

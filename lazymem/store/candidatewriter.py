@@ -5,6 +5,7 @@ Bytes first, then the map, as everywhere. Their folder has its name only until t
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,8 @@ class CandidateWriter:
         try:
             return sum([self._write(run) for run in runs])
         except OSError as error:
-            self._discard()
+            with contextlib.suppress(OSError):  # what a disk keeps that refuses this too, goes with the mount
+                self._discard()
             raise StoreError(f"pages that came ahead of the guest cannot be kept: {error.strerror}") from error
 
     def _discard(self) -> None:

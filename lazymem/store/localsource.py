@@ -39,6 +39,9 @@ class LocalSource:
         except SnapshotError:
             self.close()
             raise
+        except OSError as error:
+            self.close()
+            raise SnapshotError(f"cannot look at {ram}: {error.strerror}") from error
 
     @property
     def total_pages(self) -> int:

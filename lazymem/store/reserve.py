@@ -55,7 +55,7 @@ def modest(ram_fd: int, wanted_bytes: int) -> int:
     try:
         found, there = os.fstatvfs(ram_fd), os.fstat(ram_fd).st_blocks * 512
     except OSError as error:
-        raise StoreError(f"cannot look at the disk for what the guest writes: {error.strerror}") from error
+        raise _cannot_look(error) from error
     half = found.f_bavail * found.f_frsize // 2
     if not found.f_blocks or there + half >= wanted_bytes:  # where all is 0, there is no limit
         return wanted_bytes
@@ -68,8 +68,11 @@ def take(folder: Path, ram_fd: int, ram_bytes: int, wanted_bytes: int) -> Reserv
     Raises:
         StoreError: there is not so much room, or the file system cannot reserve any. None is taken then.
     """
+    try:
+        there = os.fstat(ram_fd).st_blocks * 512
+    except OSError as error:
+        raise _cannot_look(error) from error
     fd = _open(folder)
-    there = os.fstat(ram_fd).st_blocks * 512
     whole = wanted_bytes >= ram_bytes
     missing = (ram_bytes if whole else wanted_bytes) - there
     try:
@@ -96,7 +99,16 @@ def go_on_with(folder: Path) -> Reserve:
     Raises:
         StoreError: the disk refused.
     """
-    return Reserve(_open(folder))
+    fd = _open(folder)
+    try:
+        return Reserve(fd)
+    except OSError as error:
+        os.close(fd)
+        raise _cannot_look(error) from error
+
+
+def _cannot_look(error: OSError) -> StoreError:
+    return StoreError(f"cannot look at the disk for what the guest writes: {error.strerror}")
 
 
 def _open(folder: Path) -> int:

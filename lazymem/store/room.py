@@ -48,7 +48,8 @@ class Room:
         self._reserve_was_told = False
         self._complain_at: dict[str, float] = {}
         self._shedder = Shedder(cache, state.written)
-        self._sheds = _device(cache.pages.fileno()) == _device(state.ram.fileno())
+        self._files = cache.pages, state.ram
+        self._maybe_sheds: bool | None = None  # not looked yet
         self._made = 0  # so often: whoever failed before the last time tries again first
 
     @property
@@ -126,12 +127,17 @@ class Room:
             return True
 
     async def _shed(self) -> bool:
-        if not self._sheds:
+        try:
+            if self._maybe_sheds is None:
+                self._maybe_sheds = len({os.fstat(file.fileno()).st_dev for file in self._files}) == 1
+        except OSError:  # the disk does not say which it is: perhaps the next time
+            return False
+        if not self._maybe_sheds:
             return False
         try:
             freed = await self._shedder.shed(STEP_BYTES)
         except StoreError as error:
-            self._sheds = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EAGAIN
+            self._maybe_sheds = isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EAGAIN
             self._complain("fetched pages cannot make room for what the guest writes: %s", error)
             return False
         if freed and not self._making_was_told:
@@ -178,7 +184,3 @@ class Room:
         self._waiting -= 1
         if not self._waiting:
             log.warning("nothing the guest wrote waits for its disk any more")
-
-
-def _device(fd: int) -> int:
-    return os.fstat(fd).st_dev

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lazymem.errors import BusyError, IdentityError, StoreError
-from lazymem.nowait import lies_in_memory
+from lazymem.nowait import is_in_memory
 from lazymem.settings import DEFAULT_RESERVE_BYTES
 from lazymem.store import folders, reserve, syncedmap
 from lazymem.store.mendable import is_out_of_room
@@ -175,7 +175,7 @@ def reserve_room(state: StateFolder, origin: RamOrigin, maybe_wanted_bytes: int 
         if maybe_wanted_bytes:
             state.reserve = reserve.take(state.path, ram_fd, origin.size_bytes, maybe_wanted_bytes)
         return
-    if lies_in_memory(os.fstat(ram_fd).st_dev):
+    if is_in_memory(ram_fd):
         return
     try:
         wanted = reserve.modest(ram_fd, min(DEFAULT_RESERVE_BYTES, origin.size_bytes))

@@ -225,6 +225,10 @@ def test_a_disk_that_refuses_has_its_room_back(tmp_path: Path, monkeypatch: pyte
         writer.write([PageRun(PageRange(100, 1), OTHER)])
     assert os.fstat(fd).st_blocks == 0
     assert os.fstat(fd).st_size == PAGES * PAGE_SIZE
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", full)
+        with pytest.raises(StoreError, match="cannot be kept"):
+            writer.write([PageRun(PageRange(100, 1), OTHER)])
     monkeypatch.setattr(candidatewriter, "leave_room", full)
     with pytest.raises(StoreError, match="no more pages"):
         writer.write([PageRun(PageRange(100, 1), OTHER)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_the_default_leaves_as_much_as_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_mib: int, taken_mib: int
 ) -> None:
     origin = RamOrigin(b"i" * 32, 1 << 30, None)
-    monkeypatch.setattr(statefolder, "lies_in_memory", lambda _: False)
+    monkeypatch.setattr(statefolder, "is_in_memory", lambda _: False)
     state = open_state(tmp_path / "state", origin)
     with_free(monkeypatch, free_mib << 20)
     reserve_room(state, origin, None)
@@ -215,6 +216,28 @@ def test_the_default_leaves_as_much_as_it_takes(
     assert len(state.notices) == (taken_mib < 64)
     assert all(f"{taken_mib} MiB are reserved for what the guest writes, not 64" in said for said in state.notices)
     state.close()
+
+
+@pytest.mark.parametrize("wanted", [None, 2 << 20])
+def test_a_disk_that_does_not_say_what_is_there(
+    wanted: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then nothing is reserved, which who named a size is told as an error."""
+    state = open_state(tmp_path / "state", RamOrigin(b"i" * 32, 1 << 30, None))
+    before = set(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", _refusing)
+        with pytest.raises(StoreError, match="cannot look") if wanted else contextlib.nullcontext():
+            reserve_room(state, RamOrigin(b"i" * 32, 1 << 30, None), wanted)
+        with pytest.raises(StoreError, match="cannot look"):
+            reserve.go_on_with(state.path)
+    assert state.reserve is None
+    assert set(os.listdir("/proc/self/fd")) == before
+    state.close()
+
+
+def _refusing(*_: object) -> None:
+    raise OSError(errno.EIO, "Input/output error")
 
 
 def test_what_was_asked_for_is_taken_to_the_last_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import trio
 
 from lazymem.store import fallocate
 
-DISK_READS = ("pread", "preadv", "fstatvfs")
+DISK_READS = ("pread", "preadv", "fstat", "fstatvfs")
 DISK_WRITES = (
     *("pwrite", "pwritev", "write", "fsync", "fdatasync", "ftruncate", "posix_fallocate"),
     *("copy_file_range", "fchmod"),
@@ -35,8 +36,19 @@ DISK_BY_PATH = (
     *("lstat", "stat", "statvfs", "chmod", "unlink"),
 )
 OTHER_DISK_CALLS = ((fallocate, "_fallocate"), (fcntl, "flock"))
-"""Which are not functions of `os`."""
+"""Which are not functions of `os`. (Neither is `mmap.mmap`, a class: `failing_mmap`.)"""
 NETWORK = ("send", "recv")
+
+
+def failing_mmap(on_map: Callable[[int], None]) -> type[mmap.mmap]:
+    """In the place of `mmap.mmap`: tells `on_map` of each descriptor before it is mapped, and lets it raise."""
+
+    class FailingMmap(mmap.mmap):
+        def __new__(cls, fileno: int, *rest: Any, **more: Any) -> Self:
+            on_map(fileno)
+            return super().__new__(cls, fileno, *rest, **more)
+
+    return FailingMmap
 
 
 class Faults:
@@ -70,6 +82,7 @@ class Faults:
                 monkeypatch.setattr(module, name, self._on_descriptor(name.lstrip("_"), getattr(module, name)))
             for name in DISK_BY_PATH:
                 monkeypatch.setattr(os, name, self._on_path(name, getattr(os, name)))
+            monkeypatch.setattr(mmap, "mmap", failing_mmap(self._on_map))
 
     def __enter__(self) -> Faults:
         self._armed = True
@@ -102,6 +115,10 @@ class Faults:
             raise self._refusal()
 
         return call
+
+    def _on_map(self, descriptor: int) -> None:
+        if self._armed and self._is_ours(descriptor) and self._fails("mmap"):
+            raise self._refusal()
 
     def _is_ours(self, descriptor: int) -> bool:
         try:

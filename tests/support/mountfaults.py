@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.support.faults import DISK_BY_PATH, DISK_READS, DISK_WRITES, OTHER_DISK_CALLS
+from tests.support.faults import DISK_BY_PATH, DISK_READS, DISK_WRITES, OTHER_DISK_CALLS, failing_mmap
 
 NETWORK = ("send", "sendall", "sendmsg", "recv", "recv_into", "connect")
 
@@ -42,6 +42,9 @@ _FAILED_AT = 1024
 
 HALF, END = -1, -2
 """In the place of an error: a read that gets half of what it asks for, and one that finds the file's end."""
+
+SHORT_READS = ("pread", "preadv")
+"""What can come short."""
 
 
 class Whose(enum.IntEnum):
@@ -134,6 +137,7 @@ class _Faults:
             setattr(module, name, self._on_descriptor(name.lstrip("_"), getattr(module, name)))
         for name in DISK_BY_PATH:
             setattr(os, name, self._on_path(name, getattr(os, name)))
+        mmap.mmap = failing_mmap(self._on_map)  # type: ignore[misc]
         builtins.open = io.open = self._on_path("open", io.open)
         for name in NETWORK:
             setattr(socket.socket, name, self._on_socket(name, getattr(socket.socket, name)))
@@ -177,6 +181,8 @@ class _Faults:
         def call(descriptor: int, *rest: Any) -> Any:
             if not self._armed(network=False) or not self._is_ours(descriptor):
                 return real(descriptor, *rest)
+            if _WORDS.unpack_from(self._control)[1] in (HALF, END) and name not in SHORT_READS:
+                return real(descriptor, *rest)
             maybe_error = self._maybe_error(name)
             if maybe_error is None:
                 return real(descriptor, *rest)
@@ -189,6 +195,12 @@ class _Faults:
             raise maybe_error
 
         return call
+
+    def _on_map(self, descriptor: int) -> None:
+        if self._armed(network=False) and self._is_ours(descriptor):
+            maybe_error = self._maybe_error("mmap")
+            if maybe_error is not None:
+                raise maybe_error
 
     def _on_path(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *rest: Any, **more: Any) -> Any:
