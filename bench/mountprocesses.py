@@ -42,13 +42,14 @@ def processes_of(mount: Mount) -> dict[str, int]:
         ValueError: the mount has a process that none of these is, and that a figure would leave out.
     """
     status = mount.status()
-    daemon, maybe_supervisor = int(status["pid"]), status["survival"]["supervisor_pid"]
+    daemon, survival = int(status["pid"]), status["survival"]
     parents = dict(_parents())
     found = {"daemon": daemon}
-    if maybe_supervisor:
-        found["supervisor"] = int(maybe_supervisor)
+    for name in ("supervisor", "next"):  # the latter is nobody's child
+        if survival[f"{name}_pid"]:
+            found[name] = int(survival[f"{name}_pid"])
     for pid in _below({daemon, *found.values()}, parents) - set(found.values()):
-        name = "fill" if parents[pid] == daemon else "next" if parents[pid] == maybe_supervisor else ""
+        name = "fill" if parents[pid] == daemon else ""
         if not name or name in found:
             raise ValueError(f"process {pid}, a child of {parents[pid]}, is not known to be one of the mount's")
         found[name] = pid

@@ -100,13 +100,15 @@ def let_go_of_inherited(*keep: int) -> None:
     whatever of ours had got that number. Over numbers beyond RLIMIT_NOFILE, which was lowered since, nothing can be
     put; nothing of ours will get them either.
     """
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for descriptor in [int(name) for name in os.listdir("/proc/self/fd")]:
+    found = [int(name) for name in os.listdir("/proc/self/fd")]  # that folder's own among them, whose number is free
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # again, and taken by this
+    for descriptor in found:
         if descriptor > 2 and descriptor not in (nothing, *keep):
             try:
                 os.dup2(nothing, descriptor, inheritable=False)
             except OSError:
                 os.close(descriptor)
+    os.close(nothing)
 
 
 def _leave_terminal() -> None:

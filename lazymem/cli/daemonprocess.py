@@ -139,3 +139,10 @@ def is_readable(descriptor: int) -> bool:
     looking = select.poll()
     looking.register(descriptor, select.POLLIN)
     return bool(looking.poll(0))
+
+
+def has_hung_up(control: socket.socket) -> bool:
+    """Whether nobody has its other end any more."""
+    looking = select.poll()
+    looking.register(control, 0)
+    return any(events & select.POLLHUP for _, events in looking.poll(0))

@@ -25,7 +25,7 @@ def set_up(program: str, *, in_front: bool, verbose: bool, file: Path | None) ->
         except OSError as error:
             raise UsageError(f"cannot write the log file {file}: {error.strerror}") from error
         handler = logging.StreamHandler(os.fdopen(descriptor, "w", buffering=1))
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {program}[{os.getpid()}]: %(levelname)s: %(message)s"))
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {program}[%(process)d]: %(levelname)s: %(message)s"))
     elif in_front:
         handler = logging.StreamHandler()
         begin = "\r\x1b[2K" if sys.stderr.isatty() else ""  # over a line of progress
@@ -34,7 +34,7 @@ def set_up(program: str, *, in_front: bool, verbose: bool, file: Path | None) ->
         from logging.handlers import SysLogHandler  # brings pickle along
 
         handler = SysLogHandler(SYSLOG_SOCKET)
-        handler.setFormatter(logging.Formatter(f"{program}[{os.getpid()}]: %(message)s"))
+        handler.setFormatter(logging.Formatter(f"{program}[%(process)d]: %(message)s"))
     else:
         handler = logging.NullHandler()
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)

@@ -255,8 +255,11 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         from lazymem.fs.lock import MountLock
         from lazymem.timeslice import ask_for_short_slices
 
-        if settings.link.tls is not None:  # now, and not when a guest waits for a next daemon
+        # Now, and not when a guest waits for a next daemon.
+        if settings.link.tls is not None:
             from lazymem.fetch import tlstransport  # noqa: F401
+        if settings.prefetch is not Prefetch.NONE:
+            from lazymem.cli import mountfill  # noqa: F401
 
     survival = supervised.begin(again, maybe_forked=maybe_forked, **looked_after)
     maybe_filler = _maybe_filler(settings)

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import trio
 
+from lazymem.cli.nextdaemon import begin_and_leave_copy, wait_start
 from lazymem.cli.restart import Restart
 from lazymem.cli.servicemanager import AGAIN_EXIT_CODE
 from lazymem.cli.supervisorstart import Forked, say_hello
@@ -40,7 +41,8 @@ Drain = Callable[[], Awaitable[None]]
 
 
 def begin(again: Restart, *, in_front: bool, wanted: bool, maybe_forked: Forked | None = None) -> Survival:
-    """Who keeps what for this daemon, and what was kept by the one before it. Blocking.
+    """Who keeps what for this daemon, and what was kept by the one before it. Blocking; returns once more in each copy
+    of this process that goes on after it.
 
     `in_front`: whoever started us looks after us (a systemd unit has a supervisor of its own: `unit`). `wanted`: the
     user did not say no. `maybe_forked`: a supervisor that is there already.
@@ -54,11 +56,12 @@ def begin(again: Restart, *, in_front: bool, wanted: bool, maybe_forked: Forked 
     if maybe_hindered_by is not None or not wanted or in_front:
         return Survival(None, descriptorstore.take_listened(), maybe_hindered_by)
     if maybe_forked is not None:
-        return Survival(KeptBy(SUPERVISOR, maybe_forked.to, maybe_forked.pid))
+        return begin_and_leave_copy(KeptBy(SUPERVISOR, maybe_forked.to, maybe_forked.pid))
     try:
-        return Survival(start_supervisor(again))
+        supervisor = start_supervisor(again)
     except OSError as error:
         return Survival(None, None, f"no supervisor can be started: {error.strerror}")
+    return begin_and_leave_copy(supervisor)
 
 
 def start_supervisor(again: Restart) -> KeptBy:
@@ -77,32 +80,6 @@ def start_supervisor(again: Restart) -> KeptBy:
     process.returncode = 0  # nobody waits for it here
     say_hello(ours, again)
     return KeptBy(SUPERVISOR, ours, process.pid)
-
-
-def wait_start(descriptor: int) -> Survival:
-    """For a daemon that a supervisor started: say that all is loaded, and wait for the word to begin. Blocking.
-
-    Ends the process if the word does not come: the supervisor is gone, and so has no use for us.
-    """
-    control = socket.socket(fileno=descriptor)
-    control.set_inheritable(False)
-    inherited: dict[str, int] = {}
-    with contextlib.suppress(OSError):  # it went away: what is received next says so
-        descriptorstore.send(control, {"WARM": 1})
-    while True:
-        try:
-            maybe_message = descriptorstore.receive(control)
-        except ConnectionResetError:  # it went away without having read our word
-            maybe_message = None
-        if maybe_message is None:
-            os._exit(0)
-        fields = maybe_message.fields
-        if maybe_message.maybe_descriptor is not None:
-            inherited[fields["FDNAME"]] = maybe_message.maybe_descriptor
-        if "START" in fields:
-            return Survival(KeptBy(fields.get("KEEPER", SUPERVISOR), control, os.getppid()), inherited)
-        if "KEEPER" in fields:  # another supervisor, which thinks that we serve
-            os._exit(0)
 
 
 class Supervised:
@@ -148,6 +125,7 @@ class Supervised:
                 self._handed_over.set()
             elif "LOADED" in maybe_message.fields:
                 self._survival.next_is_loaded = True
+                self._survival.maybe_next_pid = int(maybe_message.fields.get("NEXT", 0)) or None
             elif "KEEPER" in maybe_message.fields:  # another process of the unit's
                 self._survival.kept_by(KeptBy(keeper.name, keeper.to, int(maybe_message.fields["KEEPER"])))
             elif "REFUSED" in maybe_message.fields:

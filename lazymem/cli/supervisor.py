@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 from lazymem.cli import logs
-from lazymem.cli.daemonprocess import LOOK_SECONDS, Daemon, Program, Starter, is_readable, program_of
+from lazymem.cli.daemonprocess import LOOK_SECONDS, Daemon, Program, Starter, has_hung_up, is_readable, program_of
 from lazymem.cli.patience import Patience
 from lazymem.cli.supervisorstart import IGNORED_SIGNALS
 from lazymem.errors import LazymemError
@@ -38,12 +38,12 @@ from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, RECORD, Message
 
 log = logging.getLogger("lazymem.supervisor")
 
-SPARE_SECONDS = 5.0
-"""After the mount is ready, which is when the guest resumes and needs the processor, a next daemon is loaded: to load
-one when it is needed would be most of the guest's wait. At once after a restart: what killed one may kill more."""
-
 NO_SPARE_SECONDS = 60.0
 """Until the next try, when one died."""
+
+COPIES_FAIL = 2
+"""So many daemons in a row that ended before they were ready, and the next one is no copy of the last: it is loaded
+from files, which may be of another version by now than what had been loaded once."""
 
 LOAD_SECONDS = 60.0
 """For a next daemon to load what it needs; the present one serves meanwhile."""
@@ -59,7 +59,7 @@ class Supervisor:
         self._maybe_next: Daemon | None = None
         self._upgrading = False  # to that one
         self._program = program_of(sys.executable)
-        self._spare_at, self._spare_seconds = math.inf, SPARE_SECONDS
+        self._spare_at = math.inf
         self._patience = Patience()
 
     def run(self) -> int:
@@ -131,9 +131,10 @@ class Supervisor:
         elif "READY" in fields:
             if not daemon.is_ready:  # it says so to each supervisor, and this one may have read that already
                 self._note_ready(daemon)
+        elif "NEXT" in fields and message.maybe_descriptor is not None:
+            self._take_next(daemon, int(fields["NEXT"]), socket.socket(fileno=message.maybe_descriptor))
         elif "WARM" in fields and daemon is self._maybe_next:
-            daemon.is_warm = True
-            self._say(**{"HANDOVER" if self._upgrading else "LOADED": 1})
+            self._note_warm(daemon)
         elif "UPGRADE" in fields:
             self._begin_upgrade(fields["UPGRADE"])
 
@@ -141,7 +142,7 @@ class Supervisor:
         daemon.is_ready = True
         self._patience.failures = 0
         self._program = daemon.program
-        self._spare_at, self._spare_seconds = time.monotonic() + self._spare_seconds, 0.0
+        self._spare_at = time.monotonic()  # at once: what killed one may kill more
 
     def _keep(self, name: str, descriptor: int) -> None:
         self._let_go(name)
@@ -153,6 +154,27 @@ class Supervisor:
             os.close(descriptor)
 
     # ---- the next daemon, loaded beforehand
+
+    def _take_next(self, daemon: Daemon, pid: int, control: socket.socket) -> None:
+        """A copy of `daemon` (`nextdaemon`), of no use where there is a next one already: it ends with its socket."""
+        with contextlib.ExitStack() as given_up:
+            given_up.callback(control.close)
+            if self._maybe_next is not None or daemon is not self._maybe_daemon:
+                return
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                return
+            if has_hung_up(control):  # then it is dead, and `pid` may be anybody's
+                os.close(pidfd)
+                return
+            given_up.pop_all()
+        self._maybe_next = Daemon(pid, pidfd, control, daemon.program)
+        self._note_warm(self._maybe_next)
+
+    def _note_warm(self, daemon: Daemon) -> None:
+        daemon.is_warm = True
+        self._say(**({"HANDOVER": 1} if self._upgrading else {"LOADED": 1, "NEXT": daemon.pid}))
 
     def _look_after_next(self) -> None:
         daemon, now = self._maybe_next, time.monotonic()
@@ -199,6 +221,8 @@ class Supervisor:
         if maybe_dead is not None:
             was_ready = maybe_dead.is_ready or maybe_dead.is_adopted
             self._patience.note_death(maybe_dead.pid, was_ready, self._held[FUSE])
+            if self._patience.failures >= COPIES_FAIL and not self._upgrading:
+                self._discard_next()
         for name in [name for name in self._held if name.startswith(PREDECESSOR)]:
             if is_readable(self._held[name]):
                 self._let_go(name)
@@ -228,7 +252,7 @@ class Supervisor:
         self._begin(daemon)
 
     def _begin(self, daemon: Daemon) -> None:
-        self._say(START=1)
+        self._say(START=1, SUPERVISOR=os.getpid())
 
 
 def main() -> int:

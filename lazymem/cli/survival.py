@@ -50,13 +50,14 @@ class KeptBy(Struct, frozen=True):
 
 class SurvivalStatistics(Struct, frozen=True):
     """`kept_by`: "supervisor", "systemd", or None, where a killed daemon is the mount's end; `hindered_by`: why so,
-    unless it was asked for. `next_is_loaded`: a next daemon only waits for this one's end. `upgrade_refused`: why the
-    last one did not come about."""
+    unless it was asked for. `next_is_loaded`: a next daemon only waits for this one's end; `next_pid`: that one's.
+    `upgrade_refused`: why the last one did not come about."""
 
     kept_by: str | None
     supervisor_pid: int | None
     restarts: int
     next_is_loaded: bool
+    next_pid: int | None
     hindered_by: str | None
     upgrade_refused: str | None
 
@@ -102,6 +103,7 @@ class Survival:
         self.maybe_hindered_by = maybe_hindered_by
         self.maybe_refusal: str | None = None  # why the last upgrade did not come about
         self.is_ready = self.next_is_loaded = False
+        self.maybe_next_pid: int | None = None
         self._is_over = False
         self._maybe_state: StateFolder | None = None
         self._kept: dict[str, int] = {}
@@ -162,6 +164,7 @@ class Survival:
             supervisor_pid=maybe_keeper.pid if maybe_keeper is not None and maybe_keeper.pid else None,
             restarts=self.restarts,
             next_is_loaded=self.next_is_loaded,
+            next_pid=self.maybe_next_pid,
             hindered_by=self.maybe_hindered_by,
             upgrade_refused=self.maybe_refusal,
         )
@@ -282,7 +285,7 @@ class Survival:
         """Another one: it gets everything, and hears whether we are ready. Whoever was killed may have had all of it,
         and given nothing on."""
         self.maybe_keeper = keeper
-        self.next_is_loaded = False
+        self.next_is_loaded, self.maybe_next_pid = False, None
         for name in self._kept:
             self._put(name)
         if self.is_ready:

@@ -98,10 +98,8 @@ class UnitSupervisor(Supervisor):
         elif maybe_daemon is not None and not maybe_daemon.is_dead():
             log.warning("another supervisor: the daemon (pid %d) goes on", maybe_daemon.pid)
             self._say(KEEPER=os.getpid())
-            if self._continues:
-                self._spare_seconds = 0.0
-                if session.is_over(self._held[FUSE]):  # it stores what was written, and may hear nobody any more
-                    self._note_ready(maybe_daemon)
+            if self._continues and session.is_over(self._held[FUSE]):
+                self._note_ready(maybe_daemon)  # it stores what was written, and may hear nobody any more
 
     def end(self) -> None:
         """Somebody stops the unit. A daemon that goes on with the mount would die of a signal before it has said that
@@ -190,7 +188,7 @@ class UnitSupervisor(Supervisor):
     def _begin(self, daemon: Daemon) -> None:
         """Whoever comes after us must know of it before it does anything."""
         self._tell(descriptorstore.put, f"{CONTROL}-{daemon.pid}", daemon.control.fileno())
-        self._say(START=1, KEEPER=SYSTEMD)
+        self._say(START=1, KEEPER=SYSTEMD, SUPERVISOR=os.getpid())
 
     # ---- what systemd has too
 

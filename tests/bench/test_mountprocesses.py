@@ -37,7 +37,7 @@ def test_daemon_supervisor_and_the_next_daemon_are_counted(mounts: Stage, tmp_pa
 
 def test_a_process_that_nobody_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure would leave it out."""
-    ours = {"pid": os.getppid(), "survival": {"kept_by": None, "supervisor_pid": None}}
+    ours = {"pid": os.getppid(), "survival": {"kept_by": None, "supervisor_pid": None, "next_pid": None}}
     monkeypatch.setattr(Mount, "status", lambda mount: ours)
     monkeypatch.setattr("bench.mountprocesses._parents", lambda: iter([(2, 1), (os.getppid(), 1), (9, 8), (8, 2)]))
     mount = Mount(Path(), started=0.0, ready_seconds=0.0, is_lazymem=True)

@@ -194,7 +194,7 @@ def next_daemon_killed(world: World, rng: random.Random) -> bool:
     supervisor = victim.maybe_supervisor_of(status) if status is not None else None
     if status is None or supervisor is None:
         return False
-    found = [pid for pid in children(supervisor) if pid != status["pid"]]
+    found = {pid for pid in (*children(supervisor), status["survival"]["next_pid"]) if pid not in (None, status["pid"])}
     for pid in found:
         victim.kill(pid, signal.SIGKILL)
     return bool(found)

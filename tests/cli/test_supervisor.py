@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -211,16 +212,98 @@ def test_a_daemon_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.M
     looked_after.close()
 
 
-def test_a_next_daemon_is_loaded_at_once_after_a_restart() -> None:
-    """At the mount's start the guest needs the processor more."""
+def _copy_of(control: socket.socket, pid: int) -> socket.socket:
+    """What a daemon at `control` says of a copy of itself; the copy's socket."""
+    ours, supervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with supervisors:
+        descriptorstore.send(control, {"NEXT": pid}, supervisors.fileno())
+    return ours
+
+
+def test_a_daemons_copy_is_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there before the daemon is ready, and nobody is started in its place; a second one is of no use."""
+    looked_after, control, process = _supervised([])
+    monkeypatch.setattr(Starter, "start", lambda *_: pytest.fail("a daemon is started"))
+    read_end, looked_after._held[FUSE] = os.pipe()
+    copy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with control, _copy_of(control, copy.pid) as to_copy, _copy_of(control, process.pid) as to_other:
+        descriptorstore.send(control, {"READY": 1})
+        looked_after._wait()
+        looked_after._look_after_next()
+        assert to_other.recv(1) == b"", "it ends with its socket"
+        told = descriptorstore.receive(control)
+        assert told is not None
+        assert told.fields == {"LOADED": "1", "NEXT": str(copy.pid)}
+        looked_after.go_on()
+        got = _received(to_copy)
+        assert FUSE in got
+        assert looked_after._maybe_daemon is not None
+        assert looked_after._maybe_daemon.pid == copy.pid
+    for descriptor in [read_end, *got.values()]:
+        os.close(descriptor)
+    looked_after.close()
+    for one in (process, copy):
+        one.kill()
+        one.wait()
+
+
+def test_a_copy_that_has_ended_is_none() -> None:
+    """Its process id may be anybody's by then."""
+    looked_after, control, process = _supervised([])
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with control:
+        _copy_of(control, stranger.pid).close()
+        looked_after._wait()
+        assert looked_after._maybe_next is None
+    looked_after.close()
+    for one in (process, stranger):
+        one.kill()
+        one.wait()
+
+
+def test_copies_that_do_not_start_are_followed_by_one_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they have in memory is what fails: of a version, say, whose other files are gone."""
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.001)
+    looked_after, control, process = _supervised([])
+    assert looked_after._maybe_daemon is not None
+    looked_after._maybe_daemon.is_ready = True
+    programs: list[Program] = []
+
+    def start(self: Starter, program: Program) -> Daemon:
+        programs.append(program)
+        raise OSError(errno.ENOSPC, "it is tried")
+
+    monkeypatch.setattr(Starter, "start", start)
+    read_end, looked_after._held[FUSE] = os.pipe()
+    copies, ends = [], []
+    with control:
+        speaker = control
+        for _ in range(3):
+            copies.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+            ends.append(_copy_of(speaker, copies[-1].pid))
+            looked_after._wait()
+            assert looked_after._maybe_next is not None
+            assert not programs
+            looked_after.go_on()
+            speaker = ends[-1]
+    assert len(programs) == 1
+    assert copies[2].wait() == -signal.SIGKILL, "it was never told to begin"
+    for one in (process, *copies):
+        one.kill()
+        one.wait()
+    for end in ends:
+        end.close()
+    os.close(read_end)
+    looked_after.close()
+
+
+def test_a_daemon_without_a_copy_has_a_next_one_loaded_once_it_is_ready() -> None:
     looked_after, control, process = _supervised([])
     with control:
         first = looked_after._maybe_daemon
         assert first is not None
-        began = time.monotonic()
-        looked_after._obey(first, descriptorstore.Message({"READY": "1"}))
-        assert looked_after._spare_at >= began + supervisor.SPARE_SECONDS
-        first.is_ready = False  # as the next one is not
+        looked_after._look_after_next()
+        assert looked_after._maybe_next is None
         looked_after._obey(first, descriptorstore.Message({"READY": "1"}))
         assert looked_after._spare_at <= time.monotonic()
     process.kill()

@@ -289,11 +289,25 @@ def test_without_the_server(mounts: Stage, snapshot: BuiltSnapshot) -> None:
 
 
 def test_a_next_daemon_is_loaded_beforehand(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    """A copy of the first, and then one of that, and so on: nobody waits for one to be loaded."""
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
-    wait_until(lambda: mount.status()["survival"]["next_is_loaded"], "the next one is loaded")
     assert mount.ram_path.read_bytes() == snapshot.ram
+    for _ in range(3):
+        wait_until(lambda: mount.status()["survival"]["next_is_loaded"], "there is a next one")
+        expected = mount.status()["survival"]["next_pid"]
+        assert kill_and_wait(mount) == expected
+        assert everything(mount) == snapshot.ram
+        log = mount.log.read_text()
+        assert f"lazymem-mount[{expected}]: INFO: {mount.path} is ready (pid {expected})" in log
+
+
+def test_a_killed_next_daemon_is_followed_by_one_that_is_loaded(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    wait_until(lambda: mount.status()["survival"]["next_is_loaded"], "there is a next one")
+    os.kill(mount.status()["survival"]["next_pid"], signal.SIGKILL)
     kill_and_wait(mount)
     assert everything(mount) == snapshot.ram
+    wait_until(lambda: mount.status()["survival"]["next_is_loaded"], "there is a next one again")
 
 
 def test_a_killed_supervisor_is_replaced(mounts: Stage, snapshot: BuiltSnapshot) -> None:
