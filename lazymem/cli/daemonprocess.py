@@ -18,7 +18,11 @@ Program = Sequence[str]
 """A command without the mount's arguments."""
 
 LOOK_SECONDS = 1.0
-"""A killed daemon one of whose threads waits for the daemon itself does not end, and no descriptor tells of it."""
+"""A killed daemon one of whose threads waits for the daemon itself does not end, and no descriptor tells of it, but its
+sign of life, where there is one."""
+
+DYING_LOOK_SECONDS = 0.001
+"""Behind the end of that sign, and each time twice as long as before."""
 
 
 def program_of(python: str) -> Program:
@@ -40,6 +44,37 @@ class Daemon:
         self.since = time.monotonic()
         """When it was started; later, when it was told to begin."""
         self.maybe_code: int | None = None
+        self._maybe_life_sign: int | None = None
+        self._dying_look_seconds = 0.0
+
+    def take_life_sign(self, descriptor: int) -> None:
+        """What ends with it (`lifesign`). Takes it over."""
+        self._let_go_of_life_sign()
+        self._maybe_life_sign = descriptor
+
+    def _let_go_of_life_sign(self) -> None:
+        if self._maybe_life_sign is not None:
+            os.close(self._maybe_life_sign)
+        self._maybe_life_sign = None
+
+    def wait_for(self, waiting: select.poll) -> None:
+        """Have `waiting` end when there is something to hear, or it has ended."""
+        waiting.register(self.pidfd, select.POLLIN)
+        if self.control.fileno() >= 0:
+            waiting.register(self.control, select.POLLIN)
+        if self._maybe_life_sign is not None:
+            waiting.register(self._maybe_life_sign, 0)
+
+    def look_seconds(self) -> float:
+        """How long to wait at most before `is_dead` is asked again."""
+        if self._maybe_life_sign is not None and has_hung_up(self._maybe_life_sign):
+            self._let_go_of_life_sign()
+            self._dying_look_seconds = DYING_LOOK_SECONDS
+        if not self._dying_look_seconds:
+            return LOOK_SECONDS
+        seconds = self._dying_look_seconds
+        self._dying_look_seconds = min(2 * seconds, LOOK_SECONDS)
+        return seconds
 
     def is_dead(self) -> bool:
         """It runs no more code. A thread that the kernel cannot end yet may be left, and with it the process."""
@@ -57,6 +92,11 @@ class Daemon:
         looking.register(self.pidfd, select.POLLIN)
         while not self.is_dead():
             looking.poll(LOOK_SECONDS * 1000)
+
+    def close(self) -> None:
+        """What was open to hear of it, but for its pidfd."""
+        self.control.close()
+        self._let_go_of_life_sign()
 
     def age_seconds(self) -> float:
         return time.monotonic() - self.since
@@ -120,7 +160,7 @@ class Starter:
 
     def leave(self, daemon: Daemon) -> None:
         """It has ended or will: to be reaped, if it is our child."""
-        daemon.control.close()
+        daemon.close()
         self._left.append(daemon)
 
     def discard(self, daemon: Daemon) -> None:
@@ -141,8 +181,8 @@ def is_readable(descriptor: int) -> bool:
     return bool(looking.poll(0))
 
 
-def has_hung_up(control: socket.socket) -> bool:
-    """Whether nobody has its other end any more."""
+def has_hung_up(end: int | socket.socket) -> bool:
+    """Whether nobody has the other end any more."""
     looking = select.poll()
-    looking.register(control, 0)
+    looking.register(end, 0)
     return any(events & select.POLLHUP for _, events in looking.poll(0))

@@ -250,6 +250,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         import trio
 
         from lazymem.cli import mountdaemon, supervised
+        from lazymem.cli.lifesign import maybe_life_sign
         from lazymem.cli.servicemanager import tell_ready
         from lazymem.fs import tuning
         from lazymem.fs.lock import MountLock
@@ -271,6 +272,8 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         survival.keep(LOCK, lock.fileno())
     tuning.become_io_flusher()  # before any thread: they inherit it
     ask_for_short_slices()
+    if survival.maybe_keeper is not None:
+        survival.show_life(maybe_life_sign())
 
     def ready(notices: tuple[str, ...]) -> None:
         tell_ready()

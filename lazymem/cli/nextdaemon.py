@@ -63,7 +63,8 @@ def _leave_copy(control: socket.socket) -> socket.socket | None:
     except OSError:  # no memory, or too many processes: the supervisor starts one when it likes
         return None
     if between:
-        os.waitpid(between, 0)
+        with contextlib.suppress(ChildProcessError):  # of a process that was started so, the kernel waits for them
+            os.waitpid(between, 0)
         return None
     maybe_ours = None
     try:

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 from lazymem.cli import logs
-from lazymem.cli.daemonprocess import LOOK_SECONDS, Daemon, Program, Starter, has_hung_up, is_readable, program_of
+from lazymem.cli.daemonprocess import Daemon, Program, Starter, has_hung_up, is_readable, program_of
 from lazymem.cli.patience import Patience
 from lazymem.cli.supervisorstart import IGNORED_SIGNALS
 from lazymem.errors import LazymemError
@@ -102,11 +102,9 @@ class Supervisor:
         """For whoever says something, or ends."""
         waiting = select.poll()
         for daemon in filter(None, (self._maybe_daemon, self._maybe_next)):
-            waiting.register(daemon.pidfd, select.POLLIN)
-            if daemon.control.fileno() >= 0:
-                waiting.register(daemon.control, select.POLLIN)
+            daemon.wait_for(waiting)
         if self._maybe_daemon is not None:
-            waiting.poll(LOOK_SECONDS * 1000)
+            waiting.poll(self._maybe_daemon.look_seconds() * 1000)
         for daemon in filter(None, (self._maybe_daemon, self._maybe_next)):
             self._hear(daemon)
         self._starter.reap()
@@ -133,6 +131,8 @@ class Supervisor:
                 self._note_ready(daemon)
         elif "NEXT" in fields and message.maybe_descriptor is not None:
             self._take_next(daemon, int(fields["NEXT"]), socket.socket(fileno=message.maybe_descriptor))
+        elif "LIFE" in fields and message.maybe_descriptor is not None:
+            daemon.take_life_sign(message.maybe_descriptor)
         elif "WARM" in fields and daemon is self._maybe_next:
             self._note_warm(daemon)
         elif "UPGRADE" in fields:
@@ -183,8 +183,8 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 self._maybe_next = self._starter.start(self._program)
         elif daemon is not None and (daemon.is_dead() or (not daemon.is_warm and daemon.age_seconds() > LOAD_SECONDS)):
+            self._spare_at = now + (0.0 if self._upgrading else NO_SPARE_SECONDS)
             self._discard_next()
-            self._spare_at = now + NO_SPARE_SECONDS
 
     def _begin_upgrade(self, python: str) -> None:
         """Load one of another version. The present daemon ends once that is loaded."""

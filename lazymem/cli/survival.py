@@ -104,6 +104,7 @@ class Survival:
         self.maybe_refusal: str | None = None  # why the last upgrade did not come about
         self.is_ready = self.next_is_loaded = False
         self.maybe_next_pid: int | None = None
+        self._maybe_life_sign: int | None = None
         self._is_over = False
         self._maybe_state: StateFolder | None = None
         self._kept: dict[str, int] = {}
@@ -286,10 +287,21 @@ class Survival:
         and given nothing on."""
         self.maybe_keeper = keeper
         self.next_is_loaded, self.maybe_next_pid = False, None
+        self._show_life()
         for name in self._kept:
             self._put(name)
         if self.is_ready:
             self._say_ready()
+
+    def show_life(self, maybe_sign: int | None) -> None:
+        """Have the keeper hear of our death by this descriptor (`lifesign`)."""
+        self._maybe_life_sign = maybe_sign
+        self._show_life()
+
+    def _show_life(self) -> None:
+        if self.maybe_keeper is not None and self._maybe_life_sign is not None:
+            with self._told("does not hear of our death"):
+                descriptorstore.send(self.maybe_keeper.to, {"LIFE": 1}, self._maybe_life_sign)
 
     def say(self, **fields: object) -> None:
         """Tell the keeper."""

@@ -39,10 +39,12 @@ class Looked(supervisor.Supervisor):
             self._let_go(name)
 
 
-def _supervised(command: list[str]) -> tuple[Looked, socket.socket, subprocess.Popen[bytes]]:
+def _supervised(
+    command: list[str], daemons: str = "import time; time.sleep(60)"
+) -> tuple[Looked, socket.socket, subprocess.Popen[bytes]]:
     """A supervisor in this process, and the daemon that it looks after."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", daemons])
     daemon = Daemon(process.pid, os.pidfd_open(process.pid), theirs, program_of(sys.executable))
     held = {f"predecessor-{daemon.pid}": daemon.pidfd}
     return Looked(Starter(command), held, daemon), ours, process
@@ -209,6 +211,34 @@ def test_a_daemon_of_which_nothing_can_be_read_is_not_dead(monkeypatch: pytest.M
     daemon.wait()
     assert looked_after._maybe_daemon.is_dead(), "its pidfd tells"
     control.close()
+    looked_after.close()
+
+
+HALF_DEAD = """
+import ctypes, os, threading
+threading.Thread(target=threading.Event().wait).start()
+ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
+"""
+"""Its first thread ends; the process does not, as one that is killed while another of its threads cannot end."""
+
+
+def test_a_daemon_that_is_dead_and_cannot_end_is_followed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sign of life tells; what else there is to wait for does not."""
+    monkeypatch.setattr(daemonprocess, "LOOK_SECONDS", 3600.0)
+    looked_after, control, process = _supervised([], HALF_DEAD)
+    read_end, write_end = os.pipe()
+    daemon = looked_after._maybe_daemon
+    assert daemon is not None
+    with control:
+        descriptorstore.send(control, {"LIFE": 1}, read_end)
+        os.close(read_end)
+        os.close(write_end)  # nobody holds it any more
+        while not daemon.is_dead():
+            looked_after._wait()
+        assert not daemonprocess.is_readable(daemon.pidfd)
+    process.kill()
+    process.wait()
+    daemon.close()
     looked_after.close()
 
 
