@@ -251,6 +251,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
 
         from lazymem.cli import mountdaemon, supervised
         from lazymem.cli.lifesign import maybe_life_sign
+        from lazymem.cli.nextdaemon import wait_copied
         from lazymem.cli.servicemanager import tell_ready
         from lazymem.fs import tuning
         from lazymem.fs.lock import MountLock
@@ -274,6 +275,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     ask_for_short_slices()
     if survival.maybe_keeper is not None:
         survival.show_life(maybe_life_sign())
+        wait_copied(survival)
 
     def ready(notices: tuple[str, ...]) -> None:
         tell_ready()

@@ -37,14 +37,23 @@ def wait_start(descriptor: int) -> Survival:
 
 def begin_and_leave_copy(keeper: KeptBy) -> Survival:
     """For the first daemon, which has just got `keeper`; returns in its copies too, when it is their turn."""
-    maybe_copys = _leave_copy(keeper.to)
-    return Survival(keeper) if maybe_copys is None else _wait_start(maybe_copys)
+    control, copier = _leave_copy(keeper.to)
+    return Survival(keeper, copier_pid=copier) if copier else _wait_start(control)
+
+
+def wait_copied(survival: Survival) -> None:
+    """Blocking: until the supervisor has been told of the copy, if there is one. Before it hears that we are ready, or
+    it would load a next daemon."""
+    if survival.copier_pid > 0:
+        with contextlib.suppress(ChildProcessError):  # of a process that was started so, the kernel waits for them
+            os.waitpid(survival.copier_pid, 0)
 
 
 def _wait_start(control: socket.socket) -> Survival:
-    while _wait_word(control) and (maybe_copys := _leave_copy(control)) is not None:
-        control = maybe_copys
-    return _take_over(control)
+    copier = 0
+    while not copier and _wait_word(control):
+        control, copier = _leave_copy(control)
+    return _take_over(control, copier)
 
 
 def _wait_word(control: socket.socket) -> bool:
@@ -55,24 +64,22 @@ def _wait_word(control: socket.socket) -> bool:
     return not waiting.poll()[0][1] & select.POLLHUP
 
 
-def _leave_copy(control: socket.socket) -> socket.socket | None:
-    """None: this is the caller, and the supervisor at the other end of `control` has been told of the copy, unless
-    there could not be one. Else this is the copy, and that is its own socket to the supervisor."""
+def _leave_copy(control: socket.socket) -> tuple[socket.socket, int]:
+    """In the caller `control` and the process id of its child that makes the copy, of which it tells the supervisor at
+    the other end, and ends (-1: there is none). In the copy its own socket to the supervisor, and 0."""
     try:
-        between = os.fork()
-    except OSError:  # no memory, or too many processes: the supervisor starts one when it likes
-        return None
-    if between:
-        with contextlib.suppress(ChildProcessError):  # of a process that was started so, the kernel waits for them
-            os.waitpid(between, 0)
-        return None
+        copier = os.fork()
+    except OSError:  # no memory, or too many processes: the supervisor loads a next daemon
+        return control, -1
+    if copier:
+        return control, copier
     maybe_ours = None
     try:
         maybe_ours = _copy(control)
     finally:  # an error is a copy that there is not, too; and this is no daemon
         if maybe_ours is None:
             os._exit(0)
-    return maybe_ours
+    return maybe_ours, 0
 
 
 def _copy(control: socket.socket) -> socket.socket | None:
@@ -91,7 +98,7 @@ def _copy(control: socket.socket) -> socket.socket | None:
     return ours
 
 
-def _take_over(control: socket.socket) -> Survival:
+def _take_over(control: socket.socket, copier_pid: int) -> Survival:
     inherited: dict[str, int] = {}
     while True:
         try:
@@ -105,6 +112,7 @@ def _take_over(control: socket.socket) -> Survival:
             inherited[fields["FDNAME"]] = maybe_message.maybe_descriptor
         if "START" in fields:
             supervisor = int(fields.get("SUPERVISOR", os.getppid()))
-            return Survival(KeptBy(fields.get("KEEPER", SUPERVISOR), control, supervisor), inherited)
+            keeper = KeptBy(fields.get("KEEPER", SUPERVISOR), control, supervisor)
+            return Survival(keeper, inherited, copier_pid=copier_pid)
         if "KEEPER" in fields:  # another supervisor, which thinks that we serve
             os._exit(0)

@@ -98,7 +98,11 @@ class Survival:
         maybe_keeper: KeptBy | None = None,
         inherited: dict[str, int] | None = None,
         maybe_hindered_by: str | None = None,
+        *,
+        copier_pid: int = -1,
     ) -> None:
+        self.copier_pid = copier_pid
+        """The child that makes our copy, see `nextdaemon`; -1: there is none."""
         self.maybe_keeper = maybe_keeper
         self.maybe_hindered_by = maybe_hindered_by
         self.maybe_refusal: str | None = None  # why the last upgrade did not come about

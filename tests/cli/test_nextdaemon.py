@@ -20,7 +20,7 @@ from tests.support.processtree import is_gone, maybe_process
 
 DAEMON = """
 import os, socket, sys
-from lazymem.cli.nextdaemon import begin_and_leave_copy, wait_start
+from lazymem.cli.nextdaemon import begin_and_leave_copy, wait_copied, wait_start
 from lazymem.cli.survival import SUPERVISOR, KeptBy
 from lazymem.fs import descriptorstore
 
@@ -30,6 +30,7 @@ if first:
     survival = begin_and_leave_copy(KeptBy(SUPERVISOR, socket.socket(fileno=number), os.getppid()))
 else:
     survival = wait_start(number)
+wait_copied(survival)
 keeper = survival.maybe_keeper
 names = ",".join(sorted(survival._inherited))
 said = {"BEGUN": names, "BY": keeper.pid, "SERVICE": "NOTIFY_SOCKET" in os.environ, "PID": os.getpid()}
