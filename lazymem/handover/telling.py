@@ -31,11 +31,12 @@ class Telling:
             self._much.set()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled, which a word that is on its way comes before."""
         while True:
             await self._some.wait()
             with trio.move_on_after(_LATEST_SECONDS):
                 await self._much.wait()
             self._some, self._much = trio.Event(), trio.Event()
             self._told = self._arrived
-            await self._say(Arrived(self._told))
+            with trio.CancelScope(shield=True):  # half a word would be the end of the connection; its time is bounded
+                await self._say(Arrived(self._told))
