@@ -59,7 +59,7 @@ class OverdueGuesses:
 
     async def run(self) -> None:
         while True:
-            if not self._since:
+            while not self._since:  # it may have landed before this task had its turn
                 self._something = trio.Event()
                 await self._something.wait()
             flight, since = next(iter(self._since.items()))

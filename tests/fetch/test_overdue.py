@@ -181,3 +181,24 @@ async def test_over_a_slow_link_a_guess_has_as_long_as_some_answers_take(
     started = trio.current_time()
     assert len(joined(await scheduler.demand(PageRange(70, 1)))) == PAGE_SIZE
     assert trio.current_time() - started == pytest.approx(ANSWERS * LEAST_SECONDS)
+
+
+async def test_a_guess_may_land_before_its_watch_has_its_turn(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    """A reader joins it, and its answer is read, in one pass of the loop. That ended the mount."""
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    (flight,) = set(scheduler._flights.values())
+    scheduler._overdue.wait_for(flight)
+    scheduler._overdue.landed(flight)
+    await trio.testing.wait_all_tasks_blocked()
+    started = trio.current_time()
+    assert joined(await scheduler.demand(PageRange(70, 1))) == peer.bytes_of(PageRange(70, 1))
+    assert trio.current_time() - started == pytest.approx(LEAST_SECONDS)
