@@ -225,10 +225,14 @@ class InFlightTable:
                 demand.wake()
 
     def came_early(self, want: Want, runs: Sequence[PageRun]) -> None:
-        """Verified pages of it are here before the others: wake the readers that waited for nothing else."""
+        """Verified pages of it are here before the others: wake the readers that waited for nothing else.
+
+        Some of them may be here already: a later reader has a frame given again, and what was asked for a second time
+        (`overdue`) is cut in other places than the frames of the first.
+        """
         assert want.state is State.SENT
-        fresh = [run for run in runs if not _covers(want.runs, run.pages)]  # a later reader has a frame given again
-        want.runs = sorted([*want.runs, *fresh], key=lambda run: run.pages.start)
+        for run in runs:
+            want.runs = sorted([*want.runs, *_fresh(run, want.runs)], key=lambda here: here.pages.start)
         for demand in list(want.demands):
             start, end = max(want.pages.start, demand.pages.start), min(want.pages.end, demand.pages.end)
             if _covers(want.runs, PageRange(start, end - start)):
@@ -316,6 +320,19 @@ def _covers(runs: Sequence[PageRun], pages: PageRange) -> bool:
         if run.pages.start <= page < run.pages.end:
             page = run.pages.end
     return page >= pages.end
+
+
+def _fresh(run: PageRun, runs: Sequence[PageRun]) -> list[PageRun]:
+    """The parts of `run` that ascending `runs`, which do not overlap, have not. No byte is copied."""
+    found: list[PageRun] = []
+    start, end = run.pages.start, run.pages.end
+    for here in runs:
+        if start < min(here.pages.start, end):
+            found += cut_runs((run,), PageRange(start, min(here.pages.start, end) - start))
+        start = max(start, here.pages.end)
+    if start < end:
+        found += cut_runs((run,), PageRange(start, end - start))
+    return found
 
 
 def cut_runs(runs: Sequence[PageRun], pages: PageRange) -> list[PageRun]:

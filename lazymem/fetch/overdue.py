@@ -90,7 +90,7 @@ class OverdueGuesses:
 
 
 def waited_for(flight: Flight) -> list[PageRange]:
-    """What readers wait for of a request that is out, ascending."""
+    """What readers wait for of a request that is out, and is not here already, ascending."""
     if flight.handle is None:  # it landed
         return []
     return runs(
@@ -99,4 +99,5 @@ def waited_for(flight: Flight) -> list[PageRange]:
         if want.state is State.SENT
         for demand in want.demands
         for page in range(max(want.pages.start, demand.pages.start), min(want.pages.end, demand.pages.end))
+        if not any(page in run.pages for run in want.runs)
     )

@@ -34,6 +34,8 @@ ranges = st.builds(
 class Reader:
     def __init__(self, table: InFlightTable, pages: PageRange) -> None:
         self.woken = 0
+        self.early: list[Want] = []
+        """Wants of which all that it waited for came before they did."""
         self.demand: Demand = table.demand(pages, self.wake)
 
     def wake(self) -> None:
@@ -48,12 +50,21 @@ class TableMachine(RuleBasedStateMachine):
         self.table = InFlightTable()
         self.readers: list[Reader] = []
         self.wants: list[Want] = []
+        self.early: dict[Want, set[int]] = {}
 
     def learn(self) -> None:
         for page in range(PAGES):
             want = self.table.find(page)
             if want is not None and want not in self.wants:
                 self.wants.append(want)
+
+    def learn_early(self) -> None:
+        for reader in self.readers:
+            pages = set(range(reader.demand.pages.start, reader.demand.pages.end))
+            for want in reader.demand.wants:
+                is_open = want.state in (State.WAITING, State.SENT)
+                if is_open and pages.intersection(_pages(want)) <= self.early.get(want, set()):
+                    reader.early.append(want)
 
     def some(self, data: st.DataObject, state: State) -> Want | None:
         wants = [want for want in self.wants if want.state is state]
@@ -66,6 +77,7 @@ class TableMachine(RuleBasedStateMachine):
         for page, want in before.items():
             assert want is None or self.table.find(page) is want, "a page on its way was asked for again"
         self.learn()
+        self.learn_early()
 
     @rule(pages=ranges)
     def guess(self, pages: PageRange) -> None:
@@ -84,6 +96,15 @@ class TableMachine(RuleBasedStateMachine):
         want = self.some(data, State.SENT)
         if want is not None:
             self.table.arrived(want, runs_of(want.pages))
+
+    @rule(data=st.data(), pages=ranges)
+    def come_early(self, data: st.DataObject, pages: PageRange) -> None:
+        """Some pages of it, cut anywhere: of its own frames, or of a second answer."""
+        want = self.some(data, State.SENT)
+        if want is not None and (runs := cut_runs(runs_of(pages), want.pages)):
+            self.table.came_early(want, runs)
+            self.early.setdefault(want, set()).update(page for run in runs for page in _run_pages(run))
+            self.learn_early()
 
     @rule(data=st.data())
     def requeue(self, data: st.DataObject) -> None:
@@ -127,6 +148,12 @@ class TableMachine(RuleBasedStateMachine):
                 assert (self.table.find(page) is want) is (want.state is not State.GONE)
 
     @invariant()
+    def no_page_is_here_twice(self) -> None:
+        for want in self.wants:
+            if want.state is State.SENT:
+                assert [page for run in want.runs for page in _run_pages(run)] == sorted(self.early.get(want, set()))
+
+    @invariant()
     def counts_are_right(self) -> None:
         sent = [want for want in self.wants if want.state is State.SENT]
         here = [want for want in self.wants if want.state is State.HERE]
@@ -140,8 +167,9 @@ class TableMachine(RuleBasedStateMachine):
     def readers_wake_exactly_when_their_pages_are_settled(self) -> None:
         for reader in self.readers:
             demand = reader.demand
-            failed = any(want.error is not None for want in demand.wants)
-            still = [want for want in demand.wants if want.state in (State.WAITING, State.SENT)]
+            waited_for = [want for want in demand.wants if want not in reader.early]
+            failed = any(want.error is not None for want in waited_for)
+            still = [want for want in waited_for if want.state in (State.WAITING, State.SENT)]
             assert (demand.error is not None) is failed
             if failed:
                 assert reader.woken == 1
@@ -156,6 +184,10 @@ class TableMachine(RuleBasedStateMachine):
 
 def _pages(want: Want) -> range:
     return range(want.pages.start, want.pages.end)
+
+
+def _run_pages(run: PageRun) -> range:
+    return range(run.pages.start, run.pages.end)
 
 
 TestTable = TableMachine.TestCase

@@ -183,6 +183,52 @@ async def test_over_a_slow_link_a_guess_has_as_long_as_some_answers_take(
     assert trio.current_time() - started == pytest.approx(ANSWERS * LEAST_SECONDS)
 
 
+async def test_what_came_of_a_guess_is_not_asked_for_again(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    """Two of the reader's pages are in a frame that came, and two in the next one."""
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    pages = PageRange(66, 4)
+    read: list[bytes] = []
+
+    async def reader() -> None:
+        read.append(joined(await scheduler.demand(pages)))
+
+    async with trio.open_nursery() as readers:
+        readers.start_soon(reader)
+        await trio.testing.wait_all_tasks_blocked()
+        await peer.say(peer.pages(server.guesses[0].id, (GUESS,), frame_pages=4)[0], 1)
+    assert read == [peer.bytes_of(pages)]
+    assert server.demands == [[PageRange(68, 2)]]
+
+
+async def test_a_frame_that_comes_behind_the_second_answer_is_not_given_twice(
+    autojump_clock: MockClock,
+    network: Network,
+    peer: Peer,
+    server: KeepsGuessesBack,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    joined: Joined,
+) -> None:
+    """Both have page 67. A reader that got it from each had bytes of other pages behind it."""
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    assert joined(await scheduler.demand(PageRange(67, 2))) == peer.bytes_of(PageRange(67, 2))
+    frames = peer.pages(server.guesses[0].id, (GUESS,), frame_pages=4)
+    await peer.say(frames[0], 1)
+    await trio.testing.wait_all_tasks_blocked()
+    assert joined(await scheduler.demand(PageRange(65, 4))) == peer.bytes_of(PageRange(65, 4))
+    assert len(server.demands) == 1
+
+
 async def test_a_guess_may_land_before_its_watch_has_its_turn(
     autojump_clock: MockClock,
     network: Network,
