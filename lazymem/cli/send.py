@@ -313,13 +313,14 @@ async def _announce(address: str, sender: Sender, as_json: bool) -> None:
 
 async def _watch(guard: Guard, sender: Sender, scope: trio.CancelScope) -> None:
     told = False
+    is_enough = trio.Event()
 
     def interrupted() -> None:
         nonlocal told
         if sender.interrupt():
             return
         if told:
-            scope.cancel()
+            is_enough.set()
             return
         told = True
         say(
@@ -331,7 +332,14 @@ async def _watch(guard: Guard, sender: Sender, scope: trio.CancelScope) -> None:
         if not sender.interrupt():
             say("the process that watched over this one was killed; the guest was given away, and its RAM is served on")
 
-    await guard.watch(interrupted, alone)
+    async def end() -> None:
+        await is_enough.wait()
+        await sender.wait_moved()  # over a connection that ends with everything else here
+        scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(end)
+        await guard.watch(interrupted, alone)
 
 
 async def _reclaim(sender: Sender) -> None:

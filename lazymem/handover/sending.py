@@ -66,7 +66,7 @@ class Sender:
         `warm_seconds`: for so long its pages go ahead of it. `offers`: else a guest that is here only goes on."""
         self._warming = Warming(warm_seconds, say)
         self._journal = journal
-        self._here = GuestHere(guest, lambda: self._write(Source.OURS), say)
+        self._here = GuestHere(guest, lambda: self._record(Source.OURS), say)
         self._leaving = leaving
         self._ram = LeavingRam(pages)
         self._say = say
@@ -148,6 +148,10 @@ class Sender:
             return False
         self._fail("interrupted")
         return True
+
+    async def wait_moved(self) -> None:
+        """Until no move is being made: what was decided is written, and said to whoever is there."""
+        await until(lambda: not self._acting)
 
     async def _resume(self) -> bool:
         """What a restarted process finds in its journal; whether nothing is left to do."""
@@ -236,7 +240,7 @@ class Sender:
             return True
         before, self._acting = self.state, True
         self._note(event, payload)
-        # "Given" is written and said in one, whoever loses patience: else the guest would stand on both sides.
+        # "Given" is written and said in one, whatever else ends meanwhile: else the guest would stand on both sides.
         with trio.CancelScope(shield=event is Event.RECEIVED):
             is_known = await self._step(event)
         if not is_known and isinstance(payload, messages.Message):
@@ -357,9 +361,6 @@ class Sender:
         await self.receivers.say(message)
 
     async def _record(self, state: Source) -> None:
-        await self._write(state)
-
-    async def _write(self, state: Source) -> None:
         async with self._recording:  # an offer's, too
             self._leaving.void = self._offers.void
             details = to_builtins(self._leaving)

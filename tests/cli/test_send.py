@@ -9,21 +9,26 @@ import argparse
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import trio
 from msgspec import convert, to_builtins
 
 from lazymem.cli import send
 from lazymem.cli.guardian import Guard
 from lazymem.errors import IdentityError, LazymemError, MonitorError, StoreError
+from lazymem.handover import messages
 from lazymem.handover.arriving import boot_id
+from lazymem.handover.channel import Channel
 from lazymem.handover.departure import Leaving
 from lazymem.handover.journal import Journal, read
+from lazymem.handover.states import Source
 from lazymem.vm.migrationsettings import MigrationSettings
 from tests.support.fakeemulator import Behaviour, FakeEmulator, fake_emulator
+from tests.support.standinsource import Guest, hello, leaving_in, sender
 
 SIZE = 1 << 20
 ID = "00" * 16
@@ -159,3 +164,49 @@ def test_what_a_process_that_was_killed_had_taken_back_is_told_by_the_next(
     assert run(tmp_path, "--reclaim") == 0
     assert "taken back by hand; the guest goes on here" in capsys.readouterr().err
     assert emulator.runs()
+
+
+async def test_a_second_interrupt_lets_the_destination_hear_that_the_guest_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both come while that is being written. The connection to the destination ends with this process, too."""
+    heard: list[messages.Message] = []
+
+    class User:
+        async def watch(self, on_interrupt: Callable[[], None], on_alone: Callable[[], None]) -> None:
+            self.interrupts = on_interrupt
+            await trio.sleep_forever()
+
+    user = User()
+    ends = [trio.SocketStream(end) for end in trio.socket.socketpair()]
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, cast(Any, Guest()), leaving_in(tmp_path))
+        found._device_state.sent_bytes = 5
+        destination = Channel(ends[1])
+
+        async def take() -> None:
+            await destination.send(hello())
+            assert isinstance(await destination.receive(), messages.Offer)
+            found._side.state = Source.MOVING
+            write = journal.write
+
+            def interrupted(*record: Any) -> Any:
+                for _ in range(2):
+                    trio.from_thread.run_sync(user.interrupts)
+                return write(*record)
+
+            monkeypatch.setattr(journal, "write", interrupted)
+            await destination.send(messages.Received(5))
+            heard.append(await destination.receive())
+            await destination.aclose()
+
+        async with trio.open_nursery() as both:
+            both.start_soon(take)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send._watch, cast(Any, user), found, nursery.cancel_scope)
+                nursery.start_soon(found.receivers.serve, ends[0])
+                nursery.start_soon(found.run)
+    record = read(tmp_path / "j")
+    assert record is not None
+    assert record.state == "given"
+    assert [type(message) for message in heard] == [messages.Given]
