@@ -148,12 +148,13 @@ class LeavingGuest:
             MonitorError: it did not, with the reason; the guest may stand, see `go_on`.
         """
         self._qmp.take_events()
-        self._prepare(before)
         try:
+            self._prepare(before)
             self._qmp.command("migrate", uri=uri)
         except CommandError:
-            if uri.startswith("fd:"):  # else it would keep that connection
-                self._qmp.maybe_command("closefd", fdname=_CONNECTION)
+            if uri.startswith("fd:"):  # else it would keep that connection, unless it refused it just now
+                with suppress(MonitorError):
+                    self._qmp.command("closefd", fdname=_CONNECTION)
             raise
         begun = looked = time.monotonic()
         stopped: float | None = None

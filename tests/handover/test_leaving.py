@@ -86,10 +86,13 @@ def test_a_refused_migration_lets_the_guest_go_on_with_its_own_settings(tmp_path
         assert guest.settings() == before
 
 
+@pytest.mark.parametrize("refused", ["migrate", "migrate-set-capabilities"])
 @pytest.mark.parametrize("takes", [True, False])
-def test_an_emulator_may_take_an_end_of_a_connection(tmp_path: Path, *, takes: bool) -> None:
-    """One that refuses to send does not keep it. (A real QEMU sends into it in `tests/system/test_qemu_screen.py`.)"""
-    more: dict[str, Any] = {"errors": {"migrate": "told to refuse"}, "answers": {"getfd": {}} if takes else {}}
+def test_an_emulator_may_take_an_end_of_a_connection(tmp_path: Path, refused: str, *, takes: bool) -> None:
+    """One that refuses to send does not keep it, and what is told is why it refused. (A real QEMU sends into it in
+    `tests/system/test_qemu_screen.py`.)"""
+    errors = {refused: "told to refuse", "closefd": "it is closed"}
+    more: dict[str, Any] = {"errors": errors, "answers": {"getfd": {}} if takes else {}}
     ours, theirs = socket.socketpair()
     with ours, theirs, leaving(tmp_path, **more) as (guest, emulator):
         uri = guest.maybe_take(theirs)
