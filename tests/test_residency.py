@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lazymem.pages import PAGE_SIZE, PageRange
-from lazymem.residency import may_ask, resident, runs_of_ones
+from lazymem.residency import may_ask, read_alone, resident, runs_of_ones
 
 
 @pytest.mark.parametrize("folder", ["/dev/shm", None])
@@ -49,3 +49,15 @@ def test_what_cannot_be_mapped_is_an_error() -> None:
 )
 def test_runs(states: bytes, expected: list[PageRange]) -> None:
     assert runs_of_ones(5, states) == expected
+
+
+def test_pages_alone_are_what_they_are(tmp_path: Path) -> None:
+    """Also a hole's; and of a file that ends within them, what there is."""
+    path = tmp_path / "file"
+    data = os.urandom(3 * PAGE_SIZE)
+    path.write_bytes(data + bytes(2 * PAGE_SIZE))
+    with path.open("r+b") as file:
+        file.truncate(10 * PAGE_SIZE)
+        assert read_alone(file.fileno(), PageRange(1, 4)) == data[PAGE_SIZE:] + bytes(2 * PAGE_SIZE)
+        assert read_alone(file.fileno(), PageRange(8, 5)) == bytes(2 * PAGE_SIZE)
+        assert read_alone(file.fileno(), PageRange(20, 1)) == b""

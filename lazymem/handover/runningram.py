@@ -1,9 +1,9 @@
 """Pages of a guest that runs, read over and over, as long as they change: candidates for whoever takes the guest over.
 
 A process of its own (`python -m lazymem.handover.runningram PATH SECONDS NICENESS`), so that it has a priority of its
-own. It reads no page that is not in this host's memory: what a mount
-would have to fetch, or a disk to bring, stays where it is. PAGES frames of the page protocol go to its stdout, whose
-reader sets the pace.
+own. It reads no page that is not in this host's memory: what a mount would have to fetch, or a disk to bring, stays
+where it is, and the kernel reads nothing ahead for it. PAGES frames of the page protocol go to its stdout, whose reader
+sets the pace.
 
 A page may change while it is read. Nobody minds: what is sent is believed only if it is what the page is in the end.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lazymem.digests import DIGEST_BYTES, ZERO_PAGE_DIGEST, differing, page_digests
 from lazymem.pages import PAGE_SHIFT, PAGE_SIZE, PageRange, runs
-from lazymem.residency import resident, runs_of_ones
+from lazymem.residency import read_alone, resident, runs_of_ones
 from lazymem.snapshot.publishedfile import PublishedFile
 from lazymem.wire.codec import encode
 from lazymem.wire.messages import Encoding, Pages
@@ -77,7 +77,7 @@ class RunningRam:
     def _changed(self, pages: PageRange) -> Iterator[bytes]:
         for run in runs_of_ones(pages.start, resident(self._fd, pages)):
             for piece in run.pieces(PIECE_PAGES):
-                yield from self._changed_of(piece, os.pread(self._fd, piece.length_bytes, piece.offset_bytes))
+                yield from self._changed_of(piece, read_alone(self._fd, piece))
 
     def _changed_of(self, pages: PageRange, data: bytes) -> Iterator[bytes]:
         if len(data) != pages.length_bytes:

@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from lazymem.cli.status import read_status
+from lazymem.handover.runningram import RunningRam
+from lazymem.pages import PAGE_SIZE
 from lazymem.vm.guests import build_guest
 from tests.support import skips
 from tests.support.handover import Pair, pair
+from tests.support.mounts import Stage
 from tests.support.smalldisks import small_disk
+from tests.support.snapshots import make_snapshot
 from tests.support.vmprocess import Start, connected, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
@@ -226,6 +230,23 @@ def test_a_chain_fetches_nothing_for_it(guest: Guest, tmp_path: Path, sockets: P
         assert second.send.wait() == 0, second.tell()
         assert second.report()["candidates_used"] > 0
         is_right_there(sockets / "there", "rewrite 50 3")
+
+
+def test_to_look_again_and_again_fetches_nothing(mounts: Stage) -> None:
+    """Where the kernel has read ahead for the guest, read(2) would have it go on from there at each pass."""
+    snapshot = make_snapshot(mounts.folder / "snapshot", pages=4096, seed=3)
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, "--prefetch", "none")
+    with mount.ram_path.open("r+b", buffering=0) as file:
+        for _ in range(8):
+            file.read(PAGE_SIZE)
+        waiting = Path(f"/sys/fs/fuse/connections/{os.minor(os.stat(mount.path).st_dev)}/waiting")
+        wait_until(lambda: waiting.read_text() == "0\n", "what was read ahead is here")
+        before = mount.requests()
+        ram = RunningRam(file.fileno(), snapshot.pages * PAGE_SIZE)
+        assert any(ram.frames())
+        for _ in range(5):
+            assert not any(ram.frames()), "nothing changes, and nothing more comes into memory"
+        assert mount.requests() == before
 
 
 def test_a_time_that_is_too_long(guest: Guest, tmp_path: Path) -> None:
