@@ -87,7 +87,7 @@ class EmulatorHere:
         guest = await self._maybe_reach()
         with suppress(MonitorError):
             if guest is not None:
-                await trio.to_thread.run_sync(guest.stop)
+                await trio.to_thread.run_sync(guest.stop, abandon_on_cancel=True)
 
     async def _maybe_reach(self) -> ArrivingGuest | None:
         """Its monitor, once it answers. None: it is gone, or was never begun; one that is silent is not gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from lazymem.handover.arrival import Arriving
 from lazymem.handover.arriving import NeverToldError
 from lazymem.handover.journal import Journal, read
 from lazymem.handover.receiving import Receiver
-from lazymem.handover.states import Destination, Event
+from lazymem.handover.states import Destination, Effect, Event
 from lazymem.vm.qmpclient import CommandError
 
 ID = "00" * 16
@@ -242,6 +243,29 @@ async def test_a_silent_emulator_is_not_taken_for_a_gone_one(tmp_path: Path, mon
                     await found._step(event)
                 assert link.said == [messages.Mine(None)]
             assert (found.state, guest.ran, host.ended) == (Destination.MINE, 1, 0)
+
+
+@pytest.mark.parametrize("effect", [Effect.RUN, Effect.STOP])
+async def test_an_emulator_that_does_not_answer_holds_nobody_who_ends_this(tmp_path: Path, effect: Effect) -> None:
+    """It may wait for a page whose source never comes back; the guest is where it is decided to be, also without us."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def silent() -> float:
+        asked.set()
+        answered.wait(20)
+        return 0.0
+
+    guest = Guest()
+    cast(Any, guest).run = cast(Any, guest).stop = silent
+    try:
+        with receiver(tmp_path, guest, Destination.MINE) as (found, _, _host):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(found._act, effect)
+                assert await trio.to_thread.run_sync(asked.wait, 60)
+                nursery.cancel_scope.cancel()
+            assert nursery.cancel_scope.cancelled_caught, "it waited for the answer"
+    finally:
+        answered.set()
 
 
 async def test_an_emulator_that_was_never_begun_is_not_waited_for(tmp_path: Path) -> None:
