@@ -17,6 +17,10 @@ from lazymem.errors import RemoteProtocolError
 
 VERSION = 3
 
+COMES_BACK_VERSION = 2
+"""From this one on, whoever comes back for a hand-over that was begun says and hears the same: one side may have been
+exchanged for a newer lazymem meanwhile, and the guest is to be had all the same."""
+
 CONTROL = b"lazyhand"
 STATE = b"lazystat"
 WARM = b"lazywarm"

@@ -46,7 +46,8 @@ class Offers:
     def maybe_refusal(self, hello: messages.Hello, *, is_free: bool) -> messages.Message | None:
         """None: it may come in, for the hand-over that it names, or for a new one. `is_free`: the guest is here, and
         nobody else is in."""
-        if hello.version != messages.VERSION:
+        oldest = messages.COMES_BACK_VERSION if hello.handover else messages.VERSION
+        if not oldest <= hello.version <= messages.VERSION:
             return messages.No(f"this sender speaks version {messages.VERSION}, the receiver {hello.version}")
         if hello.handover in self._void or hello.handover in self._replaced:
             self.is_untold = False

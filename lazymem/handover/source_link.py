@@ -82,7 +82,8 @@ class SourceLink:
         return Channel(await dial(self.endpoint, messages.CONTROL, self._tls))
 
     async def _greeted(self, channel: Channel) -> messages.Message:
-        await channel.send(messages.Hello(messages.VERSION, boot_id(), self.handover))
+        version = messages.COMES_BACK_VERSION if self.handover else messages.VERSION
+        await channel.send(messages.Hello(version, boot_id(), self.handover))
         return await channel.receive()
 
     async def _set_clock(self, channel: Channel) -> None:

@@ -78,6 +78,25 @@ async def test_what_came_to_nothing_is_void_for_every_later_process(tmp_path: Pa
         assert unknown.unknown
 
 
+@pytest.mark.parametrize("version", [messages.COMES_BACK_VERSION, messages.VERSION])
+async def test_a_receiver_of_the_version_before_may_come_back(tmp_path: Path, leaving: Leaving, version: int) -> None:
+    """The source's lazymem was exchanged while the guest was given. If that one could not say that it has the guest,
+    --reclaim would take it for dead."""
+
+    def comes(handover: str) -> messages.Message | None:
+        return found.admit(messages.Hello(version, "another host", handover), occupied=False)
+
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "given", to_builtins(leaving))
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving, lambda: leaving)
+        assert comes(OLD) is None
+        await found._take(Event.RECLAIM, None, None)
+        assert isinstance(comes(OLD), messages.Void)
+        found._offers.are_open = True
+        assert (comes("") is None) is (version == messages.VERSION)
+
+
 def test_what_is_void_is_bounded_and_the_oldest_goes_first() -> None:
     offers = Offers(f"{number:032x}" for number in range(100))
     offers.set_void(f"{50:032x}")

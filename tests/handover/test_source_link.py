@@ -107,6 +107,39 @@ async def test_the_clock_of_another_host_is_asked_for(boot: str, ahead: float) -
 NO = messages.No("this sender knows nothing of that hand-over", unknown=True)
 
 
+async def test_a_source_of_the_version_before_is_come_back_to() -> None:
+    """This lazymem was exchanged in the middle of a hand-over; a new one is of this version on both sides."""
+    heard: list[tuple[int, str]] = []
+    back = trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        assert await stream.receive_some(messages.MAGIC_BYTES) == messages.CONTROL
+        channel = Channel(stream)
+        hello = await channel.receive()
+        assert isinstance(hello, messages.Hello)
+        heard.append((hello.version, hello.handover))
+        await channel.send(replace(GOOD, version=hello.version))
+        await trio.sleep_forever()
+
+    async def on_event(event: Event, _: object) -> None:
+        if event is Event.BACK:
+            back.set()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        endpoint = TcpEndpoint("127.0.0.1", listeners[0].socket.getsockname()[1])
+        first = SourceLink(endpoint, lambda _: None)
+        await first.first()
+        again = SourceLink(endpoint, lambda _: None, GOOD.handover)
+        nursery.start_soon(again.run, on_event)
+        with trio.fail_after(60):
+            await back.wait()
+        for link in (first, again):
+            await link.drop()
+        nursery.cancel_scope.cancel()
+    assert heard == [(messages.VERSION, ""), (messages.COMES_BACK_VERSION, GOOD.handover)]
+
+
 async def test_what_a_source_says_against_us_is_said_once_and_kept() -> None:
     """Until it is something else, or nobody answers any more."""
     answers: list[messages.Message | bytes] = [NO, NO, b"\xff\xff\xff\xff", GOOD]
