@@ -31,31 +31,35 @@ ANSWERS = 8.0
 
 
 class OverdueGuesses:
-    """`answer_seconds`: the shortest time that an answer took; infinite before any. `on_early`: takes in what came."""
+    """`answer_seconds`: the shortest time that an answer took; infinite before any. `on_early`: takes in what came, and
+    says whether that was right."""
 
     def __init__(
         self,
         starter: FetchStarter,
         sink: Sink,
         answer_seconds: Callable[[], float],
-        on_early: Callable[[Flight, Fetched], None],
+        on_early: Callable[[Flight, Fetched], bool],
     ) -> None:
         self._starter = starter
         self._sink = sink
         self._answer_seconds = answer_seconds
         self._on_early = on_early
         self._since: dict[Flight, float] = {}  # trio's time, ascending
+        self._asked: set[Flight] = set()  # again, and no answer is here yet
+        self._useless: set[Flight] = set()  # was the last answer for them
         self._something = trio.Event()
 
     def wait_for(self, flight: Flight) -> None:
         """A reader waits for pages of this guess, from now on if not before."""
-        if flight not in self._since:
+        if flight not in self._since and flight not in self._asked:
             self._since[flight] = trio.current_time()
             self._something.set()
 
     def landed(self, flight: Flight) -> None:
         """It came, or does not come any more."""
         self._since.pop(flight, None)
+        self._useless.discard(flight)
 
     async def run(self) -> None:
         while True:
@@ -76,17 +80,26 @@ class OverdueGuesses:
         pages = waited_for(flight)
         if pages:
             logger.debug("page %d was guessed, and is overdue: it is asked for again", pages[0].start)
+            self._asked.add(flight)
             want_leaves = any(self._sink.missing_leaves(part) for part in pages)
             on_done = partial(self._answered, flight)
             self._starter.start_fetch(pages, want_leaves=want_leaves, background=False, on_done=on_done)
 
     def _answered(self, flight: Flight, answer: Fetched | LazymemError) -> None:
+        self._asked.discard(flight)
         if isinstance(answer, LazymemError):
-            logger.debug("an overdue guess was asked for again, without use: %s", answer)
+            maybe_why: str | None = str(answer)
         else:
-            self._on_early(flight, answer)
-        if waited_for(flight):
-            self.wait_for(flight)
+            maybe_why = None if self._on_early(flight, answer) else "wrong bytes"
+        if not waited_for(flight):
+            return
+        if maybe_why is None:
+            self._useless.discard(flight)
+        elif flight in self._useless:  # as of any demand: from now on another server, where there is one
+            self._starter.doubt(maybe_why)
+        else:
+            self._useless.add(flight)
+        self.wait_for(flight)
 
 
 def waited_for(flight: Flight) -> list[PageRange]:

@@ -43,7 +43,7 @@ from lazymem.wire.messages import (
 )
 from lazymem.wire.pagedata import decode_data, decode_pages
 
-OnEarly = Callable[[Fetched], None]
+OnEarly = Callable[[Fetched], object]
 
 Part = tuple[PageRange, ...]
 """What one wire request asks for; its meaning is its request's (pages, leaves, bytes)."""

@@ -218,21 +218,22 @@ class Scheduler:
                     flight.handle.promote(demand.pages, partial(self._came_early, flight))
                     self._overdue.wait_for(flight)
 
-    def _came_early(self, flight: Flight, part: Fetched) -> None:
+    def _came_early(self, flight: Flight, part: Fetched) -> bool:
         """A frame of a guess that is still coming, with pages that a reader waits for, who need not wait for the rest.
-        The whole answer is judged, and kept, when it is here."""
+        The whole answer is judged, and kept, when it is here. False: it is not what it should be."""
         if not any(want.demands for want in flight.wants if want in self._flights):
-            return
+            return True
         try:
             self._sink.accept(part)
         except LazymemError as error:
             logger.debug("a part of a guess that came is of no use: %s", error)
-            return
+            return False
         for want in flight.wants:
             if want.state is State.SENT and self._flights.get(want) is flight:
                 runs = cut_runs(part.runs, want.pages)
                 if runs:
                     self._table.came_early(want, runs)
+        return True
 
     def _leave(self, demand: Demand) -> None:
         for flight in {self._flights[want] for want in self._table.leave(demand) if want in self._flights}:

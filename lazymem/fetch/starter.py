@@ -17,7 +17,7 @@ from lazymem.pages import PAGE_SHIFT, Fetched, PageRange
 logger = logging.getLogger(__name__)
 
 OnFetched = Callable[[Fetched | LazymemError], None]
-OnEarly = Callable[[Fetched], None]
+OnEarly = Callable[[Fetched], object]
 OnHere = Callable[[bytes | None], None]
 
 BACKOFF_BASE_SECONDS = 0.05

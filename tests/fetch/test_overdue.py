@@ -144,10 +144,41 @@ async def test_a_second_answer_that_is_wrong_is_given_to_nobody(
     joined: Joined,
 ) -> None:
     server = peer.answers = KeepsGuessesBack(wrong=2)
-    scheduler = Scheduler(await network.connect(), sink, nursery)
+    client = await network.connect()
+    doubts: list[str] = []
+    client.doubt = doubts.append  # type: ignore[method-assign, assignment]
+    scheduler = Scheduler(client, sink, nursery)
     await server.guess(scheduler, nursery)
     assert joined(await scheduler.demand(PageRange(70, 1))) == peer.bytes_of(PageRange(70, 1))
     assert server.demands == [[PageRange(70, 1)]] * 3
+    assert doubts == ["wrong bytes"], "as of any demand, at the second time"
+
+
+async def test_who_joins_while_it_is_asked_for_again_waits_for_that(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    """Then what was not asked for with it is, once."""
+    server, answered = KeepsGuessesBack(), trio.Event()
+
+    def slowly(peer: Peer, request: Message) -> Sequence[Message] | None:
+        answers = server(peer, request)
+        return answers if answered.is_set() or is_background(request) else None  # type: ignore[arg-type]
+
+    peer.answers = slowly
+    scheduler = Scheduler(await network.connect(), sink, nursery)
+    await server.guess(scheduler, nursery)
+    nursery.start_soon(scheduler.demand, PageRange(70, 1))
+    await trio.sleep(2 * LEAST_SECONDS)
+    for page in (70, 71, 72):
+        nursery.start_soon(scheduler.demand, PageRange(page, 1))
+    await trio.sleep(10 * LEAST_SECONDS)
+    assert server.demands == [[PageRange(70, 1)]]
+    answered.set()
+    (first,) = [fetch for fetch in peer.fetches if not is_background(fetch)]
+    for answer in peer.honest(first):
+        await peer.say(answer, 0)
+    await trio.sleep(2 * LEAST_SECONDS)
+    assert server.demands == [[PageRange(70, 1)], [PageRange(71, 2)]]
 
 
 async def test_a_reader_that_is_gone_asks_for_nothing(
