@@ -30,8 +30,12 @@ def maybe_life_sign() -> int | None:
     owns: list[bool] = []
 
     def hold() -> None:
-        owns.append(_own_nothing_but(write_end))
-        is_made.release()
+        try:
+            owns.append(_own_nothing_but(write_end))
+        except (AttributeError, MemoryError):  # a C library without unshare, for one
+            owns.append(False)
+        finally:  # whoever waits for us is a daemon that begins, and a guest for that
+            is_made.release()
         if owns[0]:
             never = _thread.allocate_lock()
             never.acquire()
@@ -47,7 +51,7 @@ def maybe_life_sign() -> int | None:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(write_end)
-    if owns[0]:
+    if owns and owns[0]:
         return read_end
     os.close(read_end)
     return None

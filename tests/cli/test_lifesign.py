@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
@@ -69,15 +70,17 @@ def test_its_thread_has_nothing_else_open_and_handles_no_signal() -> None:
     os.close(sign)
 
 
-@pytest.mark.parametrize("why", ["no thread", "no table"])
+@pytest.mark.parametrize("why", ["no thread", "no table", "no function"])
 def test_a_host_that_makes_none(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> bool:
         raise RuntimeError("can't start new thread")
 
     if why == "no thread":
         monkeypatch.setattr(lifesign._thread, "start_new_thread", refuse)  # type: ignore[attr-defined]
-    else:
+    elif why == "no table":
         monkeypatch.setattr(lifesign, "_own_nothing_but", lambda _: False)
+    else:  # its library has no such function, or there is no memory left
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     before = set(os.listdir("/proc/self/fd"))
     assert lifesign.maybe_life_sign() is None
     assert set(os.listdir("/proc/self/fd")) == before
