@@ -124,7 +124,7 @@ class Supervised:
             if "HANDOVER" in maybe_message.fields:
                 self._handed_over.set()
             elif "LOADED" in maybe_message.fields:
-                self._survival.next_is_loaded = True
+                self._survival.next_is_loaded = maybe_message.fields["LOADED"] == "1"  # 0: it is there no more
                 self._survival.maybe_next_pid = int(maybe_message.fields.get("NEXT", 0)) or None
             elif "KEEPER" in maybe_message.fields:  # another process of the unit's
                 self._survival.kept_by(KeptBy(keeper.name, keeper.to, int(maybe_message.fields["KEEPER"])))

@@ -204,6 +204,8 @@ class Supervisor:
     def _discard_next(self) -> None:
         if self._maybe_next is not None:
             self._starter.discard(self._maybe_next)
+            if self._maybe_next.is_warm:
+                self._say(LOADED=0)
         if self._upgrading:
             self._say(REFUSED="the new version's daemon does not start")
         self._maybe_next, self._upgrading = None, False

@@ -305,6 +305,8 @@ def test_a_killed_next_daemon_is_followed_by_one_that_is_loaded(mounts: Stage, s
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     wait_until(lambda: mount.status()["survival"]["next_is_loaded"], "there is a next one")
     os.kill(mount.status()["survival"]["next_pid"], signal.SIGKILL)
+    wait_until(lambda: not mount.status()["survival"]["next_is_loaded"], "nobody is told that there is one")
+    assert mount.status()["survival"]["next_pid"] is None
     kill_and_wait(mount)
     assert everything(mount) == snapshot.ram
     wait_until(lambda: mount.status()["survival"]["next_is_loaded"], "there is a next one again")
