@@ -137,6 +137,8 @@ class Supervisor:
             self._note_warm(daemon)
         elif "UPGRADE" in fields:
             self._begin_upgrade(fields["UPGRADE"])
+        elif message.maybe_descriptor is not None:  # of a daemon of a later version, which says more than we know
+            os.close(message.maybe_descriptor)
 
     def _note_ready(self, daemon: Daemon) -> None:
         daemon.is_ready = True

@@ -291,6 +291,21 @@ def test_a_copy_that_has_ended_is_none() -> None:
         one.wait()
 
 
+def test_what_a_later_versions_daemon_says_beyond_that_leaves_nothing_open() -> None:
+    """A supervisor lives as long as the mount, through all upgrades of the daemon."""
+    looked_after, control, process = _supervised([])
+    read_end, write_end = os.pipe()
+    with control:
+        descriptorstore.send(control, {"NEWS": 1}, write_end)
+        os.close(write_end)
+        looked_after._wait()
+        assert daemonprocess.has_hung_up(read_end)
+    os.close(read_end)
+    looked_after.close()
+    process.kill()
+    process.wait()
+
+
 def test_copies_that_do_not_start_are_followed_by_one_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """What they have in memory is what fails: of a version, say, whose other files are gone."""
     monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.001)
