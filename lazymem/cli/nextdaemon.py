@@ -14,12 +14,18 @@ import contextlib
 import os
 import select
 import socket
+from pathlib import Path
 
 from lazymem.cli import logs
 from lazymem.cli.background import let_go_of_inherited
 from lazymem.cli.servicemanager import without_systemds
 from lazymem.cli.survival import SUPERVISOR, KeptBy, Survival
 from lazymem.fs import descriptorstore
+
+NAME = "lazymem-next"
+"""Of a copy that waits, for ps(1) and killall(1): whoever kills the daemon by its name is not to kill this with it."""
+
+_COMM = Path("/proc/self/comm")
 
 
 def wait_start(descriptor: int) -> Survival:
@@ -32,13 +38,14 @@ def wait_start(descriptor: int) -> Survival:
     control.set_inheritable(False)
     with contextlib.suppress(OSError):  # it went away: what is received next says so
         descriptorstore.send(control, {"WARM": 1})
-    return _wait_start(control)
+    return _wait_start(control, _own_name())
 
 
 def begin_and_leave_copy(keeper: KeptBy) -> Survival:
     """For the first daemon, which has just got `keeper`; returns in its copies too, when it is their turn."""
+    name = _own_name()
     control, copier = _leave_copy(keeper.to)
-    return Survival(keeper, copier_pid=copier) if copier else _wait_start(control)
+    return Survival(keeper, copier_pid=copier) if copier else _wait_start(control, name)
 
 
 def wait_copied(survival: Survival) -> None:
@@ -49,11 +56,26 @@ def wait_copied(survival: Survival) -> None:
             os.waitpid(survival.copier_pid, 0)
 
 
-def _wait_start(control: socket.socket) -> Survival:
+def _wait_start(control: socket.socket, name: str) -> Survival:
+    """`name`: to have again, when it is our turn."""
     copier = 0
     while not copier and _wait_word(control):
         control, copier = _leave_copy(control)
+    _be_called(name)
     return _take_over(control, copier)
+
+
+def _own_name() -> str:
+    """Empty: this host does not say."""
+    with contextlib.suppress(OSError):
+        return _COMM.read_text().removesuffix("\n")
+    return ""
+
+
+def _be_called(name: str) -> None:
+    with contextlib.suppress(OSError):
+        if name:
+            _COMM.write_text(name)
 
 
 def _wait_word(control: socket.socket) -> bool:
@@ -93,6 +115,7 @@ def _copy(control: socket.socket) -> socket.socket | None:
         one.close()
     let_go_of_inherited(ours.fileno(), *logs.descriptors())
     os.setsid()
+    _be_called(NAME)
     for name in set(os.environ) - set(without_systemds(os.environ)):
         del os.environ[name]
     return ours

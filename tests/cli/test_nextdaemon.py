@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.cli.nextdaemon import NAME
 from lazymem.fs import descriptorstore
 from lazymem.fs.descriptorstore import LOCK, Message
 from tests.support.mounts import wait_until
@@ -71,6 +72,9 @@ class Started:
         folder = Path(f"/proc/{self.pid}/fd")
         return {os.readlink(path) for path in folder.iterdir()} - {os.devnull}
 
+    def name(self) -> str:
+        return Path(f"/proc/{self.pid}/comm").read_text().removesuffix("\n")
+
     def descriptor_count(self) -> int:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
@@ -102,6 +106,7 @@ def test_each_daemon_leaves_a_copy_before_it_begins(kind: str, monkeypatch: pyte
         if kind == "loaded":
             daemon.hear("WARM")
             daemon.begin()
+        name = daemon.name()
         counts = []
         for generation in range(3):
             copy = daemon.hear_of_copy()
@@ -109,6 +114,8 @@ def test_each_daemon_leaves_a_copy_before_it_begins(kind: str, monkeypatch: pyte
             expected = "" if kind == "first" and not generation else LOCK
             assert (said["BEGUN"], said["PID"]) == (expected, str(daemon.pid))
             wait_until(lambda copy=copy: len(copy.descriptors()) == 1, "it has but its socket")  # type: ignore[misc]
+            wait_until(lambda copy=copy: copy.name() == NAME, "it is told apart")  # type: ignore[misc]
+            assert daemon.name() == name
             found = maybe_process(copy.pid)
             assert found is not None
             assert found.parent != daemon.pid
