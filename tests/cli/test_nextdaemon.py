@@ -69,8 +69,11 @@ class Started:
 
     def descriptors(self) -> set[str]:
         """What it has open, but for what cannot be anything of somebody's."""
-        folder = Path(f"/proc/{self.pid}/fd")
-        return {os.readlink(path) for path in folder.iterdir()} - {os.devnull}
+        found = set()
+        for path in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since
+                found.add(os.readlink(path))
+        return found - {os.devnull}
 
     def name(self) -> str:
         return Path(f"/proc/{self.pid}/comm").read_text().removesuffix("\n")
