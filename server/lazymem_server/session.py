@@ -232,7 +232,9 @@ class Session:
         if interest != self._interest:
             self._poll.modify(self._fd, interest)
             self._interest = interest
-        busy = self._woken or (readable and self._unhandled) or (self._steps.has_waiting and any(self._may_step()))
+        untried = output.unsent_bytes and output.stuck_at is None  # the kernel takes more than what it says it would
+        busy = self._woken or untried or (readable and self._unhandled)
+        busy = busy or (self._steps.has_waiting and any(self._may_step()))
         found = self._poll.poll(0 if busy else self._patience_ms())
         flags = 0
         for fd, what in found:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import random
+import select
 import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,7 @@ from lazymem_server.session import Session
 from lazymem.digests import LEAF_PAGES
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot import reader
+from lazymem.wire.codec import encode
 from lazymem.wire.messages import (
     Digests,
     Error,
@@ -29,6 +34,7 @@ from lazymem.wire.messages import (
     Fetch,
     FetchFlag,
     Goodbye,
+    Hello,
     Level,
     Pages,
     Ping,
@@ -39,6 +45,10 @@ from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.wireclient import ClosedByServerError, WireClient, page_bytes
 
 PAGES = 700
+
+SIOCOUTQ = 0x5411
+SIOCOUTQNSD = 0x894B
+"""Of linux/sockios.h: what the peer has not acknowledged, and of that what was not sent."""
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +149,56 @@ async def test_demands_one_after_the_other(
             assert leaves == ([Digests(first.id, Level.LEAF, leaf, snapshot.leaf(leaf))] if flags else [])
             data = await client.read(PageRange(page, count))
             assert data == snapshot.ram[page * PAGE_SIZE : (page + count) * PAGE_SIZE]
+
+
+def test_whoever_takes_nothing_is_dropped_in_time_though_the_kernel_would_take_more(snapshot: BuiltSnapshot) -> None:
+    """The kernel calls a socket writable only once half of what it may have unsent has left; it takes more before. A
+    session that waited for that word, and had not tried, once had no clock on such a client."""
+    limits = ServerLimits(send_seconds=0.2, max_unsent_bytes=4096)
+    with Catalog([snapshot.folder]) as catalog, ThreadPoolExecutor(2) as disks, contextlib.ExitStack() as closing:
+        server_end, client_end = (closing.enter_context(end) for end in unread_pair())
+        served = Session(server_end.fileno(), catalog, limits, disks, "test", Pace(), threading.Lock())
+        closing.callback(served.close)
+        thread = threading.Thread(target=served.run)
+        thread.start()
+        closing.callback(thread.join)
+        closing.callback(served.cut)
+        client_end.sendall(encode(Hello("")))
+        assert client_end.recv(1), "it is welcomed"
+        fill_half(server_end)
+        with contextlib.suppress(BlockingIOError):
+            client_end.setblocking(False)
+            while True:
+                client_end.send(b"".join(encode(Ping(at)) for at in range(1, 1000)))
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def unread_pair() -> tuple[socket.socket, socket.socket]:
+    """A server's end for which the kernel takes little beyond the link's need, and a client's that holds nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client_end = socket.socket()
+        client_end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client_end.connect(listener.getsockname())
+        server_end = listener.accept()[0]
+    server_end.setblocking(False)
+    server_end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * 1024)
+    return server_end, client_end
+
+
+def fill_half(end: socket.socket) -> None:
+    """Until its peer's window is shut, it is not called writable, and would take more."""
+    looking = select.poll()
+    looking.register(end, select.POLLOUT)
+    while looking.poll(0) or unread_bytes(end, SIOCOUTQ) != unread_bytes(end, SIOCOUTQNSD):
+        if looking.poll(0):
+            assert end.send(bytes(1024)) == 1024
+    assert end.send(bytes(1024)) == 1024
+
+
+def unread_bytes(end: socket.socket, what: int) -> int:
+    found: int = struct.unpack("i", fcntl.ioctl(end, what, bytes(4)))[0]
+    return found
 
 
 @pytest.mark.parametrize("level", [0, 1, 3])
