@@ -93,6 +93,14 @@ class Daemon:
         while not self.is_dead():
             looking.poll(LOOK_SECONDS * 1000)
 
+    def wait_code(self, seconds: float) -> None:
+        """Blocking, so long at most: until the kernel tells `reap` what it ended with, for which its last thread has to
+        end. Its first one may before the others, and then it is dead already."""
+        looking = select.poll()
+        looking.register(self.pidfd, select.POLLIN)
+        looking.poll(seconds * 1000)
+        self.reap()
+
     def close(self) -> None:
         """What was open to hear of it, but for its pidfd."""
         self.control.close()

@@ -37,6 +37,10 @@ CONTROL = "control"
 LISTEN_SECONDS = 5.0
 """For systemd to have room for another message."""
 
+CODE_SECONDS = 5.0
+"""For the last threads of a daemon that did not start to end: milliseconds, unless the kernel holds one. What it ended
+with is not known before, and a mistake in the unit would be tried again and again."""
+
 BEGIN_SECONDS = 10.0
 """For a next daemon to be ready. One that systemd starts instead has longer (TimeoutStartSec=), and can be given up."""
 
@@ -152,7 +156,7 @@ class UnitSupervisor(Supervisor):
 
     def _code_of_start(self, dead: Daemon, *, first: bool) -> int:
         """For one that has not become ready. `first`: there is no mount yet, nor any more."""
-        dead.reap()
+        dead.wait_code(CODE_SECONDS)
         code = dead.maybe_code if dead.maybe_code is not None else -signal.SIGKILL
         if not first:
             log.error("the daemon (pid %d) ended before it was ready", dead.pid)

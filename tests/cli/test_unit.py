@@ -138,6 +138,32 @@ def test_a_first_daemon_that_does_not_start(systemd: StandInSystemd, start: Made
     assert (systemd.kept, systemd.said) == ({}, [])
 
 
+ENDS_BIT_BY_BIT = """
+import ctypes, os, socket, sys, threading
+control = socket.socket(fileno=int(os.environ["LAZYMEM_SUPERVISOR_FD"]))
+def end():
+    while b"DEAD" not in control.recv(1000):
+        pass
+    os._exit(int(sys.argv[1]))
+threading.Thread(target=end).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+"""Its first thread does at once; the other one when it is told that it has been taken for dead."""
+
+
+def test_what_a_first_daemon_ended_with_is_known_when_its_last_thread_has_ended(
+    start: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = Starter.leave
+
+    def leave_and_tell(starter: Starter, daemon: Daemon) -> None:
+        descriptorstore.send(daemon.control, {"DEAD": 1})
+        leave(starter, daemon)
+
+    monkeypatch.setattr(Starter, "leave", leave_and_tell)
+    assert start(sys.executable, "-c", ENDS_BIT_BY_BIT, "2").run() == MISTAKE_EXIT_CODE
+
+
 @pytest.mark.parametrize(("script", "expected"), [("exit 2", 2), ("exit 0", 70), ("kill -KILL $$", AGAIN_EXIT_CODE)])
 def test_a_next_daemon_that_does_not_start_is_left_to_systemd(
     systemd: StandInSystemd, start: Made, script: str, expected: int
