@@ -24,6 +24,10 @@ class Announcer:
         self._descriptor = descriptor
         self.was_ready = False
 
+    def descriptors(self) -> tuple[int, ...]:
+        """What a copy of this process needs to be heard in its place."""
+        return (self._descriptor,) if self._descriptor >= 0 else ()
+
     def ready(self, notices: tuple[str, ...] = ()) -> None:
         """`notices`: lines that the user should read although all is well."""
         self.was_ready = True
@@ -35,7 +39,7 @@ class Announcer:
     def _say(self, message: dict[str, object]) -> None:
         if self._descriptor >= 0:
             with contextlib.suppress(BrokenPipeError):  # whoever waited is gone, which is no reason to end a mount
-                os.write(self._descriptor, json.dumps(message).encode())
+                os.write(self._descriptor, json.dumps(message).encode() + b"\n")
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -54,7 +58,7 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
         try:
-            text = pipe.read()
+            text = pipe.readline()  # not to its end, which whoever goes on after a killed daemon keeps open
         except KeyboardInterrupt:
             os.kill(child, 15)
             os.waitpid(child, 0)

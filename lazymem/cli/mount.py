@@ -263,7 +263,7 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         if settings.prefetch is not Prefetch.NONE:
             from lazymem.cli import mountfill  # noqa: F401
 
-    survival = supervised.begin(again, maybe_forked=maybe_forked, **looked_after)
+    survival = supervised.begin(again, maybe_forked=maybe_forked, keep=announcer.descriptors(), **looked_after)
     maybe_filler = _maybe_filler(settings)
     lock = MountLock(str(settings.mountpoint))
     if survival.inherited(LOCK) >= 0:

@@ -296,7 +296,7 @@ async def _mount_and_serve(
                 scheduler,
                 watch.maybe_on_read,
                 watch.maybe_on_write,
-                Agreement(survival.record),
+                Agreement(survival.record, continues=survival.continues),
                 takes_back=not survival.continues,
             )
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)

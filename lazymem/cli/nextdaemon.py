@@ -14,6 +14,7 @@ import contextlib
 import os
 import select
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from lazymem.cli import logs
@@ -41,11 +42,12 @@ def wait_start(descriptor: int) -> Survival:
     return _wait_start(control, _own_name())
 
 
-def begin_and_leave_copy(keeper: KeptBy) -> Survival:
-    """For the first daemon, which has just got `keeper`; returns in its copies too, when it is their turn."""
+def begin_and_leave_copy(keeper: KeptBy, keep: Sequence[int] = ()) -> Survival:
+    """For the first daemon, which has just got `keeper`; returns in its copies too, when it is their turn. `keep`:
+    descriptors that a copy has as well."""
     name = _own_name()
-    control, copier = _leave_copy(keeper.to)
-    return Survival(keeper, copier_pid=copier) if copier else _wait_start(control, name)
+    control, copier = _leave_copy(keeper.to, keep)
+    return Survival(keeper, copier_pid=copier) if copier else _wait_start(control, name, keep)
 
 
 def wait_copied(survival: Survival) -> None:
@@ -56,11 +58,11 @@ def wait_copied(survival: Survival) -> None:
             os.waitpid(survival.copier_pid, 0)
 
 
-def _wait_start(control: socket.socket, name: str) -> Survival:
+def _wait_start(control: socket.socket, name: str, keep: Sequence[int] = ()) -> Survival:
     """`name`: to have again, when it is our turn."""
     copier = 0
     while not copier and _wait_word(control):
-        control, copier = _leave_copy(control)
+        control, copier = _leave_copy(control, keep)
     _be_called(name)
     return _take_over(control, copier)
 
@@ -86,7 +88,7 @@ def _wait_word(control: socket.socket) -> bool:
     return not waiting.poll()[0][1] & select.POLLHUP
 
 
-def _leave_copy(control: socket.socket) -> tuple[socket.socket, int]:
+def _leave_copy(control: socket.socket, keep: Sequence[int]) -> tuple[socket.socket, int]:
     """In the caller `control` and the process id of its child that makes the copy, of which it tells the supervisor at
     the other end, and ends (-1: there is none). In the copy its own socket to the supervisor, and 0."""
     try:
@@ -97,14 +99,14 @@ def _leave_copy(control: socket.socket) -> tuple[socket.socket, int]:
         return control, copier
     maybe_ours = None
     try:
-        maybe_ours = _copy(control)
+        maybe_ours = _copy(control, keep)
     finally:  # an error is a copy that there is not, too; and this is no daemon
         if maybe_ours is None:
             os._exit(0)
     return maybe_ours, 0
 
 
-def _copy(control: socket.socket) -> socket.socket | None:
+def _copy(control: socket.socket, keep: Sequence[int]) -> socket.socket | None:
     """None: the supervisor has been told of the copy, which is a child of this process. As `_leave_copy` else."""
     ours, supervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     copy = os.fork()
@@ -113,7 +115,7 @@ def _copy(control: socket.socket) -> socket.socket | None:
         return None
     for one in (control, supervisors):  # or there would be more of them from copy to copy
         one.close()
-    let_go_of_inherited(ours.fileno(), *logs.descriptors())
+    let_go_of_inherited(ours.fileno(), *logs.descriptors(), *keep)
     os.setsid()
     _be_called(NAME)
     for name in set(os.environ) - set(without_systemds(os.environ)):

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NoReturn
 
 import trio
@@ -40,12 +40,15 @@ server is away) the kernel sends again."""
 Drain = Callable[[], Awaitable[None]]
 
 
-def begin(again: Restart, *, in_front: bool, wanted: bool, maybe_forked: Forked | None = None) -> Survival:
+def begin(
+    again: Restart, *, in_front: bool, wanted: bool, maybe_forked: Forked | None = None, keep: Sequence[int] = ()
+) -> Survival:
     """Who keeps what for this daemon, and what was kept by the one before it. Blocking; returns once more in each copy
     of this process that goes on after it.
 
     `in_front`: whoever started us looks after us (a systemd unit has a supervisor of its own: `unit`). `wanted`: the
-    user did not say no. `maybe_forked`: a supervisor that is there already.
+    user did not say no. `maybe_forked`: a supervisor that is there already. `keep`: descriptors that those copies
+    have as well.
 
     Raises:
         EnvironmentRefusedError: what was kept cannot be understood.
@@ -56,12 +59,12 @@ def begin(again: Restart, *, in_front: bool, wanted: bool, maybe_forked: Forked 
     if maybe_hindered_by is not None or not wanted or in_front:
         return Survival(None, descriptorstore.take_listened(), maybe_hindered_by)
     if maybe_forked is not None:
-        return begin_and_leave_copy(KeptBy(SUPERVISOR, maybe_forked.to, maybe_forked.pid))
+        return begin_and_leave_copy(KeptBy(SUPERVISOR, maybe_forked.to, maybe_forked.pid), keep)
     try:
         supervisor = start_supervisor(again)
     except OSError as error:
         return Survival(None, None, f"no supervisor can be started: {error.strerror}")
-    return begin_and_leave_copy(supervisor)
+    return begin_and_leave_copy(supervisor, keep)
 
 
 def start_supervisor(again: Restart) -> KeptBy:

@@ -39,7 +39,7 @@ from lazymem.fs.descriptorstore import FUSE, PREDECESSOR, RECORD, Message
 log = logging.getLogger("lazymem.supervisor")
 
 NO_SPARE_SECONDS = 60.0
-"""Until the next try, when one died."""
+"""Until the next try, when one did not load, or was the second that died in so long."""
 
 COPIES_FAIL = 2
 """So many daemons in a row that ended before they were ready, and the next one is no copy of the last: it is loaded
@@ -59,7 +59,8 @@ class Supervisor:
         self._maybe_next: Daemon | None = None
         self._upgrading = False  # to that one
         self._program = program_of(sys.executable)
-        self._spare_at = math.inf
+        self._spare_at = math.inf  # the present one is not ready
+        self._spare_died_at = -math.inf
         self._patience = Patience()
 
     def run(self) -> int:
@@ -180,13 +181,16 @@ class Supervisor:
 
     def _look_after_next(self) -> None:
         daemon, now = self._maybe_next, time.monotonic()
-        if daemon is None and now > self._spare_at:
+        if daemon is not None and (daemon.is_dead() or (not daemon.is_warm and daemon.age_seconds() > LOAD_SECONDS)):
+            at_once = self._upgrading or (daemon.is_warm and now > self._spare_died_at + NO_SPARE_SECONDS)
+            if self._spare_at < math.inf:
+                self._spare_at = now if at_once else now + NO_SPARE_SECONDS
+            self._spare_died_at = now
+            self._discard_next()
+        if self._maybe_next is None and now >= self._spare_at:
             self._spare_at = now + NO_SPARE_SECONDS
             with contextlib.suppress(OSError):
                 self._maybe_next = self._starter.start(self._program)
-        elif daemon is not None and (daemon.is_dead() or (not daemon.is_warm and daemon.age_seconds() > LOAD_SECONDS)):
-            self._spare_at = now + (0.0 if self._upgrading else NO_SPARE_SECONDS)
-            self._discard_next()
 
     def _begin_upgrade(self, python: str) -> None:
         """Load one of another version. The present daemon ends once that is loaded."""

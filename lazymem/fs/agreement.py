@@ -35,13 +35,15 @@ class InitRecord(Protocol):
 
 
 class Agreement:
-    """For one daemon's life. `begun`: an earlier daemon has read requests of this mount, so they must be sent again."""
+    """For one daemon's life. `begun`: an earlier daemon may have read requests of this mount, so they must be sent
+    again."""
 
-    def __init__(self, record: InitRecord) -> None:
+    def __init__(self, record: InitRecord, *, continues: bool = False) -> None:
+        """`continues`: there was an earlier daemon, which need not have lived to note the INIT that it had read."""
         self._record = record
         self._asked = 0  # unique of the request that the library has and did not answer
         self._agreed = trio.Event()
-        self.begun = bool(record.init)
+        self.begun = continues or bool(record.init)
 
     def maybe_repeat(self) -> bytes | None:
         """The request for a successor's library, before it gets any other; None: the kernel's own is still to come."""

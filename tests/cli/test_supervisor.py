@@ -277,6 +277,32 @@ def test_a_daemons_copy_is_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None
         one.wait()
 
 
+def test_a_next_daemon_that_is_killed_is_loaded_again_but_not_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once the first time, or a daemon killed after it would be followed only when one has loaded."""
+    looked_after, control, process = _supervised([])
+    loaded: list[Program] = []
+
+    def start(self: Starter, program: Program) -> Daemon:
+        loaded.append(program)
+        raise OSError(errno.EMFILE, "it is tried")
+
+    monkeypatch.setattr(Starter, "start", start)
+    looked_after._note_ready(looked_after._maybe_daemon)  # type: ignore[arg-type]
+    with control:
+        for _ in range(2):
+            copy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            with _copy_of(control, copy.pid):
+                while looked_after._maybe_next is None:
+                    looked_after._wait()
+                copy.kill()
+                copy.wait()
+                looked_after._look_after_next()
+            assert len(loaded) == 1
+    process.kill()
+    process.wait()
+    looked_after.close()
+
+
 def test_a_copy_that_has_ended_is_none() -> None:
     """Its process id may be anybody's by then."""
     looked_after, control, process = _supervised([])

@@ -34,6 +34,13 @@ def test_the_first_daemon_and_the_second() -> None:
     assert not second.takes(memoryview(_answer(2))), "once"
 
 
+def test_a_death_before_init_is_noted() -> None:
+    second = Agreement(SessionRecord.create(), continues=True)
+    assert second.begun, "the kernel must send it again"
+    assert second.maybe_repeat() is None
+    assert second.maybe_answer(_request(2 | RESENT)) is None
+
+
 def test_a_death_before_the_library_answers() -> None:
     record = SessionRecord.create()
     Agreement(record).maybe_answer(_request(2))

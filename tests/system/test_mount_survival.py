@@ -209,6 +209,22 @@ def test_at_each_request(
     assert everything(mount) == expected
 
 
+def test_before_it_was_ready(
+    mounts: Stage, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The daemon dies at its first request, INIT, before it has noted that; the command hears of the next one."""
+    file = tmp_path / "dies"
+    file.write_text(f"{1:8} {1:8}")
+    server = mounts.serve(snapshot.folder)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support/dying"))
+    monkeypatch.setenv("LAZYMEM_TEST_DIES", str(file))
+    monkeypatch.setenv("LAZYMEM_TEST_WHERE", "taken")
+    mount = mounts.mount(server.address, *QUIET)
+    assert (mount.result.stderr, file.read_text().split()) == ("", ["2", "0"])
+    assert mount.status()["survival"]["restarts"] == 1
+    assert everything(mount) == snapshot.ram
+
+
 def test_as_a_thread_of_its_own_opens_the_ram(
     mounts: Stage, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
