@@ -12,8 +12,10 @@ from msgspec.structs import asdict
 
 from lazymem.cli.interrupts import interrupted_once
 from lazymem.cli.progress import reporting
-from lazymem.errors import LazymemError, StoreError
+from lazymem.cli.standby import Standby
+from lazymem.errors import LazymemError, MonitorError, StoreError
 from lazymem.vm.taking import Options, Result, take_snapshot
+from lazymem.vm.undoing import Change, undo, ways_by_hand
 
 _EPILOG = """examples:
   lazymem snapshot /run/vm/qmp.sock /srv/snapshots/web            save the guest; the emulator ends
@@ -27,19 +29,38 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     options, as_json = _parse(arguments)
     try:
-        with interrupted_once(), reporting(quiet=as_json) as reporter:
-            result = take_snapshot(options, reporter)
+        with _standby(options) as standby, interrupted_once(), reporting(quiet=as_json) as reporter:
+            result = take_snapshot(options, reporter, standby.note)
     except LazymemError as error:
         return _failed(error)
     except OSError as error:
         # What is left of OSErrors here is the local disk: full, read-only, broken.
         return _failed(StoreError(f"cannot write the snapshot: {error}"))
     except KeyboardInterrupt:
-        made = "the snapshot was complete already" if os.path.lexists(options.target) else "no snapshot was made"
-        print(f"lazymem snapshot: interrupted; {made}, the guest goes on", file=sys.stderr)
+        print(f"lazymem snapshot: interrupted; {_made(options)}, the guest goes on", file=sys.stderr)
         return 130
     print(json.dumps(asdict(result)) if as_json else describe(result))
     return 0
+
+
+def _standby(options: Options) -> Standby[Change]:
+    """For when this process is killed: the guest must not stand for that."""
+
+    def say(text: str) -> None:
+        print(f"lazymem snapshot: {text}", file=sys.stderr)
+
+    def take_back(change: Change) -> None:
+        try:
+            undo(options.monitor, change)
+        except MonitorError as error:
+            raise MonitorError(ways_by_hand(options.monitor, error)) from error
+        say(f"it was killed; {_made(options)}, the guest goes on")
+
+    return Standby(Change, take_back, say)
+
+
+def _made(options: Options) -> str:
+    return "the snapshot was complete already" if os.path.lexists(options.target) else "no snapshot was made"
 
 
 def _failed(error: LazymemError) -> int:

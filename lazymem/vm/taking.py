@@ -1,8 +1,8 @@
 """Takes a snapshot of a running guest over its monitor: the steps and their order.
 
 The guest stands only while its device state ends and its RAM file is copied; digests are made from the copy afterwards.
-Until the folder is complete the guest can always go on, and does, whatever fails. Known limit: this process killed by
-SIGKILL in the middle leaves the guest stopped (`cont` at its monitor lets it go on) and a hidden *.partial-* folder.
+Until the folder is complete the guest can always go on, and does, whatever fails. What a process that is killed in the
+middle leaves behind it has noted with somebody else (`undoing`), but for a hidden *.partial-* folder.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ from __future__ import annotations
 import os
 import select
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from lazymem.errors import LazymemError, MonitorError, RamFileError, SnapshotError
 from lazymem.snapshot.deltaindex import INDEX_NAME, encode
 from lazymem.snapshot.manifest import MANIFEST_NAME, Emulator, Manifest
 from lazymem.snapshot.writer import PendingSnapshot, new_ram_id, vmstate_record
-from lazymem.vm import emulator
+from lazymem.vm import emulator, migrationsettings
 from lazymem.vm.emulator import RamBacking
 from lazymem.vm.identity import MountRun, maybe_mount_run
 from lazymem.vm.mountram import MountRam
 from lazymem.vm.qmpclient import CommandError, QmpClient
 from lazymem.vm.ramways import FileCopy, Made, MountCopy, MountDelta, RamWay, Reporter, hashed
-from lazymem.vm.savestate import SaveRefusedError, abandon, let_go_on, ram_left_out, save_device_state
+from lazymem.vm.savestate import CAPABILITY, SaveRefusedError, abandon, let_go_on, ram_left_out, save_device_state
+from lazymem.vm.undoing import Change
 
 _EXIT_SECONDS = 60.0
+
+Note = Callable[[Change | None], None]
+"""Gets what would have to be taken back from now on, if this process were killed; None: nothing."""
 
 
 class Options(Struct, frozen=True):
@@ -69,7 +75,7 @@ class _Guest(Struct, frozen=True):
     disks: tuple[str, ...]
 
 
-def take_snapshot(options: Options, reporter: Reporter) -> Result:
+def take_snapshot(options: Options, reporter: Reporter, note: Note = lambda _: None) -> Result:
     """Makes the snapshot.
 
     Raises:
@@ -78,7 +84,7 @@ def take_snapshot(options: Options, reporter: Reporter) -> Result:
     started = time.monotonic()
     with PendingSnapshot(options.target) as pending, QmpClient(options.monitor) as qmp:
         guest = _look(qmp, options)
-        way, pause, manifest = _Taking(options, reporter, qmp, guest, pending).run()
+        way, pause, manifest = _Taking(options, reporter, qmp, guest, pending, note).run()
     folder = Path(os.path.abspath(options.target))
     return Result(
         directory=str(folder),
@@ -130,13 +136,21 @@ class _Taking:
     """One snapshot on its way: the steps, in order, over what they share."""
 
     def __init__(
-        self, options: Options, reporter: Reporter, qmp: QmpClient, guest: _Guest, pending: PendingSnapshot
+        self,
+        options: Options,
+        reporter: Reporter,
+        qmp: QmpClient,
+        guest: _Guest,
+        pending: PendingSnapshot,
+        note: Note,
     ) -> None:
         self._options = options
         self._reporter = reporter
         self._qmp = qmp
         self._guest = guest
         self._pending = pending
+        self._note = note
+        self._change = Change(migrationsettings.read(qmp, [CAPABILITY]), guest.was_running)
         self._ram_id = new_ram_id()
         self._begun = False
         self._times: dict[str, float] = {}
@@ -163,6 +177,7 @@ class _Taking:
             moving = self._may_move()
             way = self._way(source, moving, undo)
             way.warm_up()
+            self._note(self._change)
             with ram_left_out(self._qmp):
                 self._reporter.phase("saving device state")
                 self._save_or_abandon()
@@ -172,8 +187,11 @@ class _Taking:
                 copied = way.copy()
                 self._check_it_stood()
                 pause = self._resume() if self._options.resume else None
+            if self._options.resume:
+                self._note(None)
             manifest = self._seal(way.finish(), pause)
         self._pending.publish()
+        self._note(None)
         if not self._options.resume:
             self._quit()
         return copied.way, pause, manifest
@@ -192,10 +210,12 @@ class _Taking:
     def _save(self) -> None:
         self._qmp.take_events()
         self._begun = True
+        self._note(replace(self._change, saves=True))
         try:
             save_device_state(self._qmp, self._options.monitor, self._pending.vmstate)
         except SaveRefusedError:
             self._begun = False
+            self._note(self._change)
             raise
 
     def _save_or_abandon(self) -> None:
@@ -265,6 +285,7 @@ class _Taking:
         pid = self._qmp.peer_pid
         process = os.pidfd_open(pid) if pid else None
         self._pending.keep()
+        self._note(None)  # the guest ends, and what it would write from here on is in no snapshot
         try:
             self._reporter.phase("ending the emulator")
             self._quit()

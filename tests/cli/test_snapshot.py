@@ -331,6 +331,74 @@ def test_an_interrupt_lets_the_guest_go_on(behaviour: Behaviour, tmp_path: Path,
     assert os.listdir(Path(behaviour.qmp).parent) == []
 
 
+DIES = """
+import os, sys
+from lazymem.cli import snapshot
+from lazymem.vm import ramways, savestate, taking
+where, name = sys.argv[1].rsplit(".", 1)
+setattr(eval(where), name, lambda *_: os.kill(os.getpid(), 9))
+snapshot.main(sys.argv[2:])
+"""
+
+ALONE = """
+import os, sys
+from lazymem.cli import snapshot
+fork = os.fork
+def alone():
+    pid = fork()
+    if pid:
+        os.kill(pid, 9)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+os.fork = alone
+sys.exit(snapshot.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "options"),
+    [
+        ("taking.save_device_state", []),
+        ("savestate.wait_migration_over", []),
+        ("taking.hashed", []),
+        ("ramways.FileCopy.copy", ["--resume"]),
+    ],
+)
+def test_a_killed_one_lets_the_guest_go_on(behaviour: Behaviour, tmp_path: Path, at: str, options: list[str]) -> None:
+    """Another process takes back what it had changed, whatever it was at."""
+    with fake_emulator(behaviour, tmp_path) as fake:
+        command = [sys.executable, "-c", DIES, at, str(fake.qmp), str(tmp_path / "snap"), *options]
+        killed = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=WAIT_SECONDS, check=False)
+        # All of it, also what that process has said, whose stderr is the same.
+        assert (killed.returncode, killed.stderr.splitlines()[-1:]) == (
+            -signal.SIGKILL,
+            ["lazymem snapshot: it was killed; no snapshot was made, the guest goes on"],
+        )
+        assert fake.runs()
+        assert "quit" not in fake.commands
+        with QmpClient(fake.qmp) as qmp:
+            assert qmp.command("query-migrate-capabilities") == [{"capability": "x-ignore-shared", "state": False}]
+        assert run(fake, tmp_path / "snap", "--resume") == 0
+        assert leftovers(tmp_path) == ["snap"]
+
+
+def test_a_killed_one_whose_emulator_has_gone_says_what_is_left(behaviour: Behaviour, tmp_path: Path) -> None:
+    with fake_emulator(behaviour, tmp_path) as fake:
+        dies = DIES.replace("lambda *_: ", f"lambda *_: os.kill({fake.pid}, 9) or ")
+        command = [sys.executable, "-c", dies, "taking.save_device_state", str(fake.qmp), str(tmp_path / "snap")]
+        killed = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=WAIT_SECONDS, check=False)
+        assert killed.stderr.startswith(f"lazymem snapshot: it was killed, and the guest at {fake.qmp} may stand (")
+        assert killed.stderr.count("\n") == 1
+
+
+def test_one_whose_second_process_is_killed_goes_on(behaviour: Behaviour, tmp_path: Path) -> None:
+    with fake_emulator(behaviour, tmp_path) as fake:
+        command = [sys.executable, "-c", ALONE, str(fake.qmp), str(tmp_path / "snap"), "--resume"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+        check_whole(tmp_path / "snap", tmp_path)
+
+
 def test_no_monitor_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert snapshot.main([str(tmp_path / "none"), str(tmp_path / "snap")]) == MonitorError.exit_code
     assert "cannot reach the monitor" in capsys.readouterr().err

@@ -20,7 +20,9 @@ from lazymem.demo.qemurun import started
 from lazymem.errors import RamFileError, SnapshotError
 from lazymem.snapshot.manifest import parse
 from lazymem.snapshot.writer import write_digests
+from lazymem.vm import migrationsettings
 from lazymem.vm.qmpclient import QmpClient
+from lazymem.vm.savestate import CAPABILITY
 from tests.support.qemu import RAM_BYTES, BootedGuest, booted
 from tests.support.streamreader import read_stream
 
@@ -97,8 +99,13 @@ def test_capability_and_run_state_are_as_before(guest: BootedGuest, tmp_path: Pa
         assert qmp.command("query-status")["status"] == "running"
 
 
-def test_interrupted_in_the_middle_the_guest_goes_on(guest: BootedGuest, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_in_the_middle_the_guest_goes_on(
+    guest: BootedGuest, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Or killed: then the process beside it has ended, too, once nobody has its stderr any more."""
     with second_monitor(guest) as looking_on:
+        set_to = migrationsettings.read(looking_on, [CAPABILITY])
         before = looking_on.command("query-migrate-parameters")["max-bandwidth"]
         looking_on.command("migrate-set-parameters", max_bandwidth=4096)
         try:
@@ -110,16 +117,20 @@ def test_interrupted_in_the_middle_the_guest_goes_on(guest: BootedGuest, tmp_pat
                         assert process.poll() is None
                     # The blocks that no file backs go over while the guest still runs.
                     assert looking_on.command("query-status")["status"] == "running"
-                    process.send_signal(signal.SIGINT)
+                    process.send_signal(number)
                     _, error = process.communicate(timeout=60)
                 finally:
                     process.kill()
         finally:
             looking_on.command("migrate-set-parameters", max_bandwidth=before)
-        assert process.returncode == 130, error
+        assert process.returncode == (130 if number == signal.SIGINT else -number), error
+        assert "no snapshot was made, the guest goes on" in error
+        assert migrationsettings.read(looking_on, [CAPABILITY]) == set_to
         assert looking_on.command("query-status")["status"] == "running"
     assert guest.qemu.serial.ask("sum", "sum") == guest.checksum
-    assert list(tmp_path.iterdir()) == []
+    left = [path.name for path in tmp_path.iterdir()]
+    assert [name for name in left if not name.startswith(".snap.partial-")] == []
+    assert bool(left) == (number == signal.SIGKILL)
 
 
 def small(sockets: Path, ram: Path, share: bool = True, more: tuple[str, ...] = ()) -> QemuOptions:
