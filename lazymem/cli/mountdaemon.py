@@ -367,11 +367,12 @@ async def _announce(
 
     await trio.to_thread.run_sync(tune_and_look, abandon_on_cancel=True)
     gc.freeze()  # or the collector looks at all that start-up made, 20 ms at a time, while a fault waits
-    ready(notices)
-    pace.start()
+    # Logged first: whoever is told looks for it there at once.
     log.info("%s is ready (pid %d)", path, os.getpid())
     for notice in notices:
         log.warning("%s: %s", path, notice)
+    ready(notices)
+    pace.start()
 
 
 async def _wish_to_end(*, task_status: trio.TaskStatus[trio.Event] = trio.TASK_STATUS_IGNORED) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,20 @@ async def test_a_mount_that_does_not_answer_is_said_and_never_called_ready(
     with pytest.raises(MountError, match=r"the mount on .*/gone does not answer: No such file or directory"):
         await mountdaemon._announce(mounted.path, mounted, said.append, (), WritebackPace(mounted))
     assert said == []
+
+
+async def test_what_is_said_to_whoever_waits_is_in_the_log_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A command that returns, and a unit that is started, are looked for there at once."""
+    for name in ("ensure_fusectl", "apply"):
+        monkeypatch.setattr(tuning, name, lambda *_: None)
+    monkeypatch.setattr(WritebackPace, "start", lambda _: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    mounted = Mount(1, "0:1", str(tmp_path), "fuse.lazymem", "lazymem", None)
+    logged: list[str] = []
+    with caplog.at_level("INFO", mountdaemon.log.name):
+        await mountdaemon._announce(
+            mounted.path, mounted, lambda _: logged.extend(caplog.messages), ("no disk",), WritebackPace(mounted)
+        )
+    assert logged == [f"{tmp_path} is ready (pid {os.getpid()})", f"{tmp_path}: no disk"]

@@ -313,8 +313,8 @@ def test_a_next_daemon_is_loaded_beforehand(mounts: Stage, snapshot: BuiltSnapsh
         expected = mount.status()["survival"]["next_pid"]
         assert kill_and_wait(mount) == expected
         assert everything(mount) == snapshot.ram
-        log = mount.log.read_text()
-        assert f"lazymem-mount[{expected}]: INFO: {mount.path} is ready (pid {expected})" in log
+        line = f"lazymem-mount[{expected}]: INFO: {mount.path} is ready (pid {expected})"
+        wait_until(lambda line=line: line in mount.log.read_text(), "it says so: it answers before")  # type: ignore[misc]
 
 
 def test_a_killed_next_daemon_is_followed_by_one_that_is_loaded(mounts: Stage, snapshot: BuiltSnapshot) -> None:
