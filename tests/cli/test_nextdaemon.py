@@ -116,8 +116,9 @@ def test_each_daemon_leaves_a_copy_before_it_begins(kind: str, monkeypatch: pyte
             said = daemon.hear("BEGUN").fields
             expected = "" if kind == "first" and not generation else LOCK
             assert (said["BEGUN"], said["PID"]) == (expected, str(daemon.pid))
-            wait_until(lambda copy=copy: len(copy.descriptors()) == 1, "it has but its socket")  # type: ignore[misc]
             wait_until(lambda copy=copy: copy.name() == NAME, "it is told apart")  # type: ignore[misc]
+            # Behind its name, for which it has a file open.
+            wait_until(lambda copy=copy: len(copy.descriptors()) == 1, "it has but its socket")  # type: ignore[misc]
             assert daemon.name() == name
             found = maybe_process(copy.pid)
             assert found is not None
