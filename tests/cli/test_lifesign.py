@@ -16,6 +16,7 @@ import pytest
 
 from lazymem.cli import lifesign
 from lazymem.cli.daemonprocess import has_hung_up
+from tests.support.descriptors import open_descriptors
 
 LIVES = """
 import ctypes, os, socket, sys, threading
@@ -81,7 +82,7 @@ def test_a_host_that_makes_none(why: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(lifesign, "_own_nothing_but", lambda _: False)
     else:  # its library has no such function, or there is no memory left
         monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     assert lifesign.maybe_life_sign() is None
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -16,6 +16,7 @@ from lazymem.cli.restart import Restart
 from lazymem.cli.supervisorstart import NAME, Forked, fork_supervisor, is_wanted
 from lazymem.fs import checks, descriptorstore
 from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
+from tests.support.descriptors import open_descriptors
 
 AGAIN = Restart([], None)
 
@@ -70,9 +71,9 @@ def test_none_where_no_process_can_be_made(monkeypatch: pytest.MonkeyPatch) -> N
         raise BlockingIOError("no process left")
 
     monkeypatch.setattr(os, "fork", refuse)
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors(collect=True)
     assert fork_supervisor(AGAIN) is None
-    assert os.listdir("/proc/self/fd") == before, "nothing stays open"
+    assert open_descriptors() == before, "nothing stays open"
 
 
 def test_a_child_that_gets_no_word_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from lazymem.store.pagefile import PageFile
 from lazymem.store.pagemap import SET, UNSET
 from lazymem.store.shedding import Shedder
 from lazymem.store.statefolder import adopt_state, open_state, reserve_room
+from tests.support.descriptors import open_descriptors
 from tests.support.snapshots import BuiltSnapshot
 from tests.support.stores import opened_store, origin_of
 
@@ -224,7 +225,7 @@ def test_a_disk_that_does_not_say_what_is_there(
 ) -> None:
     """Then nothing is reserved, which who named a size is told as an error."""
     state = open_state(tmp_path / "state", RamOrigin(b"i" * 32, 1 << 30, None))
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors(collect=True)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", _refusing)
         with pytest.raises(StoreError, match="cannot look") if wanted else contextlib.nullcontext():
@@ -232,7 +233,7 @@ def test_a_disk_that_does_not_say_what_is_there(
         with pytest.raises(StoreError, match="cannot look"):
             reserve.go_on_with(state.path)
     assert state.reserve is None
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     state.close()
 
 
