@@ -173,9 +173,9 @@ async def test_a_client_that_died_without_a_word(snapshot: BuiltSnapshot) -> Non
     """It was greeted, then nothing: it is asked, and dropped when it does not answer."""
     async with served(snapshot, ServerLimits(idle_seconds=0.05, pong_seconds=0.1)) as serving:
         async with connected(serving.addresses[0]) as client:
+            assert await client.receive() == Ping(1)  # which may have come with the welcome
             assert isinstance(client.stream, trio.SocketStream)
-            said = await assert_dropped(client.stream)
-            assert said == encode(Ping(1))
+            assert await assert_dropped(client.stream) == b""
         await wait_clients(serving, 0)
 
 
