@@ -42,7 +42,7 @@ class Standby(Generic[T]):
             self._write_end = -1
         else:
             if not self._pid:
-                _stand_by(read_end, kind, take_back, say)
+                _stand_by(read_end, self._write_end, kind, take_back, say)
         os.close(read_end)
 
     def __enter__(self) -> Standby[T]:
@@ -54,7 +54,8 @@ class Standby(Generic[T]):
         self.note(None)
         if self._pid:
             os.close(self._write_end)
-            os.waitpid(self._pid, 0)
+            with contextlib.suppress(ChildProcessError):  # of a process that was started so, the kernel waits for them
+                os.waitpid(self._pid, 0)
 
     def note(self, maybe_change: T | None) -> None:
         """What there is to take back from now on; None: nothing."""
@@ -65,9 +66,12 @@ class Standby(Generic[T]):
                 os.write(self._write_end, line)
 
 
-def _stand_by(read_end: int, kind: type[T], take_back: Callable[[T], None], say: Callable[[str], None]) -> NoReturn:
+def _stand_by(
+    read_end: int, write_end: int, kind: type[T], take_back: Callable[[T], None], say: Callable[[str], None]
+) -> NoReturn:
     code = BUG_EXIT_CODE
     try:
+        os.close(write_end)  # what has the number of a standard stream is let go of nowhere else
         for number in _IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         os.setsid()
@@ -84,5 +88,6 @@ def _stand_by(read_end: int, kind: type[T], take_back: Callable[[T], None], say:
     except BaseException:  # noqa: BLE001 (the command's code is not to go on in here)
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
+        with contextlib.suppress(AttributeError, OSError):  # there is none, or nobody reads it
+            sys.stderr.flush()
         os._exit(code)
