@@ -2,7 +2,7 @@
 
 The guest stands only while its device state ends and its RAM file is copied; digests are made from the copy afterwards.
 Until the folder is complete the guest can always go on, and does, whatever fails. What a process that is killed in the
-middle leaves behind it has noted with somebody else (`undoing`), but for a hidden *.partial-* folder.
+middle leaves behind it has noted with somebody else (`undoing`), but for a hidden *.partial-* folder and a socket.
 """
 
 from __future__ import annotations
