@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import time
 from pathlib import Path
 
 from msgspec import Struct
@@ -22,13 +24,21 @@ class Change(Struct, frozen=True):
     saves: bool = False
 
 
+_PATIENCE_SECONDS = 1800.0
+"""For whoever stands before us at a monitor that serves one client at a time, as QEMU's does."""
+
+_AGAIN_SECONDS = 0.5
+
+_GONE = frozenset({errno.ENOENT, errno.ECONNREFUSED})
+
+
 def undo(monitor: Path, change: Change) -> None:
-    """For who is told that whoever changed it is gone.
+    """For who is told that whoever changed it is gone, and has nothing else to do. Waits for the monitor.
 
     Raises:
         MonitorError: not all of it could be; what could be, is.
     """
-    with QmpClient(monitor) as qmp:
+    with _connected(monitor) as qmp:
         try:
             if change.saves:
                 abandon(qmp)  # while one is under way nothing can be set
@@ -38,6 +48,18 @@ def undo(monitor: Path, change: Change) -> None:
             finally:
                 if change.saves and change.was_running:
                     let_go_on(qmp)
+
+
+def _connected(monitor: Path) -> QmpClient:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return QmpClient(monitor)
+        except MonitorError as error:
+            is_gone = isinstance(error.__cause__, OSError) and error.__cause__.errno in _GONE
+            if is_gone or time.monotonic() > deadline:
+                raise
+            time.sleep(_AGAIN_SECONDS)
 
 
 def ways_by_hand(monitor: Path, error: MonitorError) -> str:

@@ -27,7 +27,8 @@ class Outlet:
         self._writev = writev
         self._output = Output()
         self.stuck_at: float | None = None
-        """Since when (monotonic) the socket took less than `send_bytes`. None: nothing waits, or was not tried yet."""
+        """Since when (monotonic) the socket took neither all that it got nor `send_bytes`. None: nothing waits, or it
+        was not tried yet."""
         self._sent_since = 0
         self._counters = counters
 
@@ -50,10 +51,10 @@ class Outlet:
             return
         sent = self.write(output.pieces(min(most_bytes, self._limits.send_bytes)))
         self._sent_since += sent
-        output.sent(sent)
+        takes_all = output.sent(sent)
         if not output.unsent_bytes:
             self.stuck_at = None
-        elif self.stuck_at is None or self._sent_since >= self._limits.send_bytes:
+        elif takes_all or self.stuck_at is None or self._sent_since >= self._limits.send_bytes:
             self.stuck_at, self._sent_since = time.monotonic(), 0
         else:
             self.check_pace(time.monotonic())

@@ -53,11 +53,12 @@ class Output:
                     break
         return self._begun
 
-    def sent(self, count: int) -> None:
-        """So many bytes of `pieces` have left."""
+    def sent(self, count: int) -> bool:
+        """So many bytes of `pieces` have left; whether that was all of them."""
         self.unsent_bytes -= count
         begun = self._begun
         while begun and count >= len(begun[0]):
             count -= len(begun.popleft())
         if count:
             begun[0] = memoryview(begun[0])[count:]
+        return not begun

@@ -25,7 +25,7 @@ def test_the_urgent_lane_goes_first_and_unsent_counts_until_the_socket_took_it()
     assert output.unsent_bytes == 121
     assert b"".join(output.pieces(15)) == b"c" + b"d" * 10
     assert output.unsent_bytes == 121
-    output.sent(11)
+    assert output.sent(11)
     assert output.unsent_bytes == 110
     assert taken(output, 64) == b"e" * 10
     assert taken(output, 64) == b"b" * 100, "one frame at least, however large"
@@ -37,10 +37,10 @@ def test_nothing_comes_between_the_parts_of_a_frame() -> None:
     output = Output()
     output.put((b"12", b"345", memoryview(b"678")), Lane.BACKGROUND)
     assert b"".join(output.pieces(1)) == b"12345678"
-    output.sent(3)
+    assert not output.sent(3)
     output.put((b"urgent",), Lane.CONTROL)
     assert b"".join(output.pieces(1)) == b"45678"
-    output.sent(5)
+    assert output.sent(5)
     assert taken(output, 1) == b"urgent"
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class _Monitor:
         os.rename(self.behaviour.qmp + ".new", self.behaviour.qmp)
         while True:
             connection, _ = listener.accept()
-            with connection, connection.makefile("rwb") as lines:
+            with suppress(ConnectionError), connection, connection.makefile("rwb") as lines:  # it may have gone again
                 self.session(lines)
 
     def session(self, lines: Any) -> None:
