@@ -24,7 +24,7 @@ from lazymem.cli.receivehost import ReceiveHost, Wanted
 from lazymem.cli.receivewarm import Ahead, clear_away
 from lazymem.errors import BusyError, GuestCrashError, IdentityError, ServerRefusedError
 from lazymem.fs import checks, mountinfo
-from lazymem.handover import requests
+from lazymem.handover import planes, requests
 from lazymem.handover.arrival import Arriving, Outcome, after_restart
 from lazymem.handover.arriving import ArrivingGuest, boot_id
 from lazymem.handover.channel import Stream
@@ -124,6 +124,7 @@ def _run(found: argparse.Namespace, wanted: Wanted, folder: Path) -> int:
         if before is None and found.take:
             raise IdentityError(f"no guest waits here to be taken ({journal.folder})")
         host = ReceiveHost(wanted.mountpoint, journal.folder)
+        planes.use_one_thread()
         try:
             outcome = trio.run(_receive, found, wanted, journal, before, host)
         except BaseExceptionGroup as group:
@@ -198,6 +199,7 @@ class _Coming:
         host, wanted = self.host, self._wanted
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
+            nursery.start_soon(trio.to_thread.run_sync, planes.load)  # while mount and emulator start
             arriving = Arriving(
                 source=str(link.endpoint),
                 mountpoint=str(wanted.mountpoint),

@@ -22,7 +22,7 @@ from lazymem.cli.guardian import Guard, guarded
 from lazymem.cli.handoverreport import as_text
 from lazymem.cli.handoverserver import HandoverServer
 from lazymem.errors import BusyError, IdentityError, LazymemError, MonitorError, RamFileError, UsageError
-from lazymem.handover import requests
+from lazymem.handover import planes, requests
 from lazymem.handover.arriving import boot_id
 from lazymem.handover.departure import Leaving, Outcome
 from lazymem.handover.journal import Journal, default_folder, read
@@ -162,6 +162,7 @@ def _with_journal(found: argparse.Namespace, journal: Journal, guard: Guard) -> 
         listeners = undo.enter_context(Listeners(private=tls is None and not found.insecure))
         listeners.open([parse_listen(before.address if before is not None else found.listen)])
         ask_for_short_slices()  # a guest stands while this process waits for a processor
+        planes.use_one_thread()
         try:
             outcome, state_bytes = trio.run(_send, found, journal, before, guest, listeners, guard)
         except BaseExceptionGroup as group:
@@ -303,12 +304,14 @@ def _look(found: argparse.Namespace, guest: LeavingGuest | None, address: str, *
 
 
 async def _announce(address: str, sender: Sender, as_json: bool) -> None:
-    """Once it is true: what a process before this one had begun is undone first."""
+    """Once it is true: what a process before this one had begun is undone first. And make ready for who comes."""
     await sender.wait_open()
     if as_json:
         print(json.dumps({"listening": address}), flush=True)
     elif sender.state is Source.OURS:
         print(f"waiting on {address} for lazymem receive", flush=True)
+    if sender.state is Source.OURS:  # of a guest that was given, no state will be sent
+        await trio.to_thread.run_sync(planes.load)
 
 
 async def _watch(guard: Guard, sender: Sender, scope: trio.CancelScope) -> None:

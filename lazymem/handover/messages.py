@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from lazymem.errors import RemoteProtocolError
 
-VERSION = 3
+VERSION = 4
 
 COMES_BACK_VERSION = 2
 """From this one on, whoever comes back for a hand-over that was begun says and hears the same: one side may have been

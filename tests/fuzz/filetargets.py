@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from pathlib import Path
 
+import zstandard
 from blake3 import blake3
 
 from lazymem.demo import streamscan
 from lazymem.digests import DIGEST_BYTES, TreeShape, leaf_matches, root_digest
 from lazymem.handover import journal, messages
+from lazymem.handover.statepieces import MAX_PIECE_BYTES, Packer, Unpacker
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.settings import parse_server
 from lazymem.snapshot import deltaindex, manifest, workingset
@@ -176,6 +179,23 @@ def handover_messages(data: bytes) -> None:
     for at in range(1, len(data), 997):
         for message in receiver.feed(data[at : at + 997]):
             assert messages.Receiver().feed(messages.encode(message)) == [message]
+
+
+_PACKER = Packer()
+
+
+@target
+def state_pieces(data: bytes) -> None:
+    """A device state from a source; where the first byte is odd, one piece in the form that the second says, of the
+    right lengths."""
+    if len(data) >= 2 and data[0] & 1:
+        packed = zstandard.compress(data[2:], 1)
+        data = b"\0" + data[1:2] + struct.pack("<II", len(data) - 2, len(packed)) + packed
+    unpacker = Unpacker()
+    for at in range(1, len(data), 997):
+        for piece in unpacker.feed(data[at : at + 997]):
+            assert 0 < len(piece) <= MAX_PIECE_BYTES
+            assert list(Unpacker().feed(_PACKER.pack(piece))) == [piece]
 
 
 # ---- small things

@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from lazymem.digests import leaf_digest, page_digest
 from lazymem.handover import journal, messages
+from lazymem.handover.statepieces import Packer
 from lazymem.pages import PAGE_SIZE, PageRange
 from lazymem.snapshot import deltaindex, workingset
 from lazymem.vm.devicestate import State
@@ -158,6 +159,18 @@ def _handover_messages(_: Path) -> Iterator[bytes]:
         yield b"\1" + messages.encode(message)[4:]
 
 
+def _state_pieces(_: Path) -> Iterator[bytes]:
+    packer = Packer()
+    slope = bytes(value for at in range(2500) for value in (at & 0xFF, at >> 1 & 0xFF, at >> 2 & 0xFF, 0))
+    pieces = [packer.pack(piece) for piece in (b"QEVM\0\0\0\3", b"cell" * 500, slope)]
+    assert [piece[0] for piece in pieces] == [0, 1, 2]
+    yield b"\0" + b"".join(pieces) + packer.end()
+    for piece in pieces:
+        yield b"\0" + piece
+    yield b"\1\1" + b"cell" * 500
+    yield b"\1\2" + b"cell" * 500 + b"abc"
+
+
 def _meta_record(_: Path) -> Iterator[bytes]:
     yield b'{"format": "lazymem-state", "identity": "ab", "size_bytes": 4096, "version": 1}\n'
 
@@ -180,6 +193,7 @@ _MADE: dict[str, Callable[[Path], Iterator[bytes]]] = {
     "qemu_stream": _qemu_stream,
     "handover_journal": _journal,
     "handover_messages": _handover_messages,
+    "state_pieces": _state_pieces,
     "meta_record": _meta_record,
     "server_address": _server_address,
 }
