@@ -199,7 +199,7 @@ class _Coming:
         host, wanted = self.host, self._wanted
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.keep_alive)
-            nursery.start_soon(trio.to_thread.run_sync, planes.load)  # while mount and emulator start
+            planes.start_loading()  # while mount and emulator start
             arriving = Arriving(
                 source=str(link.endpoint),
                 mountpoint=str(wanted.mountpoint),

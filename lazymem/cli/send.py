@@ -311,7 +311,7 @@ async def _announce(address: str, sender: Sender, as_json: bool) -> None:
     elif sender.state is Source.OURS:
         print(f"waiting on {address} for lazymem receive", flush=True)
     if sender.state is Source.OURS:  # of a guest that was given, no state will be sent
-        await trio.to_thread.run_sync(planes.load)
+        planes.start_loading()
 
 
 async def _watch(guard: Guard, sender: Sender, scope: trio.CancelScope) -> None:

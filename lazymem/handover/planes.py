@@ -4,12 +4,16 @@ Each four bytes become their difference (xor) from the four before, and then all
 ones, and so on, a plane for each channel of colour, as PNG's filters and Blosc's shuffle have it. Where a pixel begins
 does not matter: an emulator's stream has a header of 8 bytes between pages, and a name of any length in front of them.
 
-With numpy, which is loaded late and takes 0.03 to 0.2 s for that: `load` is for a thread, while no guest stands.
+With numpy, which is loaded late and takes 0.03 to 0.2 s for that: `start_loading` belongs where no guest stands.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import suppress
+
+from lazymem.errors import EnvironmentRefusedError
 
 _PIXEL_BYTES = 4
 
@@ -21,14 +25,37 @@ def use_one_thread() -> None:
 
 
 def load() -> None:
-    """What the first `Planes` would wait for."""
-    import numpy  # noqa: F401
+    """What a `Planes` needs.
+
+    Raises:
+        EnvironmentRefusedError: it cannot be (numpy refuses processors that are too old for how it was built).
+    """
+    try:
+        import numpy  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise EnvironmentRefusedError(f"numpy does not load here: {' '.join(str(error).split())}") from error
+
+
+def start_loading() -> None:
+    """`load` in a thread that ends with it: trio keeps its threads, and one that began before this process asked for
+    short slices of the processor would have to work while a guest stands. Who needs it first is told what is wrong."""
+
+    def run() -> None:
+        with suppress(EnvironmentRefusedError):
+            load()
+
+    threading.Thread(target=run, name="numpy").start()
 
 
 class Planes:
     """For one thread, and pieces of `most_bytes` bytes at most."""
 
     def __init__(self, most_bytes: int) -> None:
+        """
+        Raises:
+            EnvironmentRefusedError: as `load`.
+        """
+        load()
         import numpy
 
         self._numpy = numpy

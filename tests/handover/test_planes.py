@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis.strategies import binary, lists
 
-from lazymem.handover.planes import Planes
+from lazymem.errors import EnvironmentRefusedError
+from lazymem.handover.planes import Planes, load
 
 MOST = 4096
 
@@ -57,3 +58,26 @@ def test_numpy_comes_late_and_brings_no_threads() -> None:
         [sys.executable, "-c", _IN_A_NEW_PROCESS], env=clean, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["1"]
+
+
+_ASIDE = """
+import sys, threading
+from lazymem.handover import planes
+planes.start_loading()
+[thread] = [thread for thread in threading.enumerate() if thread.name == "numpy"] or [None]
+if thread is not None:
+    thread.join()
+assert "numpy" in sys.modules
+"""
+
+
+def test_it_is_loaded_aside() -> None:
+    subprocess.run([sys.executable, "-c", _ASIDE], check=True)
+
+
+def test_a_host_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(EnvironmentRefusedError, match="numpy does not load here: "):
+        load()
+    with pytest.raises(EnvironmentRefusedError, match="numpy does not load here: "):
+        Planes(MOST)
