@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pyte
 import pytest
@@ -39,6 +41,10 @@ class Screen:
         self._screen = pyte.Screen(80, 25)
         self._stream = pyte.ByteStream(self._screen)
         self._read: dict[Path, int] = {}
+
+    def clear(self) -> None:
+        """For a process that goes on with nothing."""
+        self._screen.reset()
 
     def look(self, process: Process) -> str:
         assert process.process.poll() is None, process.end()
@@ -77,6 +83,7 @@ def boot(start: Start, ram: Path, screen: Screen) -> Process:
     )
     if misread_clock(screen.look(process)):
         process.quit()
+        screen.clear()  # or the next one would be taken for this one
         return boot(start, ram, screen)
     return process
 
@@ -100,6 +107,32 @@ def flip_bits(ram: Path, bit: int) -> None:
             byte = file.read(1)[0]
             file.seek(address)
             file.write(bytes([byte ^ (1 << bit)]))
+
+
+class Shown:
+    """In the place of a process: what it has drawn."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.serial = folder / f"{len(list(folder.iterdir()))}"
+        self.serial.write_text(text)
+        self.process = SimpleNamespace(poll=lambda: None)
+        self.was_ended = False
+
+    def quit(self) -> None:
+        self.was_ended = True
+
+
+def test_one_that_misread_its_clock_is_followed_by_one_that_is_looked_at_itself(tmp_path: Path) -> None:
+    """And not taken for the one before it, whose screen is what is seen until it draws its own."""
+    started: list[Shown] = []
+
+    def start(*_: object) -> Process:
+        megahertz, text = (9999, "") if len(started) < 2 else (1000, "Pass:  0  Pass  5%")
+        started.append(Shown(tmp_path, f"CLK/Temp: {megahertz} MHz {text}"))
+        return cast(Process, started[-1])
+
+    boot(start, tmp_path / "ram", Screen())
+    assert [shown.was_ended for shown in started] == [True, True, False]
 
 
 def test_goes_on_in_another_process_without_an_error(start: Start, tmp_path: Path) -> None:
