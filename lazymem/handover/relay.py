@@ -161,10 +161,10 @@ class Outgoing:
 
     def cut(self) -> None:
         """End it now, from another thread: whoever writes or waits gets an error."""
-        self.pace.open()
         for sock in (self._listener, self._connection, self._target):
             if sock is not None:
                 _shut_down(sock)
+        self.pace.open()  # behind that: who waits there is to find it shut
 
     def close(self) -> None:
         self.cut()

@@ -94,6 +94,7 @@ def test_no_more_is_under_way_than_the_link_takes_until_the_guest_stands(tmp_pat
     def write() -> None:
         try:
             emulator.sendall(random.Random(5).randbytes(4 << 20))
+            emulator.shutdown(socket.SHUT_WR)
         except OSError as error:
             failures.append(error)
 
@@ -106,18 +107,30 @@ def test_no_more_is_under_way_than_the_link_takes_until_the_guest_stands(tmp_pat
         assert thread.is_alive()
         assert _held(emulator) < _held(ours) // 4
         if ends_with == "cut":
-            outgoing.cut()
+            _cut(outgoing, thread)
         else:
             outgoing.hurry()
             assert _held(emulator) == _held(ours)
-            while thread.is_alive():
-                theirs.recv(1 << 20)
-        thread.join(30)
+            while theirs.recv(1 << 20):
+                pass
+        thread.join(60)
         assert bool(failures) is (ends_with == "cut")
     finally:
         emulator.close()
         outgoing.close()
         theirs.close()
+
+
+def _cut(outgoing: Outgoing, writer: threading.Thread) -> None:
+    """In such a way that whoever waits for room goes on before the one that cuts does."""
+    really_open = outgoing.pace.open
+
+    def open_and_let_go_on() -> None:
+        really_open()
+        writer.join(60)
+
+    outgoing.pace.open = open_and_let_go_on  # type: ignore[method-assign]
+    outgoing.cut()
 
 
 def _held(sock: socket.socket) -> int:
