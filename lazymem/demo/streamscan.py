@@ -44,6 +44,7 @@ def scan(data: bytes | memoryview) -> RamInStream:
     cursor.expect(4, MAGIC, "magic")
     cursor.expect(4, VERSION, "version")
     ignores = _configuration(cursor) if cursor.peek() == Mark.CONFIGURATION else False
+    last = ""
     while (mark := cursor.peek()) in (Mark.SECTION_START, Mark.SECTION_PART, Mark.SECTION_END, _COMMAND):
         cursor.take(1)
         if mark == _COMMAND:
@@ -57,7 +58,7 @@ def scan(data: bytes | memoryview) -> RamInStream:
                 raise cursor.refuse("a section before the devices that is not RAM")
             cursor.take(8)  # instance and version
             _block_list(cursor, found, ignores)
-        _records(cursor, found)
+        last = _records(cursor, found, last)
         cursor.expect(1, Mark.FOOTER, "footer")
         cursor.expect(4, section, "footer's section")
     if not found.sizes or mark not in (Mark.SECTION_FULL, Mark.EOF):
@@ -91,12 +92,13 @@ def _block_list(cursor: Cursor, found: RamInStream, ignores: bool) -> None:
             cursor.take(8)  # its address
 
 
-def _records(cursor: Cursor, found: RamInStream) -> None:
-    name = ""
+def _records(cursor: Cursor, found: RamInStream, name: str) -> str:
+    """`name`: the block of the record before these, "" if there is none; returns that of the last one. A QEMU that
+    sends its RAM in several sections, as on a busy host, does not name a block again in the next one."""
     while True:
         flags = cursor.number(8) & _FLAG_BITS
         if flags & RamFlag.END_OF_SECTION:
-            return
+            return name
         if not flags & RamFlag.CONTINUE:
             name = cursor.name()
         if name not in found.sizes or not flags & (RamFlag.PAGE | RamFlag.ZERO):

@@ -70,6 +70,7 @@ class _Reader:
         self.size = len(data)
         self.out = Stream()
         self.ram_id = -1
+        self.block = ""  # of the last page; the next section goes on with it
         self.out.description = self._find_description(data)
 
     def _find_description(self, data: bytes) -> dict[str, Any]:
@@ -171,7 +172,6 @@ class _Reader:
 
     def ram_part(self) -> None:
         self.out.ram_parts += 1
-        block = ""
         while True:
             word = self.u(8)
             flags, offset = word % PAGE, word - word % PAGE
@@ -181,7 +181,8 @@ class _Reader:
             if flags & 0x10:
                 return
             if not flags & 0x20:
-                block = self.string()
+                self.block = self.string()
+            block = self.block
             if block not in self.out.blocks or offset >= self.out.blocks[block]:
                 raise StreamFormatError(f"page {offset:#x} of {block!r} is in no block")
             if flags & 0x02:
