@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench.way import Mount, wait_until
@@ -53,6 +53,18 @@ def processes_of(mount: Mount) -> dict[str, int]:
         if not name or name in found:
             raise ValueError(f"process {pid}, a child of {parents[pid]}, is not known to be one of the mount's")
         found[name] = pid
+    return found
+
+
+def bytes_of_each(mount: Mount, read: Callable[[int], int]) -> dict[str, int]:
+    """What `read` tells of each of `processes_of`. The filling process may end between the look for it and that."""
+    found = {}
+    for name, pid in processes_of(mount).items():
+        try:
+            found[name] = read(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            if name != "fill":
+                raise
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.context import Context, Measure, Target, pairs
 from bench.held import wait_held
-from bench.mountprocesses import private_bytes, processes_of, wait_settled
+from bench.mountprocesses import bytes_of_each, private_bytes, wait_settled
 from bench.record import Sample
 from bench.touching import chosen, toucher
 from lazymem.pages import PAGE_SIZE
@@ -34,7 +34,7 @@ def _run(context: Context) -> Sample:
         hand.result(context.image, numbers)
         wait_settled(mount)
         figures: dict[str, float] = {
-            f"{name}_anonymous_bytes": private_bytes(pid) for name, pid in processes_of(mount).items()
+            f"{name}_anonymous_bytes": count for name, count in bytes_of_each(mount, private_bytes).items()
         }
         figures["mount_cache_bytes"] = page_cache_bytes(mount.ram)
         cached = (page_cache_bytes(path) for path in (folder / "cache").rglob("*") if path.is_file())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bench import images
 from bench.context import Context, Measure, Target, pairs
 from bench.images import Image
-from bench.mountprocesses import processes_of, resident_bytes, wait_settled
+from bench.mountprocesses import bytes_of_each, resident_bytes, wait_settled
 from bench.record import Sample
 
 SPARSE_GIB = 64
@@ -18,8 +18,8 @@ def _run(context: Context, image: Image) -> Sample:
             figures["daemon_resident_bytes"] = resident_bytes(mount.daemon_pid)
         if mount.is_lazymem:
             wait_settled(mount)
-            processes = processes_of(mount).values()
-            figures["all_resident_bytes"] = sum(resident_bytes(pid, "Pss") for pid in processes)
+            of_each = bytes_of_each(mount, lambda pid: resident_bytes(pid, "Pss"))
+            figures["all_resident_bytes"] = sum(of_each.values())
     return context.sample(figures)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.mountprocesses import private_bytes, processes_of, resident_bytes, wait_settled
+from bench.mountprocesses import bytes_of_each, private_bytes, processes_of, resident_bytes, wait_settled
 from bench.way import Mount
 from tests.support.mounts import Stage, stage
 from tests.support.skips import needs_resend
@@ -33,6 +34,18 @@ def test_daemon_supervisor_and_the_next_daemon_are_counted(mounts: Stage, tmp_pa
     assert set(found) - {"fill"} == {"daemon", "supervisor", "next"}
     assert len(set(found.values())) == len(found)
     assert all(0 < private_bytes(pid) < resident_bytes(pid) for pid in found.values())
+
+
+def test_a_filling_process_may_end_before_it_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mount = Mount(Path(), started=0.0, ready_seconds=0.0, is_lazymem=True)
+    monkeypatch.setattr("bench.mountprocesses.processes_of", lambda _: {"daemon": os.getpid(), "fill": gone.pid})
+    assert set(bytes_of_each(mount, resident_bytes)) == {"daemon"}
+    monkeypatch.setattr("bench.mountprocesses.processes_of", lambda _: {"daemon": gone.pid})
+    with pytest.raises(FileNotFoundError):
+        bytes_of_each(mount, resident_bytes)
 
 
 def test_a_process_that_nobody_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
