@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 KEPT_AT_ONCE_PAGES = 1024
 """4 MiB in one call of the sink: a thread's way there and back is paid once for them."""
 
+KEEPERS = 2
+"""So many such calls at a time: while a thread writes what one brought, what the next one brings is got ready."""
+
 WHOLE_LEAVES_FROM_PAGES = LEAF_PAGES // 2
 """Of a request: where it is so large anyway, its last leaf is asked for to its end, as far as the window has room."""
 
@@ -99,7 +102,8 @@ class Fill:
             StoreError: the disk refused; in an exception group.
         """
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_all)
+            for _ in range(KEEPERS):
+                nursery.start_soon(self._keep_all)
             nursery.start_soon(self._copy_all)
             nursery.start_soon(self._go_on)
             self._send_more()
@@ -125,10 +129,11 @@ class Fill:
     async def _keep_all(self) -> None:
         while True:
             await self._something.wait()
-            self._something = trio.Event()
             while self._arrived:
                 await self._keep(self._next_batch())
                 self._send_more()
+            if self._something.is_set():  # or another keeper was first
+                self._something = trio.Event()
 
     async def _copy_all(self) -> None:
         """What is equal to held pages is held without the source; the link is busy with others meanwhile."""

@@ -16,11 +16,11 @@ from lazymem_server.serving import Serving, serve
 from lazymem.fetch import fill as module
 from lazymem.fetch.client import Client, connect
 from lazymem.fetch.coming import Coming
-from lazymem.fetch.fill import MAX_UNKEPT_PAGES, Fill
+from lazymem.fetch.fill import KEEPERS, MAX_UNKEPT_PAGES, Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import prepager
 from lazymem.fetch.rightofway import TRICKLE_PAGES, TRICKLE_SECONDS
-from lazymem.pages import PAGE_SIZE, Fetched, PageRange
+from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
 from lazymem.settings import LinkSettings, parse_server
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.pristine import PristinePages
@@ -227,6 +227,11 @@ class OnlyAsked:
         """The oldest that is open."""
         self._done.pop(0)(Fetched(()))
 
+    def answer_with_data(self) -> None:
+        """As `answer_first`, with its pages."""
+        ranges = self.asked[-len(self._done)]
+        self._done.pop(0)(Fetched(tuple(PageRun(pages, bytes(pages.length_bytes)) for pages in ranges)))
+
     def answer(self) -> None:
         self.wire_received_bytes += sum(pages.length_bytes for pages in self.asked[-len(self._done)])
         self._done.pop(0)(Fetched(()))
@@ -367,6 +372,48 @@ async def test_what_a_slow_disk_has_not_kept_bounds_what_is_asked_for(nursery: t
         source.answer_first()
         await trio.testing.wait_all_tasks_blocked()
     assert MAX_UNKEPT_PAGES <= work.brought_pages <= MAX_UNKEPT_PAGES + 1024
+    nursery.cancel_scope.cancel()
+
+
+class KeepsWhenTold(TakesAll):
+    """Notes what it is given to keep, and keeps it when it is told to."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[PageRange, ...]] = []
+        self._kept: list[trio.Event] = []
+
+    async def keep(self, fetched: Fetched) -> None:
+        self.given.append(tuple(run.pages for run in fetched.runs))
+        self._kept.append(trio.Event())
+        await self._kept[-1].wait()
+
+    def keep_one(self) -> None:
+        self._kept[len([kept for kept in self._kept if kept.is_set()])].set()
+
+
+async def test_what_comes_while_some_is_kept_is_kept_beside_it(nursery: trio.Nursery) -> None:
+    """A thread writes the first; of what waits, all is one batch. Each page is kept once, and none is left out."""
+    source, sink = OnlyAsked(), KeepsWhenTold()
+    work = Fill(source, sink, PAGES, prepager(everything, PAGES), LastDemand())  # type: ignore[arg-type]
+    nursery.start_soon(work.run)
+    await trio.testing.wait_all_tasks_blocked()
+    answered: list[PageRange] = []
+    for count in range(1, 2 * KEEPERS + 1):
+        answered += source.asked[count - 1]
+        source.answer_with_data()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(sink.given) == min(count, KEEPERS), "so many at a time"
+    sink.keep_one()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(sink.given) == KEEPERS + 1
+    for _ in range(KEEPERS):
+        sink.keep_one()
+        await trio.testing.wait_all_tasks_blocked()
+    assert sorted(pages for given in sink.given for pages in given) == sorted(answered)
+    answered += source.asked[2 * KEEPERS]
+    source.answer_with_data()
+    await trio.testing.wait_all_tasks_blocked()
+    assert sink.given[-1] == tuple(source.asked[2 * KEEPERS]), "and what comes later, too"
     nursery.cancel_scope.cancel()
 
 
