@@ -80,3 +80,24 @@ def test_zero_pages_are_told_by_whole_digests(zeros: list[bool], shared: int) ->
     other = ZERO_PAGE_DIGEST[:shared] + bytes([ZERO_PAGE_DIGEST[shared] ^ 1]) + ZERO_PAGE_DIGEST[: 15 - shared]
     digests = b"".join(ZERO_PAGE_DIGEST if zero else other for zero in zeros)
     assert list(zero_marks(digests)) == list(map(int, zeros))
+
+
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.integers(1, 300).map(lambda count: ZERO_PAGE_DIGEST * count),
+            st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES),
+            # The bytes of a zero page's digest where none begins.
+            st.integers(1, DIGEST_BYTES - 1).map(lambda at: ZERO_PAGE_DIGEST[at:] + ZERO_PAGE_DIGEST[:at]),
+            st.integers(1, DIGEST_BYTES - 1).map(
+                lambda at: bytes(DIGEST_BYTES - at) + ZERO_PAGE_DIGEST + bytes(at)  # over a border of two others
+            ),
+        ),
+        max_size=40,
+    )
+)
+def test_zero_pages_in_long_runs_and_what_only_looks_like_them(parts: list[bytes]) -> None:
+    digests = b"".join(parts)
+    found = [digests[at : at + DIGEST_BYTES] == ZERO_PAGE_DIGEST for at in range(0, len(digests), DIGEST_BYTES)]
+    assert list(zero_marks(digests)) == list(map(int, found))
+    assert zero_marks(memoryview(bytearray(digests))) == zero_marks(digests)
