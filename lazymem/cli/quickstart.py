@@ -7,6 +7,8 @@ Nearly all of a command's start is imports, so whoever waits for a mount waits f
 - `importlib.metadata`, with its e-mail parser and zip files: pyfuse3 wants to know its own version, to show it.
 - `typing_extensions`, where a development tool has installed it: msgspec prefers its functions for older Pythons.
 - ldconfig(8), a process: trio looks for the thread library, to name its threads.
+- OpenSSL: trio brings TLS and DTLS streams of its own, which nobody here uses (`lazymem.tls` has its own, and loads
+  OpenSSL where TLS is asked for); and hashlib, which does as well without, for its own implementations.
 """
 
 from __future__ import annotations
@@ -31,13 +33,31 @@ class _NoMetadata(ModuleType):
         raise _NoMetadata.PackageNotFoundError(name)
 
 
+class _LeftOut(ModuleType):
+    """Stands for a module of which others take names that nobody uses; each of them is a class."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+TRIO_LEFT_OUT = ("trio._dtls", "trio._highlevel_ssl_helpers", "trio._ssl")
+
+
 @contextlib.contextmanager
 def quick_imports(*, trio: bool = True) -> Iterator[None]:
     """For the imports of modules that are known to do without what is left out; nothing else belongs in it.
 
     `trio`: it is among them (a command without it has no use for ctypes.util either).
     """
-    stand_ins = {"importlib.metadata": _NoMetadata("importlib.metadata"), "typing_extensions": None}
+    stand_ins: dict[str, ModuleType | None] = {
+        "importlib.metadata": _NoMetadata("importlib.metadata"),
+        "typing_extensions": None,
+        "_hashlib": None,
+    }
+    if "trio" not in sys.modules:
+        stand_ins |= {name: _LeftOut(name) for name in TRIO_LEFT_OUT}
     missing = {name: stand_in for name, stand_in in stand_ins.items() if name not in sys.modules}
     collected, known = gc.isenabled(), len(sys.modules)
     gc.disable()

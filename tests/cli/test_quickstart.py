@@ -88,6 +88,38 @@ def test_stand_ins_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert importlib.import_module("importlib.metadata").version("pyfuse3")
 
 
+def test_an_event_loop_comes_without_openssl_and_tls_can_be_had_later() -> None:
+    ran = _python(
+        """
+import sys
+from lazymem.cli.quickstart import TRIO_LEFT_OUT, quick_imports
+with quick_imports():
+    import trio, secrets
+    assert issubclass(trio.SSLStream, object), "a name that others may take"
+assert not {"_ssl", "_hashlib", *TRIO_LEFT_OUT} & set(sys.modules)
+trio.run(trio.sleep, 0)
+import hashlib, ssl
+from lazymem.tls import pipe
+assert hashlib.blake2b(b"").hexdigest() and ssl.create_default_context()
+""",
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_who_has_an_event_loop_already_has_all_of_it() -> None:
+    ran = _python(
+        """
+import trio
+stream = trio.SSLStream
+from lazymem.cli.quickstart import quick_imports
+with quick_imports():
+    import trio._ssl
+assert trio.SSLStream is stream is trio._ssl.SSLStream
+""",
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_what_is_loaded_already_is_left_alone() -> None:
     real = importlib.import_module("importlib.metadata")
     with quick_imports():
