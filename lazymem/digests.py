@@ -54,7 +54,7 @@ _EACH = struct.Struct(f"{DIGEST_BYTES}s")
 _ZERO = (ZERO_PAGE_DIGEST,)
 
 _FEW_RUNS = 8
-"""Of zero pages in a leaf, as most leaves have them: each is found at memory's speed, for what ten single looks cost."""
+"""Of zero pages, in a leaf, as most have: each is found at memory's speed, for the price of ten single looks."""
 
 
 @cache

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -27,7 +29,7 @@ from lazymem.cli.background import let_go_of_inherited
 from lazymem.errors import LazymemError
 from lazymem.fetch.coming import Coming, shared_memory
 from lazymem.fetch.lastdemand import LastDemand
-from lazymem.pages import PAGE_SHIFT, PageRange
+from lazymem.pages import PageRange
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +44,8 @@ NICENESS = 10
 
 
 class FillOrder(msgspec.Struct, frozen=True):
-    """What to fill: `root` names the hashed snapshot's digest tree, `identity` the cache's folder. `everything`: also
-    what is not in the working set."""
+    """What to fill, as soon as that is known: `root` names the hashed snapshot's digest tree, `identity` the cache's
+    folder. `everything`: also what is not in the working set."""
 
     identity: bytes
     size_bytes: int
@@ -55,9 +57,6 @@ class FillOrder(msgspec.Struct, frozen=True):
     """The manifest's digest of the leaves' sums, if it names some."""
     welcome: bytes = b""
     """The server's first word to the mount (`Welcome` as msgpack): the server may be away when this begins."""
-    maybe_round_trip_seconds: float | None = None
-    """The best that the daemon has seen. What is told of the link by the first answers alone, beside an emulator that
-    starts, may be many times as much."""
 
 
 class FillReport(msgspec.Struct, frozen=True):
@@ -74,27 +73,54 @@ class FillReport(msgspec.Struct, frozen=True):
     maybe_error: str | None = None
 
 
+class FillStart(NamedTuple):
+    """That it may fill now: the recorded working set, and descriptors of the run's written map and of `Coming`."""
+
+    recorded: tuple[PageRange, ...]
+    round_trip_seconds: float
+    """The best that the daemon has seen; infinite: none. What is told of the link by the first answers alone, beside an
+    emulator that starts, may be many times as much."""
+    written_fd: int
+    coming_fd: int
+
+
 class FillPipe:
-    """The child's end: one order comes, reports go."""
+    """The child's end: one order comes, then the word to start; reports go."""
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
 
-    def maybe_order(self) -> tuple[FillOrder, tuple[PageRange, ...], int, int] | None:
-        """Blocking: the order, the recorded working set, and descriptors of the run's written map and of `Coming`;
-        None: the daemon ended before."""
-        data, descriptors, _, _ = socket.recv_fds(self._end, 1, 3)
+    def maybe_order(self) -> FillOrder | None:
+        """Blocking; None: the daemon ended before."""
+        maybe_received = self._maybe_receive(1)
+        if maybe_received is None:
+            return None
+        data, _ = maybe_received
+        return msgspec.msgpack.decode(data, type=FillOrder)
+
+    async def maybe_start(self) -> FillStart | None:
+        """Once, after the order; None: the daemon ended before. Who brings no recorded set gives way from then on."""
+        await trio.lowlevel.wait_readable(self._end)
+        maybe_received = self._maybe_receive(3)
+        if maybe_received is None:
+            return None
+        data, (written_fd, coming_fd) = maybe_received
+        (round_trip_seconds,) = _SECONDS.unpack_from(data)
+        recorded = tuple(PageRange(start, count) for start, count in _RUN.iter_unpack(data[_SECONDS.size :]))
+        if not recorded:
+            give_way()
+        return FillStart(recorded, round_trip_seconds, written_fd, coming_fd)
+
+    def _maybe_receive(self, descriptors: int) -> tuple[bytes, list[int]] | None:
+        """What is in the file whose descriptor comes first, and the others."""
+        data, found, _, _ = socket.recv_fds(self._end, 1, descriptors)
         if not data:
             return None
-        for descriptor in descriptors:
+        for descriptor in found:
             os.set_inheritable(descriptor, False)  # which received ones are, whatever recv_fds is told (Python 3.11)
-        written_fd, order_fd, coming_fd = descriptors
-        with os.fdopen(order_fd, "rb") as file:
+        with os.fdopen(found[0], "rb") as file:
             file.seek(0)
-            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-            order = msgspec.msgpack.decode(file.read(length), type=FillOrder)
-            recorded = tuple(PageRange(start, count) for start, count in _RUN.iter_unpack(file.read()))
-        return order, recorded, written_fd, coming_fd
+            return file.read(), found[1:]
 
     def report(self, report: FillReport) -> None:
         """Said or, where the daemon is too busy to listen, left out: the next one says it."""
@@ -116,13 +142,13 @@ class FillPipe:
         await trio.lowlevel.wait_readable(self._end)
 
 
-Fill = Callable[[FillOrder, tuple[PageRange, ...], int, int, FillPipe, LastDemand], None]
+Fill = Callable[[FillOrder, FillPipe, LastDemand], None]
 """The child's work: blocking; returns when all is held."""
 
 _KEPT = b"k"
 """No report is so short."""
 
-_LENGTH = struct.Struct("<Q")
+_SECONDS = struct.Struct("<d")
 _RUN = struct.Struct("<QQ")
 
 
@@ -153,22 +179,35 @@ class FillProcess:
         self._maybe_coming_fd = shared_memory(pages)
         return Coming(pages, self._maybe_coming_fd)
 
-    def begin(self, order: FillOrder, recorded: Sequence[PageRange], maybe_written_fd: int | None) -> None:
-        """Once. `maybe_written_fd`: the run's written map, which stays the caller's; None for a template."""
-        with os.fdopen(os.memfd_create("order"), "wb") as file:  # a message has no room for it
-            data = msgspec.msgpack.encode(order)
-            file.write(_LENGTH.pack(len(data)) + data)
-            file.write(b"".join(_RUN.pack(pages.start, pages.count) for pages in recorded))
-            file.flush()
-            written_fd = file.fileno() if maybe_written_fd is None else maybe_written_fd  # three, in any case
-            if self._maybe_coming_fd is None:
-                self.share(order.size_bytes >> PAGE_SHIFT)
-            assert self._maybe_coming_fd is not None
-            with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
-                socket.send_fds(self._end, [b"!"], [written_fd, file.fileno(), self._maybe_coming_fd])
-            self._close_coming()
+    def prepare(self, order: FillOrder) -> None:
+        """Once: have it open what it needs, and connect."""
+        self._send(msgspec.msgpack.encode(order))
+
+    def begin(
+        self,
+        pages: int,
+        recorded: Sequence[PageRange],
+        maybe_written_fd: int | None,
+        round_trip_seconds: float = math.inf,
+    ) -> None:
+        """Once, after `prepare`: a RAM of `pages` pages. `maybe_written_fd`: the run's written map, which stays the
+        caller's; None for a template. `round_trip_seconds`: as `FillStart`'s."""
+        if self._maybe_coming_fd is None:
+            self.share(pages)
+        assert self._maybe_coming_fd is not None
+        written_fd = self._maybe_coming_fd if maybe_written_fd is None else maybe_written_fd  # one, in any case
+        runs = [_RUN.pack(part.start, part.count) for part in recorded]
+        self._send(b"".join([_SECONDS.pack(round_trip_seconds), *runs]), written_fd, self._maybe_coming_fd)
+        self._close_coming()
         self.latest = FillReport(set_is_coming=bool(recorded))
         self._begun = True
+
+    def _send(self, data: bytes, *descriptors: int) -> None:
+        with os.fdopen(os.memfd_create("order"), "wb") as file:  # a message has no room for it
+            file.write(data)
+            file.flush()
+            with contextlib.suppress(OSError):  # it died: `run` sees that, and says so
+                socket.send_fds(self._end, [b"!"], [file.fileno(), *descriptors])
 
     async def run(self, on_report: Callable[[FillReport], None], on_kept: Callable[[], None] = lambda: None) -> bool:
         """Hear its reports until its end; whether it held all that it was to. `latest` then says what it brought, and
@@ -194,8 +233,8 @@ class FillProcess:
                 return self._end.recv(MAX_MESSAGE_BYTES)
             except BlockingIOError:
                 await trio.lowlevel.wait_readable(self._end)
-            except ConnectionResetError:
-                return b""
+            except ConnectionResetError:  # told once: it ended without having read our last word; what it said, we read
+                continue
 
     async def end(self) -> None:
         """As `close`, and others go on meanwhile: it ends when the disk lets it, in the time that others leave it."""
@@ -233,10 +272,8 @@ def _run_child(fill: Fill, end: socket.socket, last_demand: LastDemand, keep: tu
         pipe = FillPipe(end)
         maybe_order = pipe.maybe_order()
         if maybe_order is not None:
-            if not maybe_order[1]:
-                give_way()
             try:
-                fill(*maybe_order, pipe, last_demand)
+                fill(maybe_order, pipe, last_demand)
             except LazymemError as error:
                 pipe.tell_end(FillReport(maybe_error=_clipped(str(error))))
             except BaseException as error:

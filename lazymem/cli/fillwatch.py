@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 async def tell_link(client: Client, last_demand: LastDemand) -> None:
-    """Have the filling process know whether demands have a connection. Until cancelled."""
+    """Have the filling process know whether demands have a connection, as it did when this began. Until cancelled."""
     while True:
-        last_demand.can_be_sent = False
         await client.wait_connected()
         last_demand.can_be_sent = True
         await client.wait_lost()
+        last_demand.can_be_sent = False
 
 
 async def watch_fill(

@@ -36,6 +36,7 @@ with quick_imports(trio=False):
 if TYPE_CHECKING:
     from lazymem.cli.fillprocess import FillProcess
     from lazymem.cli.mountdaemon import Progress
+    from lazymem.fetch.headstart import HeadStart
 
 PROGRAM = "lazymem-mount"
 
@@ -246,12 +247,16 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     looked_after = {"in_front": found.foreground, "wanted": not found.no_supervisor}
     maybe_forked = supervisorstart.fork_supervisor(again) if supervisorstart.is_wanted(**looked_after) else None
 
+    maybe_early = _maybe_head_start(settings)
     with quick_imports():  # a tenth of a second, beside which the supervisor loads the little that it needs
+        if maybe_early is not None:
+            maybe_early.say_hello()
         import trio
 
+        if maybe_early is not None:
+            maybe_early.say_hello()
         from lazymem.cli import mountdaemon, supervised
         from lazymem.cli.lifesign import maybe_life_sign
-        from lazymem.cli.nextdaemon import wait_copied
         from lazymem.cli.servicemanager import tell_ready
         from lazymem.fs import tuning
         from lazymem.fs.lock import MountLock
@@ -275,7 +280,6 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
     ask_for_short_slices()
     if survival.maybe_keeper is not None:
         survival.show_life(maybe_life_sign())
-        wait_copied(survival)
 
     def ready(notices: tuple[str, ...]) -> None:
         tell_ready()
@@ -283,7 +287,8 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
         announcer.ready(notices)
 
     try:
-        trio.run(mountdaemon.run, settings, options, ready, _maybe_progress(found), survival, again, maybe_filler)
+        progress = _maybe_progress(found)
+        trio.run(mountdaemon.run, settings, options, ready, progress, survival, again, maybe_filler, maybe_early)
         survival.nothing_is_left()
     except BaseExceptionGroup as group:
         raise cause_of(group) from group
@@ -294,6 +299,15 @@ def _daemon(found: argparse.Namespace, settings: MountSettings, announcer: Annou
             survival.forget_all()
             lock.release()
     return 0
+
+
+def _maybe_head_start(settings: MountSettings) -> HeadStart | None:
+    """Not for a daemon that goes on with a mount, as most that somebody looks after do: it may have no server."""
+    if SUCCESSOR_VARIABLE in os.environ or "LISTEN_FDS" in os.environ:
+        return None
+    from lazymem.fetch.headstart import maybe_head_start
+
+    return maybe_head_start(settings.servers, settings.servers[0].name, settings.link)
 
 
 def _maybe_filler(settings: MountSettings) -> FillProcess | None:

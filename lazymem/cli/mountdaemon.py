@@ -25,12 +25,14 @@ from lazymem.cli.mountrecording import ServersSet, maybe_recording
 from lazymem.cli.mountstatus import MAP_XATTR, MountStatus
 from lazymem.cli.mountstore import open_store
 from lazymem.cli.mountwatch import Watch
+from lazymem.cli.nextdaemon import wait_copied
 from lazymem.cli.restart import Restart
 from lazymem.cli.supervised import Supervised
 from lazymem.cli.survival import Survival
 from lazymem.errors import MountError
 from lazymem.fetch.adopting import Adopting, ToldToBoth
 from lazymem.fetch.client import Client, connect, resume
+from lazymem.fetch.headstart import HeadStart
 from lazymem.fetch.prefetch import Prepager, prepager
 from lazymem.fetch.scheduler import Scheduler
 from lazymem.fs import mountinfo, readahead, session, tuning
@@ -75,11 +77,12 @@ async def run(
     survival: Survival,
     again: Restart,
     maybe_filler: FillProcess | None = None,
+    maybe_head_start: HeadStart | None = None,
 ) -> None:
     """Serve the mount from start to end; `ready` is called once it answers. `progress` runs beside it.
 
     `survival` says whether the mount is there already; `again` how a next daemon is started. `maybe_filler`: brings the
-    rest of a hashed snapshot; without it, the daemon does that itself.
+    rest of a hashed snapshot; without it, the daemon does that itself. `maybe_head_start`: a connection that was begun.
 
     Raises:
         LazymemError: it could not be started; nothing is left mounted that was not there.
@@ -89,7 +92,7 @@ async def run(
         return
     # The store is around the nursery: closed once no task is left that could use it.
     async with AsyncExitStack() as opened, trio.open_nursery() as nursery:
-        client = await _client(nursery, settings, survival)
+        client = await _client(nursery, settings, survival, maybe_head_start)
         await _serve(client, settings, options, ready, progress, maybe_filler, nursery, opened, survival, again)
         nursery.cancel_scope.cancel()
 
@@ -111,15 +114,19 @@ async def _serve(
     origin = RamOrigin(
         client.identity, client.welcome.ram_bytes, bytes.fromhex(manifest.ram_root) if manifest else None
     )
+    maybe_order = _maybe_order(client, settings, origin, manifest)
+    if maybe_filler is not None and maybe_order is not None:
+        maybe_filler.last_demand.can_be_sent = client.statistics().connected
+        maybe_filler.prepare(maybe_order)
     servers_set = ServersSet(survival.record, asks=not survival.continues)
     nursery.start_soon(servers_set.load, client, settings)
     pristine, state = await open_store(client, settings, origin, survival)
     maybe_set = await servers_set.maybe_set()
     recorded = maybe_set.runs if maybe_set is not None else ()
     everything = settings.prefetch is Prefetch.ALL
-    if maybe_filler is not None and (origin.root is None or not (everything or recorded)):
+    if maybe_filler is not None and (maybe_order is None or not (everything or recorded)):
         nursery.start_soon(maybe_filler.end)
-        maybe_filler = None  # what an unhashed snapshot is to be verified against, only this process knows
+        maybe_filler = None
     maybe_prepager = None
     if settings.prefetch is not Prefetch.NONE:
         maybe_prepager = prepager(
@@ -140,21 +147,11 @@ async def _serve(
         last_demand=maybe_filler.last_demand if maybe_filler is not None else None,
         maybe_coming=maybe_filler.share(origin.pages) if maybe_filler is not None else None,
     )
-    if maybe_filler is not None and maybe_prepager is not None:
-        assert origin.root is not None, "see above"
-        order = FillOrder(
-            origin.identity,
-            origin.size_bytes,
-            origin.root,
-            everything,
-            template=state is None,
-            sums=bytes.fromhex(manifest.ram_sums or "") if manifest is not None else b"",
-            welcome=msgspec.msgpack.encode(client.welcome),
-            maybe_round_trip_seconds=_maybe_finite(client.best_round_trip_seconds),
-        )
-        maybe_filler.begin(order, recorded, state.written.fileno() if state is not None else None)
+    if maybe_filler is not None and maybe_order is not None and maybe_prepager is not None:
+        maybe_written_fd = state.written.fileno() if state is not None else None
+        maybe_filler.begin(origin.pages, recorded, maybe_written_fd, client.best_round_trip_seconds)
         nursery.start_soon(tell_link, client, maybe_filler.last_demand)
-        nursery.start_soon(watch_fill, maybe_filler, order, recorded, pristine, scheduler, maybe_prepager)
+        nursery.start_soon(watch_fill, maybe_filler, maybe_order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
     if maybe_adopting is not None:
         nursery.start_soon(maybe_adopting.run)
@@ -219,6 +216,23 @@ async def _serve(
             await scheduler.wait_kept()
 
 
+def _maybe_order(
+    client: Client, settings: MountSettings, origin: RamOrigin, manifest: Manifest | None
+) -> FillOrder | None:
+    """None: what an unhashed snapshot is to be verified against, only this process knows."""
+    if origin.root is None or manifest is None:
+        return None
+    return FillOrder(
+        origin.identity,
+        origin.size_bytes,
+        origin.root,
+        everything=settings.prefetch is Prefetch.ALL,
+        template=settings.template,
+        sums=bytes.fromhex(manifest.ram_sums or ""),
+        welcome=msgspec.msgpack.encode(client.welcome),
+    )
+
+
 def _maybe_adopting(
     client: Client, pristine: PristinePages, maybe_prepager: Prepager | None, scheduler: Callable[[], Scheduler]
 ) -> Adopting | None:
@@ -237,18 +251,16 @@ def _maybe_adopting(
     return Adopting(client, adoption, lambda ranges: scheduler().prefetch(ranges), look_again)
 
 
-async def _client(nursery: trio.Nursery, settings: MountSettings, survival: Survival) -> Client:
+async def _client(
+    nursery: trio.Nursery, settings: MountSettings, survival: Survival, maybe_head_start: HeadStart | None
+) -> Client:
     """A mount that goes on does so without its server, if need be."""
     if survival.continues:
         welcome = msgspec.msgpack.decode(survival.record.contents.notes[WELCOME_NOTE], type=Welcome)
         return resume(nursery, settings.servers, welcome, settings.link)
-    client = await connect(nursery, settings.servers, settings.link)
+    client = await connect(nursery, settings.servers, settings.link, maybe_head_start=maybe_head_start)
     survival.record.note(WELCOME_NOTE, msgspec.msgpack.encode(client.welcome))
     return client
-
-
-def _maybe_finite(seconds: float) -> float | None:
-    return seconds if math.isfinite(seconds) else None
 
 
 async def _close(ram: GuestRam) -> None:
@@ -334,6 +346,7 @@ async def _mounted(
 ) -> AsyncIterator[tuple[int, mountinfo.Mount]]:
     """Mounted; and in the end unmounted, unless somebody has a next daemon go on: a dead mount would hang whoever looks
     at it."""
+    wait_copied(survival)  # whoever is killed with a mount has left a copy; it was made long ago
     maybe_found = survival.maybe_mount()
     if maybe_found is not None:
         descriptor, mounted = maybe_found

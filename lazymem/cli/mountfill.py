@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 
 import msgspec
@@ -11,17 +10,18 @@ import trio
 from msgspec import structs
 
 from lazymem.cli.confinement import confine_filler
-from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport, give_way
+from lazymem.cli.fillprocess import FillOrder, FillPipe, FillReport, FillStart, give_way
 from lazymem.cli.groups import cause_of
 from lazymem.errors import LazymemError, StoreError
 from lazymem.fetch.client import Client, resume
 from lazymem.fetch.coming import Coming
 from lazymem.fetch.fill import Fill
+from lazymem.fetch.headstart import HeadStart, maybe_head_start
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import Prepager, prepager
 from lazymem.pages import PageRange
 from lazymem.settings import MountSettings
-from lazymem.store.cachefolder import open_cache
+from lazymem.store.cachefolder import CacheFolder, open_cache
 from lazymem.store.origin import RamOrigin
 from lazymem.store.pagemap import PageMap
 from lazymem.store.pristine import PristinePages
@@ -39,89 +39,152 @@ WHOLE_BLOCKS_SECONDS = 0.01
 wire, and a tenth of the READs. Not less, since a first answer beside an emulator that starts takes 7 ms over a link of
 one."""
 
+NEAR_SECONDS = 0.001
+"""A round trip to a server on this host is shorter; behind a tunnel whose near end is here, it is longer as a rule."""
+
+NEAR_BYTES_PER_SECOND = 200e6
+"""What a server on this host is taken for until answers tell, so that whole leaves are asked for from the beginning: a
+rate for which no equal pages are copied. (Should it be slower, 1.6 MB are out at first.)"""
+
 STUCK_SECONDS = 2.0
 """Nothing asked for, nothing held: a sweep ended and left pages that the server refuses, or that fail verification."""
 
 
-def fill(
-    settings: MountSettings,
-    order: FillOrder,
-    recorded: tuple[PageRange, ...],
-    written_fd: int,
-    coming_fd: int,
-    pipe: FillPipe,
-    last_demand: LastDemand,
-) -> None:
+def fill(settings: MountSettings, order: FillOrder, pipe: FillPipe, last_demand: LastDemand) -> None:
     """Blocking: until everything is held, or the daemon is gone.
 
     Raises:
         LazymemError: it cannot go on; the daemon then does it itself.
     """
     try:
-        trio.run(_fill, settings, order, recorded, written_fd, coming_fd, pipe, last_demand)
+        trio.run(_fill, settings, order, pipe, last_demand)
     except BaseExceptionGroup as group:
         raise cause_of(group) from group
 
 
-async def _fill(
-    settings: MountSettings,
-    order: FillOrder,
-    recorded: tuple[PageRange, ...],
-    written_fd: int,
-    coming_fd: int,
-    pipe: FillPipe,
-    last_demand: LastDemand,
-) -> None:
+async def _fill(settings: MountSettings, order: FillOrder, pipe: FillPipe, last_demand: LastDemand) -> None:
+    """Opens what it needs and connects while the daemon opens its own; then begins."""
     origin = RamOrigin(order.identity, order.size_bytes, order.root)
-    maybe_written = None
-    if order.template:
-        os.close(written_fd)
-    else:
-        maybe_written = PageMap(written_fd, origin.pages)
+    welcome = msgspec.msgpack.decode(order.welcome, type=Welcome)
+    maybe_early = _maybe_head_start(settings, welcome) if last_demand.can_be_sent else None
     cache = open_cache(settings.cache_dir, origin)
     confine_filler(settings)
+    if maybe_early is not None:
+        maybe_early.say_hello()
+
+    async def wait_turn() -> None:
+        while not last_demand.can_be_sent:  # noqa: ASYNC110  # another process says so
+            await trio.sleep(TURN_LOOK_SECONDS)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
-        welcome = msgspec.msgpack.decode(order.welcome, type=Welcome)
-
-        async def wait_turn() -> None:
-            while not last_demand.can_be_sent:  # noqa: ASYNC110  # another process says so
-                await trio.sleep(TURN_LOOK_SECONDS)
-
         # Waits for a server that is away; demands, which somebody waits for, come back before.
-        client = resume(nursery, settings.servers, welcome, settings.link, wait_turn=wait_turn, guesses_only=True)
-        upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
-        pristine = PristinePages(origin, cache, upper, maybe_written)
-        guesses = prepager(
-            pristine.next_missing,
-            origin.pages,
-            recorded=recorded,
-            whole_blocks=lambda: order.everything and work.round_trip_seconds < WHOLE_BLOCKS_SECONDS,
-            sweep=order.everything,
-            # A page of its own for each leaf, ahead of the rest, costs more than it saves where the link is fast.
-            maybe_leaf_missing=lambda pages: pristine.copies_pay and pristine.missing_leaves(pages),
+        client = resume(
+            nursery,
+            settings.servers,
+            welcome,
+            settings.link,
+            wait_turn=wait_turn,
+            guesses_only=True,
+            maybe_head_start=maybe_early,
         )
-        coming = Coming(origin.pages, coming_fd)
-        os.close(coming_fd)
-        round_trip_seconds = math.inf if order.maybe_round_trip_seconds is None else order.maybe_round_trip_seconds
-        work = Fill(client, pristine, origin.pages, guesses, last_demand, coming, pipe.tell_kept, round_trip_seconds)
-        pristine.wire_bytes_per_second = lambda: work.bytes_per_second
-        nursery.start_soon(work.run)
-        if order.sums:
-            nursery.start_soon(_learn_sums, client, pristine, order.sums)
-        watch = _Watch(client, work, pristine, guesses, pipe)
-        await (watch.wait_all_held() if order.everything else watch.wait_idle())
+        sums = _Sums(client, order.sums)
+        nursery.start_soon(sums.fetch)
+        maybe_start = await pipe.maybe_start()
+        if maybe_start is not None:
+            nursery.start_soon(_end_with_daemon, pipe, nursery.cancel_scope)
+            await _bring(origin, cache, order, maybe_start, client, sums, pipe, last_demand, nursery)
         nursery.cancel_scope.cancel()
 
 
-async def _learn_sums(client: Client, pristine: PristinePages, digest: bytes) -> None:
-    """Without them, each page is verified by itself."""
-    try:
-        maybe_sums = await client.maybe_sums()
-        if maybe_sums is not None:
-            pristine.know_sums(maybe_sums, digest)
-    except LazymemError as error:
-        log.warning("the leaves' sums are of no use, so each page is verified by itself: %s", error)
+async def _bring(
+    origin: RamOrigin,
+    cache: CacheFolder,
+    order: FillOrder,
+    start: FillStart,
+    client: Client,
+    sums: _Sums,
+    pipe: FillPipe,
+    last_demand: LastDemand,
+    nursery: trio.Nursery,
+) -> None:
+    maybe_written = None
+    if order.template:
+        os.close(start.written_fd)
+    else:
+        maybe_written = PageMap(start.written_fd, origin.pages)
+    upper = cache.digests.maybe_upper(order.root) or await client.fetch_upper()
+    pristine = PristinePages(origin, cache, upper, maybe_written)
+    sums.tell(pristine)
+    guesses = prepager(
+        pristine.next_missing,
+        origin.pages,
+        recorded=start.recorded,
+        whole_blocks=lambda: order.everything and work.round_trip_seconds < WHOLE_BLOCKS_SECONDS,
+        sweep=order.everything,
+        # A page of its own for each leaf, ahead of the rest, costs more than it saves where the link is fast.
+        maybe_leaf_missing=lambda pages: pristine.copies_pay and pristine.missing_leaves(pages),
+    )
+    coming = Coming(origin.pages, start.coming_fd)
+    os.close(start.coming_fd)
+    round_trip_seconds = min(start.round_trip_seconds, client.best_round_trip_seconds)
+    is_near = client.is_on_this_host and round_trip_seconds < NEAR_SECONDS
+    work = Fill(
+        client,
+        pristine,
+        origin.pages,
+        guesses,
+        last_demand,
+        coming,
+        pipe.tell_kept,
+        round_trip_seconds,
+        NEAR_BYTES_PER_SECOND if is_near else 0.0,
+    )
+    pristine.wire_bytes_per_second = lambda: work.bytes_per_second
+    nursery.start_soon(work.run)
+    watch = _Watch(client, work, pristine, guesses, pipe)
+    await (watch.wait_all_held() if order.everything else watch.wait_idle())
+
+
+def _maybe_head_start(settings: MountSettings, welcome: Welcome) -> HeadStart | None:
+    name = settings.servers[0].name or welcome.name
+    return maybe_head_start(settings.servers, name, settings.link)
+
+
+class _Sums:
+    """The leaves', fetched while nothing else is. Without them, each page is verified by itself. `digest`: the
+    manifest's, of all of them; empty: it names none."""
+
+    def __init__(self, client: Client, digest: bytes) -> None:
+        self._client = client
+        self._digest = digest
+        self._maybe_sums: bytes | None = None
+        self._maybe_pristine: PristinePages | None = None
+
+    async def fetch(self) -> None:
+        if not self._digest:
+            return
+        try:
+            self._maybe_sums = await self._client.maybe_sums()
+        except LazymemError as error:
+            _warn_of(error)
+        self._tell()
+
+    def tell(self, pristine: PristinePages) -> None:
+        """Have it know them, once they are here."""
+        self._maybe_pristine = pristine
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._maybe_pristine is None or self._maybe_sums is None:
+            return
+        try:
+            self._maybe_pristine.know_sums(self._maybe_sums, self._digest)
+        except LazymemError as error:
+            _warn_of(error)
+
+
+def _warn_of(error: LazymemError) -> None:
+    log.warning("the leaves' sums are of no use, so each page is verified by itself: %s", error)
 
 
 class _Watch:

@@ -18,6 +18,7 @@ import trio
 from lazymem.digests import DIGEST_BYTES, TreeShape
 from lazymem.errors import LazymemError, RemoteProtocolError, ServerRefusedError, ServerUnreachableError
 from lazymem.fetch.backoff import Backoff
+from lazymem.fetch.headstart import HeadStart
 from lazymem.fetch.lane import Lane, Turn
 from lazymem.fetch.requests import DigestRequest, FetchRequest, FileRequest, LeafRequest, StoreRequest
 from lazymem.fetch.servers import DialAddress, Servers, dial_endpoint
@@ -105,6 +106,11 @@ class Client:
     def best_round_trip_seconds(self) -> float:
         """Shortest time that a handshake or ping took."""
         return min(self._demand.best_round_trip_seconds, self._background.best_round_trip_seconds)
+
+    @property
+    def is_on_this_host(self) -> bool:
+        """Whether guesses have a connection, and its other end is here."""
+        return self._background.is_on_this_host
 
     @property
     def wire_received_bytes(self) -> int:
@@ -386,6 +392,7 @@ class Client:
             self._nursery = None
             self._demand.close()
             self._background.close()
+            self._servers.close()
 
     async def _connect(self, maybe_lost: ServerAddress | None) -> tuple[Session, ServerAddress]:
         """One try at each server for a session with the same RAM as the first one's."""
@@ -401,11 +408,12 @@ async def connect(
     link: LinkSettings | None = None,
     *,
     dial_address: DialAddress = dial_endpoint,
+    maybe_head_start: HeadStart | None = None,
 ) -> Client:
     """Connect for the first time; the connections then live in `nursery` until `close` or its end.
 
     `server`: one, or several of the same snapshot; the first that answers says which that is. One that is full is asked
-    again for `link.connect_timeout_seconds`; everything else fails at once.
+    again for `link.connect_timeout_seconds`; everything else fails at once. `maybe_head_start`: taken over.
 
     Raises:
         ServerUnreachableError: nobody there, or gone before its welcome.
@@ -415,7 +423,7 @@ async def connect(
     """
     link = link or LinkSettings()
     counters = LinkCounters()
-    servers = Servers(_several(server), link, counters, dial_address)
+    servers = Servers(_several(server), link, counters, dial_address, maybe_head_start)
     backoff = Backoff(link.backoff_base_seconds, link.backoff_cap_seconds, random.Random())
     give_up_at = trio.current_time() + link.connect_timeout_seconds
     while True:
@@ -440,13 +448,15 @@ def resume(
     wait_turn: Turn = trio.lowlevel.checkpoint,
     guesses_only: bool = False,
     dial_address: DialAddress = dial_endpoint,
+    maybe_head_start: HeadStart | None = None,
 ) -> Client:
     """As `connect`, for a mount that goes on: `welcome` is its first one, and a server that is away is waited for.
     `wait_turn`: awaited before each try to connect. `guesses_only`: for a process where nobody waits for pages; it has
-    the background connection, and the other one only if something else is asked for."""
+    the background connection, and the other one only if something else is asked for. `maybe_head_start`: for the first
+    of them; taken over."""
     link = link or LinkSettings()
     counters = LinkCounters()
-    servers = Servers(_several(server), link, counters, dial_address)
+    servers = Servers(_several(server), link, counters, dial_address, maybe_head_start)
     client = Client(welcome, servers, link, counters, wait_turn=wait_turn, guesses_only=guesses_only)
     (client._background if guesses_only else client._demand).connect_soon()
     nursery.start_soon(client._run)

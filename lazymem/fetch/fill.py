@@ -30,8 +30,12 @@ from lazymem.pages import Fetched, PageRange
 
 log = logging.getLogger(__name__)
 
-KEPT_AT_ONCE_PAGES = 1024
-"""4 MiB in one call of the sink: a thread's way there and back is paid once for them."""
+KEPT_AT_ONCE_PAGES = 4096
+"""16 MiB in one call of the sink: a thread's way there and back is paid once for them, which takes as long as the
+writing where all processors are busy."""
+
+WAITED_FOR_PAGES = 1024
+"""So many at once while somebody waits for pages that are on their way: he hears of them the sooner."""
 
 KEEPERS = 2
 """So many such calls at a time: while a thread writes what one brought, what the next one brings is got ready."""
@@ -59,14 +63,16 @@ class Fill:
         maybe_coming: Coming | None = None,
         tell_kept: Callable[[], None] = lambda: None,
         round_trip_seconds: float = math.inf,
+        assumed_bytes_per_second: float = 0.0,
     ) -> None:
         """`pages`: of the whole RAM. `maybe_coming`: shared with who demands. `tell_kept`: called when pages were kept
-        and somebody waits for such. `round_trip_seconds`: the best one that was seen by others."""
+        and somebody waits for such. `round_trip_seconds`: the best one that was seen by others.
+        `assumed_bytes_per_second`: as `BackgroundWindow`'s."""
         self._source = source
         self._sink = sink
         self._guesses = guesses
         self._last_demand = last_demand
-        self._window = BackgroundWindow()
+        self._window = BackgroundWindow(assumed_bytes_per_second)
         self._best_answer = round_trip_seconds
         self._coming = maybe_coming or Coming(pages)
         self._tell_kept = tell_kept
@@ -276,7 +282,8 @@ class Fill:
     def _next_batch(self) -> list[tuple[int, Sequence[PageRange], Fetched]]:
         batch: list[tuple[int, Sequence[PageRange], Fetched]] = []
         pages = 0
-        while self._arrived and pages < KEPT_AT_ONCE_PAGES:
+        most = WAITED_FOR_PAGES if self._coming.is_waited_for else KEPT_AT_ONCE_PAGES
+        while self._arrived and pages < most:
             batch.append(self._arrived.popleft())
             pages += sum([part.count for part in batch[-1][1]])
         return batch

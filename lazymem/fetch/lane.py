@@ -83,6 +83,11 @@ class Lane:
         return self._session is not None
 
     @property
+    def is_on_this_host(self) -> bool:
+        """As the session's; False without one."""
+        return self._session is not None and self._session.is_on_this_host
+
+    @property
     def open_requests(self) -> int:
         return len(self._requests)
 

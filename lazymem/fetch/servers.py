@@ -8,16 +8,20 @@ which is tried beside it: whoever is ready first is it, and each has all of its 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from lazymem.errors import IdentityError, LazymemError, ServerRefusedError, ServerUnreachableError
+from lazymem.fetch.headstart import HeadStart
 from lazymem.fetch.session import Session, open_session
 from lazymem.fetch.stats import LinkCounters
 from lazymem.fetch.transport import Transport, dial
 from lazymem.settings import LinkSettings, ServerAddress
 from lazymem.wire.messages import Welcome
+
+log = logging.getLogger(__name__)
 
 DialAddress = Callable[[ServerAddress, LinkSettings], Awaitable[Transport]]
 
@@ -39,7 +43,10 @@ class Servers:
         link: LinkSettings,
         counters: LinkCounters,
         dial_address: DialAddress = dial_endpoint,
+        maybe_head_start: HeadStart | None = None,
     ) -> None:
+        """`maybe_head_start`: for the first session; taken over."""
+        self._maybe_head_start = maybe_head_start
         self._addresses = tuple(addresses)
         self._counters = counters
         self._dial = dial_address
@@ -103,7 +110,23 @@ class Servers:
         session.close()
         raise IdentityError(f"{address} publishes another snapshot now than the one that this mount is of")
 
+    def close(self) -> None:
+        """What nobody came for."""
+        if self._maybe_head_start is not None:
+            self._maybe_head_start.close()
+
     async def _open(self, address: ServerAddress, name: str) -> Session:
+        head_start, self._maybe_head_start = self._maybe_head_start, None
+        if head_start is not None and not head_start.is_for(address, name):
+            head_start.close()
+        elif head_start is not None:
+            try:
+                transport = await dial(address.endpoint, self._link, head_start.connecting)
+                return await open_session(transport, name, self._link, self._counters, head_start.maybe_greeted)
+            except ServerUnreachableError as error:
+                if isinstance(error.__cause__, trio.TooSlowError):
+                    raise
+                log.info("a connection that was begun early came to nothing (%s): another one", error)
         return await open_session(await self._dial(address, self._link), name, self._link, self._counters)
 
 

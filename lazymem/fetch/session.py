@@ -16,7 +16,7 @@ import trio
 from lazymem.errors import LazymemError, RemoteProtocolError, ServerUnreachableError
 from lazymem.fetch.requests import refusal
 from lazymem.fetch.stats import LinkCounters
-from lazymem.fetch.transport import Transport
+from lazymem.fetch.transport import Transport, is_on_this_host
 from lazymem.pages import PageRange
 from lazymem.settings import LinkSettings
 from lazymem.wire.codec import raw_head
@@ -76,6 +76,11 @@ class Session:
     @property
     def open_requests(self) -> int:
         return self._connection.open_requests
+
+    @property
+    def is_on_this_host(self) -> bool:
+        """Whether the server is, or the near end of a tunnel to it."""
+        return is_on_this_host(self._transport.fileno())
 
     def may_request(self) -> bool:
         """Whether the server takes one more request now."""
@@ -286,8 +291,11 @@ class Session:
 
     async def _watch(self) -> None:
         """Ping after an interval's silence, and each interval while something is asked for. Nothing behind it for the
-        timeout: dead. So is a connection that hardly brings anything, and not the answer to the ping."""
+        timeout: dead. So is a connection that hardly brings anything, and not the answer to the ping. And at once, if
+        nobody knows how long its round trip is."""
         link = self._link
+        if self.best_round_trip_seconds == math.inf:
+            self._ping()
         while True:
             await trio.sleep_until(self._last_received + link.ping_interval_seconds)
             self._check_pace()
@@ -330,20 +338,29 @@ class Session:
         return True
 
 
-async def open_session(transport: Transport, name: str, link: LinkSettings, counters: LinkCounters) -> Session:
+async def open_session(
+    transport: Transport,
+    name: str,
+    link: LinkSettings,
+    counters: LinkCounters,
+    maybe_greeted: ClientConnection | None = None,
+) -> Session:
     """Say hello and wait for the welcome. The transport is closed on every failure, also on cancellation.
+    `maybe_greeted`: a connection that has said it over this transport.
 
     Raises:
         ServerUnreachableError: cut, or silent for `link.handshake_timeout_seconds`.
         ServerRefusedError: the server said no.
         RemoteProtocolError: it speaks nonsense.
     """
-    connection = ClientConnection()
+    connection = maybe_greeted or ClientConnection()
     try:
         with trio.fail_after(link.handshake_timeout_seconds):
-            hello = connection.send(Hello(name))
             asked_at = trio.current_time()
-            await transport.send_all(hello)
+            if maybe_greeted is None:
+                hello = connection.send(Hello(name))
+                await transport.send_all(hello)
+                counters.wire_sent_bytes += len(hello)
             welcome = await _welcome(transport, connection, counters)
     except trio.TooSlowError as error:
         transport.close()
@@ -353,9 +370,9 @@ async def open_session(transport: Transport, name: str, link: LinkSettings, coun
     except BaseException:
         transport.close()
         raise
-    counters.wire_sent_bytes += len(hello)
     session = Session(transport, connection, welcome, link, counters)
-    session.best_round_trip_seconds = trio.current_time() - asked_at
+    if maybe_greeted is None:
+        session.best_round_trip_seconds = trio.current_time() - asked_at
     return session
 
 

@@ -7,6 +7,7 @@ here: callers see `ServerUnreachableError`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from typing import Protocol
@@ -173,8 +174,8 @@ class SocketTransport:
             self._socket.close()
 
 
-async def dial(endpoint: Endpoint, link: LinkSettings) -> Transport:
-    """Connect a socket, over TCP with TLS if `link` says so.
+async def dial(endpoint: Endpoint, link: LinkSettings, maybe_connecting: socket.socket | None = None) -> Transport:
+    """Connect a socket, over TCP with TLS if `link` says so. `maybe_connecting`: one that began to, taken over.
 
     Raises:
         ServerUnreachableError: no answer in `link.connect_timeout_seconds`, or refused.
@@ -182,10 +183,15 @@ async def dial(endpoint: Endpoint, link: LinkSettings) -> Transport:
     """
     try:
         with trio.fail_after(link.connect_timeout_seconds):
-            if isinstance(endpoint, UnixEndpoint):
+            if maybe_connecting is not None:
+                connected = await _connected(maybe_connecting)
+            elif isinstance(endpoint, UnixEndpoint):
                 return await _dial_unix(endpoint.path)
-            stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
-            connected = socket.socket(fileno=stream.socket.detach())
+            else:
+                stream = await trio.open_tcp_stream(endpoint.host, endpoint.port)
+                connected = socket.socket(fileno=stream.socket.detach())
+            if isinstance(endpoint, UnixEndpoint):
+                return SocketTransport(connected)
             _tune(connected, link)
         return SocketTransport(connected) if link.tls is None else await _secure(connected, endpoint, link)
     except trio.TooSlowError as error:
@@ -210,6 +216,18 @@ async def _secure(connected: socket.socket, endpoint: TcpEndpoint, link: LinkSet
         raise type(error)(f"{endpoint}: {error}") from error
 
 
+async def _connected(connecting: socket.socket) -> socket.socket:
+    """Raises OSError: as connect(2)."""
+    try:
+        await trio.lowlevel.wait_writable(connecting)
+        with contextlib.suppress(BlockingIOError):  # or an error, but behind what was said before it
+            connecting.recv(1, socket.MSG_PEEK)
+    except BaseException:
+        connecting.close()
+        raise
+    return connecting
+
+
 async def _dial_unix(path: str) -> Transport:
     unix = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -218,6 +236,18 @@ async def _dial_unix(path: str) -> Transport:
         unix.close()
         raise
     return SocketTransport(socket.socket(fileno=unix.detach()))
+
+
+def is_on_this_host(descriptor: int) -> bool:
+    """Whether the other end of a socket is, by the addresses of both; or a tunnel's end is. -1: False."""
+    if descriptor < 0:
+        return False
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as same:
+            ours, theirs = same.getsockname(), same.getpeername()
+            return same.family == socket.AF_UNIX or ours[0] == theirs[0]
+    except OSError:  # it is no socket, or not connected any more
+        return False
 
 
 def _tune(tcp: socket.socket, link: LinkSettings) -> None:

@@ -88,17 +88,19 @@ MEMORY_SAMPLES = 10
 class BackgroundWindow:
     """Fed with what was delivered; says how many pages may be out."""
 
-    def __init__(self) -> None:
+    def __init__(self, assumed_bytes_per_second: float = 0.0) -> None:
+        """`assumed_bytes_per_second`: as if a first sample had said so. 0: nothing is known of the link."""
         self.when_demanded = BESIDE_DEMANDS
         """How much smaller it is then; may be set before each `note`."""
-        self._best_now = 0.0  # wire bytes a second: largest sample since `_since`
+        self._best_now = assumed_bytes_per_second  # wire bytes a second: largest sample since `_since`
         self._best_before = 0.0  # and in the span before
         self._since = -math.inf
         self._samples = 0
         self._share = 1.0  # wire bytes a byte of pages, smoothed
         self._shares: deque[float] = deque(maxlen=DEMANDED_SHARES)
         self._round_trip = 0.0
-        self._pages = MIN_WINDOW_PAGES * 2
+        assumed_pages = int(assumed_bytes_per_second * MIN_QUEUE_SECONDS / PAGE_SIZE)
+        self._pages = min(MAX_WINDOW_PAGES, max(MIN_WINDOW_PAGES * 2, assumed_pages))
 
     @property
     def pages(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def run(
     process = FillProcess(fill)
 
     async def hear() -> bool:
-        process.begin(ORDER, recorded, None)
+        process.prepare(ORDER)
+        process.begin(1, recorded, None, 0.25)
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, meanwhile, process)
@@ -45,17 +47,13 @@ def run(
 
 
 def test_an_order_arrives_and_its_descriptors_stay() -> None:
-    def fill(
-        order: FillOrder,
-        recorded: tuple[PageRange, ...],
-        written_fd: int,
-        coming_fd: int,
-        pipe: FillPipe,
-        demand: LastDemand,
-    ) -> None:
-        assert (order, recorded) == (ORDER, RECORDED)
-        assert not os.get_inheritable(written_fd)
-        assert not os.get_inheritable(coming_fd)
+    def fill(order: FillOrder, pipe: FillPipe, demand: LastDemand) -> None:
+        assert order == ORDER
+        start = trio.run(pipe.maybe_start)
+        assert start is not None
+        assert (start.recorded, start.round_trip_seconds) == (RECORDED, 0.25)
+        assert not os.get_inheritable(start.written_fd)
+        assert not os.get_inheritable(start.coming_fd)
         pipe.tell_end(FillReport(held_pages=1, done=True))
 
     done, process = run(fill)
@@ -65,7 +63,7 @@ def test_an_order_arrives_and_its_descriptors_stay() -> None:
 
 @pytest.mark.parametrize("begins", [True, False], ids=["begun", "never begun"])
 def test_what_it_shares_with_its_daemon_leaves_no_descriptor_behind(begins: bool) -> None:
-    def wait(order: FillOrder, recorded: tuple[PageRange, ...], *others: object) -> None:
+    def wait(*arguments: object) -> None:
         signal.pause()
 
     def descriptors() -> int:
@@ -81,7 +79,8 @@ def test_what_it_shares_with_its_daemon_leaves_no_descriptor_behind(begins: bool
     coming = process.share(8)
     assert descriptors() == before + 2, "ours, and the mapping's own"
     if begins:
-        process.begin(ORDER, RECORDED, None)
+        process.prepare(ORDER)
+        process.begin(1, RECORDED, None)
     process.close()
     assert descriptors() == before + 1
     coming.demand(PageRange(3, 1))
@@ -93,11 +92,11 @@ def test_who_brings_a_recorded_set_gives_way_when_that_is_here(recorded: tuple[P
     """It is what a guest waits for; everything else is what others leave time for, from the beginning."""
     before = os.getpriority(os.PRIO_PROCESS, 0)
 
-    def fill(order: FillOrder, recorded: tuple[PageRange, ...], *others: object) -> None:
-        pipe = others[2]
-        assert isinstance(pipe, FillPipe)
+    def fill(order: FillOrder, pipe: FillPipe, demand: LastDemand) -> None:
+        start = trio.run(pipe.maybe_start)
+        assert start is not None
         at_first = os.getpriority(os.PRIO_PROCESS, 0)
-        if recorded:
+        if start.recorded:
             give_way()
         pipe.tell_end(FillReport(held_pages=at_first, brought_pages=os.getpriority(os.PRIO_PROCESS, 0), done=True))
 
@@ -108,7 +107,7 @@ def test_who_brings_a_recorded_set_gives_way_when_that_is_here(recorded: tuple[P
 
 def test_an_error_of_any_length_is_told_and_what_was_brought_stays_told() -> None:
     def fill(*arguments: object) -> None:
-        pipe = arguments[4]
+        pipe = arguments[1]
         assert isinstance(pipe, FillPipe)
         pipe.tell_end(ON_ITS_WAY)
         raise StoreError("no room in /\udcff" + "x" * 10_000)
@@ -119,6 +118,21 @@ def test_an_error_of_any_length_is_told_and_what_was_brought_stays_told() -> Non
     assert process.latest.maybe_error.startswith("no room in /\\udcffxxx")
     assert (process.latest.held_pages, process.latest.brought_pages, process.latest.wire_received_bytes) == (7, 6, 9)
     assert (process.latest.in_flight_pages, process.latest.set_is_coming) == (0, False)
+
+
+def test_why_one_ended_is_told_though_it_never_heard_that_it_may_start() -> None:
+    """Its end of the pipe closes with our word unread, which is an error for us before what it said."""
+
+    def fill(order: FillOrder, pipe: FillPipe, demand: LastDemand) -> None:
+        select.select([pipe._end], [], [])
+        raise StoreError("no room")
+
+    process = FillProcess(fill)
+    process.prepare(ORDER)
+    process.begin(1, RECORDED, None)
+    os.waitid(os.P_PID, process._pid, os.WEXITED | os.WNOWAIT)
+    assert not trio.run(process.run, lambda report: None)
+    assert process.latest.maybe_error == "no room"
 
 
 def test_nothing_is_to_come_from_a_killed_one() -> None:
@@ -146,7 +160,7 @@ def test_its_end_is_waited_for_beside_the_loop(monkeypatch: pytest.MonkeyPatch) 
         return really(pid, options)
 
     def fill(*arguments: object) -> None:
-        pipe = arguments[4]
+        pipe = arguments[1]
         assert isinstance(pipe, FillPipe)
         pipe.tell_end(FillReport(done=True))
         signal.pause()
@@ -161,9 +175,7 @@ def test_an_object_of_the_daemons_closes_nothing_here() -> None:
     """It may be collected at any moment; its number must not be that of something of ours by then."""
     with Path(os.devnull).open("rb") as daemons:
 
-        def fill(
-            _order: object, _recorded: object, _written: object, _coming: object, pipe: FillPipe, _last: object
-        ) -> None:
+        def fill(_order: object, pipe: FillPipe, _last: object) -> None:
             ours = [os.memfd_create("ours") for _ in range(64)]
             daemons.close()
             for descriptor in ours:
@@ -172,6 +184,22 @@ def test_an_object_of_the_daemons_closes_nothing_here() -> None:
 
         done, process = run(fill)
     assert done, process.latest
+
+
+def test_one_whose_daemon_ends_before_it_may_start_hears_that() -> None:
+    read_end, write_end = os.pipe()
+
+    def fill(order: FillOrder, pipe: FillPipe, demand: LastDemand) -> None:
+        os.write(told, repr(trio.run(pipe.maybe_start)).encode())
+
+    told = write_end
+    process = FillProcess(fill, keep=(write_end,))
+    os.close(write_end)
+    process.prepare(ORDER)
+    process._end.close()  # as the end of a killed daemon's
+    with os.fdopen(read_end, "rb") as file:
+        assert file.read() == b"None"
+    process.close()
 
 
 def test_one_that_gets_no_order_can_be_ended() -> None:

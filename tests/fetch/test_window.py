@@ -8,6 +8,7 @@ import pytest
 
 from lazymem.fetch.window import (
     BEHIND_DEMANDS,
+    FLOOR_PAGES,
     MAX_WINDOW_PAGES,
     MEMORY_SAMPLES,
     MEMORY_SECONDS,
@@ -153,3 +154,16 @@ def test_a_link_that_becomes_faster_is_filled() -> None:
         pages = window.pages
         window.note(int(pages * PAGE_SIZE), pages, ROUND_TRIP, ROUND_TRIP, now)
     assert window.pages == MAX_WINDOW_PAGES
+
+
+def test_a_link_that_is_taken_for_fast_is_so_until_it_is_not() -> None:
+    """Requests are of whole leaves at first; after as many samples as of any slower link, it is one."""
+    window = BackgroundWindow(200e6)
+    assert window.rate_bytes_per_second == 200e6
+    assert FLOOR_PAGES <= window.pages <= 200e6 * MIN_QUEUE_SECONDS / PAGE_SIZE
+    now = 0.0
+    for _ in range(2 * MEMORY_SAMPLES):
+        now += MEMORY_SECONDS
+        window.note(256 * PAGE_SIZE, 256, 0.1, 0.001, now)
+    assert window.rate_bytes_per_second == pytest.approx(256 * PAGE_SIZE / 0.1)
+    assert BackgroundWindow().pages == 2 * MIN_WINDOW_PAGES

@@ -35,7 +35,8 @@ def main(folder: Path) -> None:
             welcome = msgspec.msgpack.encode(client.welcome)
             assert snapshot.root is not None
             order = FillOrder(snapshot.identity, len(snapshot.ram), snapshot.root, True, template=True, welcome=welcome)
-            process.begin(order, (), None)
+            process.prepare(order)
+            process.begin(PAGES, (), None)
             await trio.sleep(0.3)  # it asks meanwhile: that is what is tested, not waited for
             async with trio.open_nursery() as nursery:
                 await nursery.start(partial(serve, [snapshot.folder], [str(server)]))
