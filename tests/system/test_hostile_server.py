@@ -61,7 +61,7 @@ CLAIMS: dict[str, bytes] = {
 
 @contextlib.contextmanager
 def server_that_says(data: bytes) -> Iterator[str]:
-    """To everybody, whatever he says; then it waits for him to leave."""
+    """To everybody, whatever he says, then and later; and waits for him to leave."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(30)
 
@@ -73,7 +73,8 @@ def server_that_says(data: bytes) -> Iterator[str]:
                         connection.settimeout(30)
                         connection.recv(4096)
                         connection.sendall(data)
-                        connection.recv(1)
+                        while connection.recv(4096):
+                            pass
 
         thread = threading.Thread(target=serve)
         thread.start()
