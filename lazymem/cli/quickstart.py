@@ -8,13 +8,15 @@ Nearly all of a command's start is imports, so whoever waits for a mount waits f
 - `typing_extensions`, where a development tool has installed it: msgspec prefers its functions for older Pythons.
 - ldconfig(8), a process: trio looks for the thread library, to name its threads.
 - OpenSSL: trio brings TLS and DTLS streams of its own, which nobody here uses (`lazymem.tls` has its own, and loads
-  OpenSSL where TLS is asked for); and hashlib, which does as well without, for its own implementations.
+  OpenSSL where TLS is asked for); and hashlib, which does as well without, for its own implementations. (Where Python
+  was built without those, as for Fedora and Red Hat, it needs OpenSSL, and `random` needs it.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -42,6 +44,10 @@ class _LeftOut(ModuleType):
         return type(name, (), {})
 
 
+_SHA2 = ("_sha2",) if sys.version_info >= (3, 12) else ("_sha256", "_sha512")
+_HASHES = ("_blake2", "_md5", "_sha1", "_sha3", *_SHA2)
+"""Python's own, all of which hashlib loads where there is no OpenSSL."""
+
 TRIO_LEFT_OUT = ("trio._dtls", "trio._highlevel_ssl_helpers", "trio._ssl")
 
 
@@ -54,8 +60,9 @@ def quick_imports(*, trio: bool = True) -> Iterator[None]:
     stand_ins: dict[str, ModuleType | None] = {
         "importlib.metadata": _NoMetadata("importlib.metadata"),
         "typing_extensions": None,
-        "_hashlib": None,
     }
+    if _has_own_hashes():
+        stand_ins["_hashlib"] = None
     if "trio" not in sys.modules:
         stand_ins |= {name: _LeftOut(name) for name in TRIO_LEFT_OUT}
     missing = {name: stand_in for name, stand_in in stand_ins.items() if name not in sys.modules}
@@ -72,6 +79,15 @@ def quick_imports(*, trio: bool = True) -> Iterator[None]:
             gc.freeze()
         if collected:
             gc.enable()
+
+
+def _has_own_hashes() -> bool:
+    try:
+        for name in _HASHES:
+            importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

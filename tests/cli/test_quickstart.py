@@ -106,6 +106,24 @@ assert hashlib.blake2b(b"").hexdigest() and ssl.create_default_context()
     assert ran.returncode == 0, ran.stderr
 
 
+def test_a_python_without_hashes_of_its_own_has_openssls() -> None:
+    """As Fedora's and Red Hat's (--with-builtin-hashlib-hashes=blake2): without them `random` would not load."""
+    ran = _python(
+        """
+import sys
+for name in ("_md5", "_sha1", "_sha2", "_sha256", "_sha3", "_sha512"):
+    sys.modules[name] = None
+from lazymem.cli import mount
+from lazymem.cli.quickstart import quick_imports
+with quick_imports():
+    import hashlib, random, trio
+assert hashlib.sha256(b"").name == "sha256"
+""",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+
+
 def test_who_has_an_event_loop_already_has_all_of_it() -> None:
     ran = _python(
         """
