@@ -248,6 +248,7 @@ def test_the_first_child_is_ended_at_once_before_it_watches(guardian: Guardian) 
     """It has done nothing that would have to be undone."""
     guardian.child(again=False)
     guardian.process.terminate()
+    guardian.process.wait()  # before its stdin is closed, at whose end the child would go on
     assert guardian.end() == (130, "", "")
 
 
