@@ -82,6 +82,8 @@ class FillStart(NamedTuple):
     emulator that starts, may be many times as much."""
     written_fd: int
     coming_fd: int
+    maybe_held_fd: int | None = None
+    """The map of the cache that the daemon has open."""
 
 
 class FillPipe:
@@ -101,15 +103,15 @@ class FillPipe:
     async def maybe_start(self) -> FillStart | None:
         """Once, after the order; None: the daemon ended before. Who brings no recorded set gives way from then on."""
         await trio.lowlevel.wait_readable(self._end)
-        maybe_received = self._maybe_receive(3)
+        maybe_received = self._maybe_receive(4)
         if maybe_received is None:
             return None
-        data, (written_fd, coming_fd) = maybe_received
+        data, (written_fd, coming_fd, *held) = maybe_received
         (round_trip_seconds,) = _SECONDS.unpack_from(data)
         recorded = tuple(PageRange(start, count) for start, count in _RUN.iter_unpack(data[_SECONDS.size :]))
         if not recorded:
             give_way()
-        return FillStart(recorded, round_trip_seconds, written_fd, coming_fd)
+        return FillStart(recorded, round_trip_seconds, written_fd, coming_fd, held[0] if held else None)
 
     def _maybe_receive(self, descriptors: int) -> tuple[bytes, list[int]] | None:
         """What is in the file whose descriptor comes first, and the others."""
@@ -189,15 +191,18 @@ class FillProcess:
         recorded: Sequence[PageRange],
         maybe_written_fd: int | None,
         round_trip_seconds: float = math.inf,
+        maybe_held_fd: int | None = None,
     ) -> None:
         """Once, after `prepare`: a RAM of `pages` pages. `maybe_written_fd`: the run's written map, which stays the
-        caller's; None for a template. `round_trip_seconds`: as `FillStart`'s."""
+        caller's; None for a template. `round_trip_seconds`: as `FillStart`'s. `maybe_held_fd`: the cache's map, the
+        caller's too: with another cache it ends early. None: with any."""
         if self._maybe_coming_fd is None:
             self.share(pages)
         assert self._maybe_coming_fd is not None
         written_fd = self._maybe_coming_fd if maybe_written_fd is None else maybe_written_fd  # one, in any case
         runs = [_RUN.pack(part.start, part.count) for part in recorded]
-        self._send(b"".join([_SECONDS.pack(round_trip_seconds), *runs]), written_fd, self._maybe_coming_fd)
+        held = () if maybe_held_fd is None else (maybe_held_fd,)
+        self._send(b"".join([_SECONDS.pack(round_trip_seconds), *runs]), written_fd, self._maybe_coming_fd, *held)
         self._close_coming()
         self.latest = FillReport(set_is_coming=bool(recorded))
         self._begun = True

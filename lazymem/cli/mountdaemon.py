@@ -149,7 +149,8 @@ async def _serve(
     )
     if maybe_filler is not None and maybe_order is not None and maybe_prepager is not None:
         maybe_written_fd = state.written.fileno() if state is not None else None
-        maybe_filler.begin(origin.pages, recorded, maybe_written_fd, client.best_round_trip_seconds)
+        held_fd = pristine.cache.held.fileno()
+        maybe_filler.begin(origin.pages, recorded, maybe_written_fd, client.best_round_trip_seconds, held_fd)
         nursery.start_soon(tell_link, client, maybe_filler.last_demand)
         nursery.start_soon(watch_fill, maybe_filler, maybe_order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second

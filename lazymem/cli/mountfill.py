@@ -107,6 +107,12 @@ async def _bring(
     last_demand: LastDemand,
     nursery: trio.Nursery,
 ) -> None:
+    """
+    Raises:
+        StoreError: the disk refused; or this cache is not the daemon's.
+    """
+    if start.maybe_held_fd is not None:
+        _check_same(start.maybe_held_fd, cache)
     maybe_written = None
     if order.template:
         os.close(start.written_fd)
@@ -143,6 +149,14 @@ async def _bring(
     nursery.start_soon(work.run)
     watch = _Watch(client, work, pristine, guesses, pipe)
     await (watch.wait_all_held() if order.everything else watch.wait_idle())
+
+
+def _check_same(daemons_map_fd: int, cache: CacheFolder) -> None:
+    """Raises StoreError: both found a damaged cache, say, and one of them set aside what the other had made."""
+    is_same = os.path.sameopenfile(daemons_map_fd, cache.held.fileno())
+    os.close(daemons_map_fd)
+    if not is_same:
+        raise StoreError("it opened another cache than the daemon, which was made anew meanwhile")
 
 
 def _maybe_head_start(settings: MountSettings, welcome: Welcome) -> HeadStart | None:

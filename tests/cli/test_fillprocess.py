@@ -10,18 +10,29 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
+from msgspec import structs
 
 from lazymem.cli.fillprocess import NICENESS, Fill, FillOrder, FillPipe, FillProcess, FillReport, give_way
+from lazymem.cli.mountfill import fill as really_fill
 from lazymem.errors import StoreError
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.pages import PageRange
+from lazymem.settings import MountSettings, parse_server
+from lazymem.store.cachefolder import open_cache
+from lazymem.store.origin import RamOrigin
+from lazymem.store.pagemap import SET
+from lazymem.wire.messages import Capability, Limits, Welcome
+from tests.support.snapshots import make_snapshot
 
 ORDER = FillOrder(bytes(32), 4096, bytes(16), everything=True, welcome=b"w" * 300_000)
 RECORDED = (PageRange(3, 5), PageRange(1, 1))
+PAGES = 40
 ON_ITS_WAY = FillReport(held_pages=7, brought_pages=6, in_flight_pages=5, wire_received_bytes=9, set_is_coming=True)
 
 
@@ -200,6 +211,39 @@ def test_one_whose_daemon_ends_before_it_may_start_hears_that() -> None:
     with os.fdopen(read_end, "rb") as file:
         assert file.read() == b"None"
     process.close()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_one_with_another_cache_than_its_daemon_leaves_all_of_it_to_that(same: bool, tmp_path: Path) -> None:
+    """Each may have set aside what the other one made. Else the daemon would take for held what only this one has."""
+    snapshot = make_snapshot(tmp_path / "snapshot", PAGES)
+    assert snapshot.root is not None
+    origin = RamOrigin(snapshot.identity, len(snapshot.ram), snapshot.root)
+    with contextlib.closing(open_cache(tmp_path / "cache", origin)) as cache:
+        cache.digests.store_upper(snapshot.upper)
+        if not same:
+            cache.path.rename(tmp_path / "aside")
+        for page in range(PAGES):  # so that the right one has nothing to wait for
+            cache.held.set(PageRange(page, 1), SET)
+        settings = MountSettings(
+            servers=(parse_server(f"unix:{tmp_path}/nobody"),), mountpoint=tmp_path, cache_dir=tmp_path / "cache"
+        )
+        limits = Limits(1, 1, 1)
+        welcome = Welcome(1, Capability(0), limits, "", snapshot.identity, origin.size_bytes, True, b"", 0)
+        order = structs.replace(ORDER, identity=snapshot.identity, size_bytes=origin.size_bytes, root=snapshot.root)
+        process = FillProcess(partial(really_fill, settings))
+
+        async def hear() -> bool:
+            process.prepare(structs.replace(order, template=True, welcome=msgspec.msgpack.encode(welcome)))
+            process.begin(PAGES, (), None, maybe_held_fd=cache.held.fileno())
+            with trio.fail_after(60):
+                return await process.run(lambda report: None)
+
+        try:
+            assert trio.run(hear) is same
+        finally:
+            process.close()
+    assert same or "another cache" in (process.latest.maybe_error or "")
 
 
 def test_one_that_gets_no_order_can_be_ended() -> None:
