@@ -221,6 +221,7 @@ class _Coming:
             arriving.monitor, arriving.emulator_pid, arriving.emulator_began = str(host.monitor), host.pid, host.began
             socket = host.sockets / "state"
             await trio.to_thread.run_sync(guest.listen, socket)
+            await trio.to_thread.run_sync(planes.load)  # or say that it cannot be: it is here by now
             await ahead.take(link, arriving)
             state = await link.open_state()
             nursery.cancel_scope.cancel()

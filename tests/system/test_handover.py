@@ -18,7 +18,7 @@ from lazymem.handover import messages
 from lazymem.handover.journal import read
 from lazymem.vm.guests import build_guest
 from tests.support import skips
-from tests.support.handover import Pair, pair
+from tests.support.handover import Command, Pair, pair
 from tests.support.networkhosts import NetworkHost, booted_by_itself, two_hosts
 from tests.support.smalldisks import small_disk
 from tests.support.vmprocess import WAIT_SECONDS, Process, Start, counts_on, ticks_of, wait_until
@@ -415,3 +415,24 @@ def _check(two: Pair, guest: Process) -> None:
     else:
         count = len(guest.ticks())
         wait_until(lambda: len(guest.ticks()) > count + 1, "the guest to count on here")
+
+
+@pytest.mark.parametrize("side", ["receive", "send"])
+def test_where_numpy_does_not_load_no_guest_stands_for_it(side: str, guest: Process, tmp_path: Path) -> None:
+    """The destination says so before anything is begun, leaves nothing, and the source waits for another one."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "numpy.py").write_text("raise ImportError('no such processor')\n")
+    with pair(tmp_path, guest.monitor) as two:
+        command: Command = getattr(two, side)
+        command._environment = command._environment | {"PYTHONPATH": str(broken)}
+        two.begin()
+        code = two.receive.wait()
+        assert "numpy does not load here: no such processor" in command.said()
+        assert code != 0
+        assert "MIGRATION" not in two.events_here()
+        assert side == "send" or two.send.code() is None
+        assert two.states() == ("ours", "refused")
+        assert not os.path.ismount(two.mountpoint)
+        count = len(guest.ticks())
+        guest.wait_ticks(count + 2)
