@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 async def tell_link(client: Client, last_demand: LastDemand) -> None:
-    """Have the filling process know whether demands have a connection, as it did when this began. Until cancelled."""
+    """Have the filling process know whether demands have a connection. Until cancelled."""
+    last_demand.can_be_sent = client.statistics().connected
     while True:
         await client.wait_connected()
         last_demand.can_be_sent = True

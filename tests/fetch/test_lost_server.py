@@ -333,6 +333,25 @@ async def test_nothing_is_brought_ahead_while_demands_of_another_process_have_no
     assert not filling.statistics().connected, "nobody demands there"
 
 
+async def test_a_connection_that_was_lost_before_anybody_looked_is_told_as_lost(
+    autojump_clock: trio.testing.MockClock, network: Network, nursery: trio.Nursery
+) -> None:
+    """The filling process connects as soon as it has its order, while the daemon opens its folders."""
+    last_demand = LastDemand()
+    daemon = await network.connect(LinkSettings(backoff_base_seconds=5, backoff_cap_seconds=5))
+    last_demand.can_be_sent = True
+    maybe_peer, network.peer = network.peer, None
+    await network.cut()
+    await daemon.wait_lost()
+    nursery.start_soon(tell_link, daemon, last_demand)
+    await trio.testing.wait_all_tasks_blocked()
+    assert not last_demand.can_be_sent
+    network.peer = maybe_peer
+    await daemon.wait_connected()
+    await trio.testing.wait_all_tasks_blocked()
+    assert last_demand.can_be_sent
+
+
 async def test_an_identity_is_an_error_only_where_nobody_has_the_right_one(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, peer: Peer
 ) -> None:

@@ -428,6 +428,8 @@ def test_where_numpy_does_not_load_no_guest_stands_for_it(side: str, guest: Proc
         command._environment = command._environment | {"PYTHONPATH": str(broken)}
         two.begin()
         code = two.receive.wait()
+        if side == "send":
+            two.send.wait()
         assert "numpy does not load here: no such processor" in command.said()
         assert code != 0
         assert "MIGRATION" not in two.events_here()
