@@ -1,8 +1,8 @@
 """The cache of one snapshot on disk: ``<cache>/<identity>/`` with its pages, page map and digests. Blocking.
 
 Shared by all mounts of that snapshot at a time, and deletable at any time. A folder appears by one rename, whole, so
-two mounts that make it at once end up in the same one. A folder that is not right in every point is renamed away and
-made again; its bytes are never believed, and are verified again in any case (`pristine`).
+two mounts that make it at once end up in the same one. A folder that is not right in every point is renamed away (by
+one of them at a time) and made again; its bytes are never believed, and are verified again in any case (`pristine`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def open_cache(cache: Path, origin: RamOrigin) -> CacheFolder:
         except StoreError as error:
             if is_short(error):
                 raise  # nothing is wrong with the folder, and another one would not do either
-            _set_aside(path, error)
+        maybe_opened = _maybe_opened_or_set_aside(cache, path, origin)
+        if maybe_opened is not None:
+            return maybe_opened
     raise StoreError(f"the cache {path} does not become usable: remove it")
 
 
@@ -117,6 +119,20 @@ def _open(path: Path, origin: RamOrigin) -> CacheFolder:
         digests = DigestFile(folders.open_file(path / DIGESTS_NAME, origin.shape.file_bytes), origin.shape)
         opened.pop_all()
     return CacheFolder(path, pages, held, digests)
+
+
+def _maybe_opened_or_set_aside(cache: Path, path: Path, origin: RamOrigin) -> CacheFolder | None:
+    """Judge the folder once more while nobody moves it: a mount and its filling process come to it at once, and what
+    one of them made anew was moved away by the other, which had found the one before; then each had a cache of its own.
+    None: there is none now."""
+    with folders.locked(cache):
+        try:
+            return _open(path, origin)
+        except StoreError as error:
+            if is_short(error):
+                raise
+            _set_aside(path, error)
+            return None
 
 
 def _set_aside(path: Path, reason: StoreError) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,19 @@ def maybe_lock(path: Path) -> int | None:
             return None
         raise StoreError(f"cannot lock {path}: {error.strerror}") from error
     return fd
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Blocking: one process, and one thread of it, at a time for as long as this lasts. A file system that knows no
+    locks, or a folder that is gone, has none."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            held.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            held.callback(fcntl.flock, fd, fcntl.LOCK_UN)  # also in a process that was forked meanwhile
+        yield
 
 
 def still_locked(fd: int) -> bool:

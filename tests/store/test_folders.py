@@ -118,6 +118,52 @@ def test_a_cache_that_is_no_folder_is_set_aside(tmp_path: Path) -> None:
     assert aside.read_text() == "mine"
 
 
+def test_what_another_made_anew_meanwhile_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found the wrong one. A mount and its filling process then had a cache each, and nothing that one brought was
+    seen by the other."""
+    open_cache(tmp_path, ORIGIN).close()
+    nonsense(tmp_path / ORIGIN.identity.hex())
+    really = cachefolder._open
+    others: list[cachefolder.CacheFolder] = []
+
+    def open_and_be_overtaken(path: Path, origin: RamOrigin) -> cachefolder.CacheFolder:
+        try:
+            return really(path, origin)
+        except StoreError:
+            if not others:
+                monkeypatch.setattr(cachefolder, "_open", really)
+                others.append(open_cache(tmp_path, origin))
+            raise
+
+    monkeypatch.setattr(cachefolder, "_open", open_and_be_overtaken)
+    ours = open_cache(tmp_path, ORIGIN)
+    others[0].held.set(PageRange(5, 1), 1)
+    assert ours.held.recount() == 1
+    assert len(list(tmp_path.glob("*.set-aside-*"))) == 1
+    ours.close()
+    others[0].close()
+
+
+def test_a_wrong_cache_is_set_aside_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_cache(tmp_path, ORIGIN).close()
+    nonsense(tmp_path / ORIGIN.identity.hex())
+    really = cachefolder._set_aside
+
+    def look(path: Path, reason: StoreError) -> None:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        really(path, reason)
+
+    monkeypatch.setattr(cachefolder, "_set_aside", look)
+    other = os.open(tmp_path, os.O_RDONLY)
+    try:
+        open_cache(tmp_path, ORIGIN).close()
+        assert len(list(tmp_path.glob("*.set-aside-*"))) == 1
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it was given back
+    finally:
+        os.close(other)
+
+
 def test_a_right_cache_is_opened_again(tmp_path: Path) -> None:
     cache = open_cache(tmp_path, ORIGIN)
     cache.held.set(PageRange(5, 10), 1)
