@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -31,6 +32,10 @@ PAGES_NAME = "pages"
 MAP_NAME = "map"
 DIGESTS_NAME = "digests"
 META_NAME = "meta.json"
+
+_DRAFT_PREFIX = ".new-cache-"
+_DRAFT = re.compile(re.escape(_DRAFT_PREFIX) + "[0-9a-f]{16}")
+_NAMES = (PAGES_NAME, MAP_NAME, DIGESTS_NAME, META_NAME)
 
 _ATTEMPTS = 8
 """Others may make or replace the folder between our look and our step, each time once at most; more is a fight."""
@@ -62,7 +67,7 @@ def open_cache(cache: Path, origin: RamOrigin) -> CacheFolder:
     path = cache / origin.identity.hex()
     for _ in range(_ATTEMPTS):
         if not os.path.lexists(path):
-            _create(cache, path, origin)
+            _create_unless_another_did(cache, path, origin)
         try:
             return _open(path, origin)
         except StoreError as error:
@@ -84,9 +89,29 @@ def _meta(origin: RamOrigin) -> dict[str, object]:
     }
 
 
+def _create_unless_another_did(cache: Path, path: Path, origin: RamOrigin) -> None:
+    """A filling process that is not needed after all is killed, perhaps in the midst of this: its draft has to go."""
+    with folders.locked(cache) as is_locked:
+        if os.path.lexists(path):
+            return
+        if is_locked:  # so nobody is at any of them
+            for draft in cache.glob(f"{_DRAFT_PREFIX}*"):
+                if _DRAFT.fullmatch(draft.name) and not folders.why_not_ours(draft) and _only_ours_in(draft):
+                    folders.remove_folder(draft)
+        _create(cache, path, origin)
+
+
+def _only_ours_in(draft: Path) -> bool:
+    """Whoever names a folder of his as the cache keeps what he has in it, whatever that is called."""
+    try:
+        return all(name in _NAMES or name.startswith(f".{META_NAME}.") for name in os.listdir(draft))
+    except OSError:  # the disk does not say
+        return False
+
+
 def _create(cache: Path, path: Path, origin: RamOrigin) -> None:
     """Make the folder under another name, then rename it; whoever comes second finds the first one's."""
-    draft = cache / f".new-{secrets.token_hex(8)}"
+    draft = cache / f"{_DRAFT_PREFIX}{secrets.token_hex(8)}"
     try:
         folders.make_folder(draft)
         folders.create_file(draft / PAGES_NAME, origin.size_bytes)

@@ -181,16 +181,18 @@ def maybe_lock(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Blocking: one process, and one thread of it, at a time for as long as this lasts. A file system that knows no
-    locks, or a folder that is gone, has none."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Blocking: one process, and one thread of it, at a time for as long as this lasts. False: a file system that knows
+    no locks, or a folder that is gone, has none."""
+    is_locked = False
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             held.callback(os.close, fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
             held.callback(fcntl.flock, fd, fcntl.LOCK_UN)  # also in a process that was forked meanwhile
-        yield
+            is_locked = True
+        yield is_locked
 
 
 def still_locked(fd: int) -> bool:

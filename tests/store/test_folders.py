@@ -17,7 +17,7 @@ import pytest
 
 from lazymem.errors import BusyError, IdentityError, StoreError
 from lazymem.pages import PAGE_SIZE, PageRange
-from lazymem.store import cachefolder, statefiles
+from lazymem.store import cachefolder, folders, statefiles
 from lazymem.store.cachefolder import open_cache
 from lazymem.store.origin import RamOrigin
 from lazymem.store.statefolder import open_private_state, open_state
@@ -116,6 +116,44 @@ def test_a_cache_that_is_no_folder_is_set_aside(tmp_path: Path) -> None:
     open_cache(tmp_path, ORIGIN).close()
     (aside,) = tmp_path.glob("*.set-aside-*")
     assert aside.read_text() == "mine"
+
+
+def test_a_draft_whose_maker_was_killed_goes_with_the_next_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing that only looks like one: a run's, which another mount may be at, and the user's own."""
+
+    def killed(path: Path, record: object, *, durable: bool) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "write_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_cache(tmp_path, ORIGIN)
+    (draft,) = tmp_path.iterdir()
+    others = [tmp_path / name for name in (".new-0123456789abcdef", ".new-cache-mine", ".new-cache-0123456789abcdef")]
+    for other in others:
+        folders.make_folder(other)
+    (others[-1] / "letters").touch()
+    open_cache(tmp_path, OTHER).close()
+    assert not draft.exists()
+    assert set(tmp_path.iterdir()) == {tmp_path / OTHER.identity.hex(), *others}
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_where_locks_are_not_known_a_draft_may_be_somebodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_locks: bool
+) -> None:
+    draft = tmp_path / ".new-cache-0123456789abcdef"
+    folders.make_folder(draft)
+
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    open_cache(tmp_path, ORIGIN).close()
+    assert draft.exists() is not has_locks
 
 
 def test_what_another_made_anew_meanwhile_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
