@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from lazymem.handover.pace import LEAST_BYTES, MOST_BYTES, Pace, Window
 
@@ -55,6 +55,7 @@ def _sent_all(link: Link) -> float:
     ],
 )
 def test_the_link_is_busy_and_its_queue_short(link: Link, longest: float) -> None:
+    link = structs.replace(link, queues=[])  # a parameter is one object, however often its test runs
     took = _sent_all(link)
     assert took < 1.5 * (ALL_BYTES / link.rate + 10 * link.way)
     assert max(link.queues[len(link.queues) // 2 :]) < longest, "for what has to go when the guest stands"
