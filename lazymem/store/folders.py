@@ -188,11 +188,18 @@ def locked(folder: Path) -> Iterator[bool]:
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            held.callback(os.close, fd)
+            held.callback(_let_go, fd)
             fcntl.flock(fd, fcntl.LOCK_EX)
-            held.callback(fcntl.flock, fd, fcntl.LOCK_UN)  # also in a process that was forked meanwhile
             is_locked = True
         yield is_locked
+
+
+def _let_go(fd: int) -> None:
+    """Of a lock, also in a process that was forked meanwhile. What was done under it stands, whatever the disk says."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def still_locked(fd: int) -> bool:
