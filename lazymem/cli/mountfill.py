@@ -152,9 +152,14 @@ async def _bring(
 
 
 def _check_same(daemons_map_fd: int, cache: CacheFolder) -> None:
-    """Raises StoreError: both found a damaged cache, say, and one of them set aside what the other had made."""
-    is_same = os.path.sameopenfile(daemons_map_fd, cache.held.fileno())
-    os.close(daemons_map_fd)
+    """Raises StoreError: both found a damaged cache, say, and one of them set aside what the other had made. Or nobody
+    knows."""
+    try:
+        is_same = os.path.sameopenfile(daemons_map_fd, cache.held.fileno())
+    except OSError as error:
+        raise StoreError(f"cannot look at the daemon's cache: {error.strerror}") from error
+    finally:
+        os.close(daemons_map_fd)
     if not is_same:
         raise StoreError("it opened another cache than the daemon, which was made anew meanwhile")
 

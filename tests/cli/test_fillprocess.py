@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import select
@@ -19,6 +20,7 @@ import trio
 from msgspec import structs
 
 from lazymem.cli.fillprocess import NICENESS, Fill, FillOrder, FillPipe, FillProcess, FillReport, give_way
+from lazymem.cli.mountfill import _check_same
 from lazymem.cli.mountfill import fill as really_fill
 from lazymem.errors import StoreError
 from lazymem.fetch.lastdemand import LastDemand
@@ -244,6 +246,24 @@ def test_one_with_another_cache_than_its_daemon_leaves_all_of_it_to_that(same: b
         finally:
             process.close()
     assert same or "another cache" in (process.latest.maybe_error or "")
+
+
+def test_a_cache_that_cannot_be_looked_at_is_left_to_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = make_snapshot(tmp_path / "snapshot", PAGES)
+    origin = RamOrigin(snapshot.identity, len(snapshot.ram), snapshot.root)
+
+    def fails(one: int, other: int) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os.path, "sameopenfile", fails)
+    with contextlib.closing(open_cache(tmp_path / "cache", origin)) as cache:
+        descriptor = os.dup(cache.held.fileno())
+        with pytest.raises(StoreError, match="Input/output error"):
+            _check_same(descriptor, cache)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 def test_one_that_gets_no_order_can_be_ended() -> None:
