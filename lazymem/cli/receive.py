@@ -51,10 +51,12 @@ _EPILOG = """examples:
 
 
 _STARTED_ANEW = "this host was started anew since a guest came here, and its emulator and its mount are gone"
-_DIED_HERE = (
-    "; the guest ran here. Its source has it as it was at the hand-over, if it has not let go: there, lazymem send "
-    "--reclaim, or the monitor's cont, goes on from that"
+_AT_ITS_SOURCE = (
+    ". Its source has it as it was at the hand-over, if it has not let go: there, lazymem send --reclaim, or the "
+    "monitor's cont, goes on from that"
 )
+_DIED_HERE = f"; the guest ran here{_AT_ITS_SOURCE}"
+_MAY_HAVE_RUN = f"; the guest was given to this one, and may have run here{_AT_ITS_SOURCE}"
 
 say = partial(handoverend.say, PROGRAM)
 
@@ -132,20 +134,23 @@ def _run(found: argparse.Namespace, wanted: Wanted, folder: Path) -> int:
     return _told(outcome, host)
 
 
-def _maybe_before(journal: Journal) -> Arriving | None:
-    """What an earlier process left to be done."""
+def _maybe_before(journal: Journal) -> tuple[Arriving, Destination] | None:
+    """What an earlier process left to be done, and where it was."""
     if journal.found is None:
         return None
-    before = msgspec.convert(journal.found.details, Arriving)
+    before, state = msgspec.convert(journal.found.details, Arriving), Destination(journal.found.state)
     if before.over or before.boot_id in ("", boot_id()):
-        return None if before.over else before
-    state = Destination(journal.found.state)
-    say(_STARTED_ANEW + (_DIED_HERE if state in DECIDED else ""))
+        return None if before.over else (before, state)
+    say(_STARTED_ANEW + (_DIED_HERE if state in DECIDED else _MAY_HAVE_RUN if state is Destination.PROMISED else ""))
     return after_restart(before, state)
 
 
 async def _receive(
-    found: argparse.Namespace, wanted: Wanted, journal: Journal, before: Arriving | None, host: ReceiveHost
+    found: argparse.Namespace,
+    wanted: Wanted,
+    journal: Journal,
+    before: tuple[Arriving, Destination] | None,
+    host: ReceiveHost,
 ) -> Outcome:
     maybe_outcome = None
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -153,7 +158,7 @@ async def _receive(
             coming = _Coming(found, wanted, journal, host)
             nursery.start_soon(_watch_signals, signals, coming, nursery.cancel_scope)
             nursery.start_soon(_show, host)
-            maybe_outcome = await (coming.anew() if before is None else coming.again(before))
+            maybe_outcome = await (coming.anew() if before is None else coming.again(*before))
             nursery.cancel_scope.cancel()
     host.show()
     if maybe_outcome is None:
@@ -237,14 +242,14 @@ class _Coming:
             self._prepared.over = True
             self._journal.write(handover, Destination.REFUSED.value, to_builtins(self._prepared))
 
-    async def again(self, before: Arriving) -> Outcome:
+    async def again(self, before: Arriving, state: Destination) -> Outcome:
         found = self._journal.found
         assert found is not None
         clear_away(before)
         emulator = before.emulator_pid, before.emulator_began, Path(before.monitor), Path(before.sockets)
         self.host.adopt(found.handover, *emulator)
         link = SourceLink(parse_endpoint(before.source), say, found.handover, self._wanted.tls)
-        receiver = self._receiver(link, None, before, Destination(found.state))
+        receiver = self._receiver(link, None, before, state)
         return await self._to_the_end(receiver, None)
 
     def _receiver(

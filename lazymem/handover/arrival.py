@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct, structs
 
-from lazymem.handover.states import Destination
+from lazymem.handover.states import Destination, after_host_restart
 
 
 class Host(Protocol):
@@ -70,15 +70,16 @@ class Arriving(Struct):
     warmed_seconds: float = 0.0
 
 
-def after_restart(found: Arriving, state: Destination) -> Arriving | None:
-    """What is left to be done of a record that was written before this host was started anew; None: nothing.
+def after_restart(found: Arriving, state: Destination) -> tuple[Arriving, Destination] | None:
+    """What is left to be done of a record that was written before this host was started anew, and what its state means
+    since then; None: nothing.
 
     Emulator and mount have gone with that, whatever process has the number now: a guest that was not decided never ran
     here, and its source is to hear so; one that was is dead, and nobody but its user knows what its source is to do.
     """
     if state is Destination.YIELDED:
         return None
-    return structs.replace(found, monitor="", emulator_pid=0, emulator_began="")
+    return structs.replace(found, monitor="", emulator_pid=0, emulator_began=""), after_host_restart(state)
 
 
 class Outcome(Struct, frozen=True):

@@ -70,6 +70,11 @@ class StateSending:
         if self._outgoing is not None:
             self._outgoing.pace.arrived(stream_bytes)
 
+    def is_all_but_there(self, seconds: float) -> bool:
+        """Whether the emulator has sent all of it, and what is not told to have arrived is what the link delivers in a
+        round trip and so many `seconds`. Where nothing is told it never is."""
+        return self.sent_bytes is not None and self._outgoing is not None and self._outgoing.is_all_but_there(seconds)
+
     def cut(self) -> None:
         """End it: whoever writes or waits gets an error; what was not begun yet never is."""
         self._is_cut = True

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from lazymem.errors import RemoteProtocolError
 
-VERSION = 4
+VERSION = 5
 
 COMES_BACK_VERSION = 2
 """From this one on, whoever comes back for a hand-over that was begun says and hears the same: one side may have been
@@ -92,10 +92,12 @@ class Received(Message, frozen=True, tag="received"):
     state_bytes: int
 
 
-class Given(Message, frozen=True, tag="given"):
-    """The guest is the receiver's. `stopped`: when it stood at the source, by that clock (0: it stood before)."""
+class Given(Message, frozen=True, tag="given", omit_defaults=True):
+    """The guest is the receiver's, once it has all of its state. `stopped`: when it stood at the source, by that clock
+    (0: it stood before). `state_bytes`: of what was sent; 0, as to whoever comes back, where that is not said."""
 
     stopped: float = 0.0
+    state_bytes: int = 0
 
 
 class Mine(Message, frozen=True, tag="mine"):

@@ -73,6 +73,12 @@ class Window:
         if maybe_last is not None and now > maybe_last.sent_at:
             self._follow(now - maybe_last.sent_at, self._arrived - maybe_last.arrived)
 
+    def is_all_but_there(self, seconds: float) -> bool:
+        """Whether no more is under way than the link delivers in the shortest time from a sending to its word, and in
+        so many `seconds` more. Not as long as nothing is known of it, unless nothing is under way."""
+        under_way = self._sent - self._arrived
+        return under_way <= (max(self._rates) * (self._best + seconds) if self._rates else 0)
+
     def _follow(self, took: float, delivered: int) -> None:
         self._best = min(self._best, took)
         self._rates.append(delivered / took)
@@ -111,6 +117,11 @@ class Pace:
         with self._changed:
             self._window.arrived(total, self._clock())
             self._changed.notify_all()
+
+    def is_all_but_there(self, seconds: float) -> bool:
+        """As `Window`'s."""
+        with self._changed:
+            return self._window.is_all_but_there(seconds)
 
     def open(self) -> None:
         """From now on nobody waits."""

@@ -23,13 +23,12 @@ from lazymem.handover.arriving import ArrivingGuest
 from lazymem.handover.channel import Stream
 from lazymem.handover.emulatorhere import EmulatorHere, NotRunError
 from lazymem.handover.eventqueue import EventQueue
-from lazymem.handover.journal import Journal
+from lazymem.handover.incoming import Incoming
+from lazymem.handover.journal import Journal, Record
 from lazymem.handover.polling import until
-from lazymem.handover.relay import bring_in
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import DECIDED, SAID, Destination, Effect, Event, destination
 from lazymem.handover.taking import Taking
-from lazymem.handover.telling import Telling
 
 _LOOK_SECONDS = 0.2
 """Between two looks at the mount (is all here?) and at the emulator (does it live?)."""
@@ -81,7 +80,7 @@ class Receiver:
         self._side = destination(state)
         self._stopped = 0.0
         self._restarted = False
-        self._may_have_run = state is not Destination.ASKED
+        self._may_have_run = state in DECIDED
         self._gave_up = False
         self._acting = False
         self._asking_mount = trio.Lock()
@@ -90,6 +89,7 @@ class Receiver:
         self._exit_code: int | None = None
         self._report: dict[str, Any] = {}
         self._events = EventQueue[tuple[Event, object]](_QUEUE)
+        self._incoming = Incoming(link.say, self._fail)
         self.taking = Taking(self, journal.folder)
 
     @property
@@ -132,8 +132,11 @@ class Receiver:
         """The user wants it to end. False: the guest runs here, so it is its emulator that is to end."""
         if self.state not in _UNDECIDED:
             return False
-        self._events.put_now((Event.FAILED, "interrupted"))
+        self._fail("interrupted")
         return True
+
+    def _fail(self, reason: str) -> None:
+        self._events.put_now((Event.FAILED, reason))
 
     async def _resume(self) -> None:
         self._restarted = True
@@ -178,11 +181,7 @@ class Receiver:
             self._nursery.start_soon(self._is_mounted)
 
         try:
-            async with stream, trio.open_nursery() as nursery:
-                telling = Telling(self._link.say)
-                nursery.start_soon(telling.run)
-                await bring_in(stream, emulator, received, telling.arrived)
-                nursery.cancel_scope.cancel()
+            await self._incoming.bring(stream, emulator, received)
         except* (SaveStreamError, MonitorError) as group:
             failure = str(group.exceptions[0])
             await self._events.put((Event.FAILED, failure))
@@ -190,6 +189,7 @@ class Receiver:
     async def _wait_loaded(self) -> None:
         try:
             await self._emulator.wait_loaded()
+            await self._incoming.wait_whole()
         except LazymemError as error:
             await self._events.put((Event.FAILED, str(error)))
         else:
@@ -252,11 +252,15 @@ class Receiver:
     async def _take(self, event: Event, payload: object) -> None:
         before = self.state
         decides = event in (Event.GIVEN, Event.LOADED, Event.TAKE) and before in _UNDECIDED
-        if decides and not await self._is_mounted():
-            event, payload = Event.FAILED, "the mount of the guest's RAM is gone"
+        promises = event is Event.GIVEN and before is Destination.ASKED  # and it is decided when all is loaded
         if isinstance(payload, messages.Given):
             self._stopped = payload.stopped
-        elif isinstance(payload, messages.Void) and before in _UNDECIDED:
+            maybe_difference = self._incoming.expect(payload.state_bytes)
+            if decides and maybe_difference is not None:
+                event, payload = Event.FAILED, maybe_difference
+        if decides and not promises and not await self._is_mounted():
+            event, payload = Event.FAILED, "the mount of the guest's RAM is gone"
+        if isinstance(payload, messages.Void) and before in _UNDECIDED:
             self._reason = self._reason or f"the source kept its guest{': ' if payload.text else ''}{payload.text}"
         elif event is Event.FAILED and before in _UNDECIDED:
             self._reason = str(payload)
@@ -297,6 +301,8 @@ class Receiver:
             how = "runs here" if self._arriving.runs else "is here, and stands as it did at its source"
             self._say(f"the guest {how}; the rest of its RAM follows")
             self._nursery.start_soon(self._watch_pages)
+        elif self.state is Destination.PROMISED:
+            self._nursery.start_soon(self._incoming.await_rest)
         elif self.state is Destination.WHOLE and self._report:
             self._on_report(self._report)
         elif self.state is Destination.REFUSED:
@@ -332,6 +338,8 @@ class Receiver:
     async def _act(self, effect: Effect) -> bool:
         if effect is Effect.RECORD:
             await self._record(self.state)
+        elif effect is Effect.NOTE:
+            await self._write(self._journal.note, self.state)
         elif effect is Effect.RUN:
             return await self._run_guest()
         elif effect is Effect.STOP:
@@ -349,8 +357,10 @@ class Receiver:
         await self._link.say(message)
 
     async def _record(self, state: Destination) -> None:
-        details = to_builtins(self._arriving)
-        await trio.to_thread.run_sync(self._journal.write, self._link.handover, state.value, details)
+        await self._write(self._journal.write, state)
+
+    async def _write(self, write: Callable[[str, str, dict[str, Any]], Record], state: Destination) -> None:
+        await trio.to_thread.run_sync(write, self._link.handover, state.value, to_builtins(self._arriving))
 
     async def _run_guest(self) -> bool:
         """The last step. False: it is sure that the guest has not run.
@@ -370,5 +380,4 @@ class Receiver:
                 downtime = maybe_began + self._link.clock_ahead_seconds - self._stopped
                 self._arriving.downtime_seconds = max(0.0, downtime)
             self._arriving.ran, self._arriving.ran_at = True, time.monotonic()
-            await self._record(self.state)
         return True

@@ -159,6 +159,10 @@ class Outgoing:
             raise MonitorError("the emulator did not end its state")
         return self.sent_bytes
 
+    def is_all_but_there(self, seconds: float) -> bool:
+        """As of `pace`, once all is handed on."""
+        return self.failure is None and self.pace.is_all_but_there(seconds)
+
     def cut(self) -> None:
         """End it now, from another thread: whoever writes or waits gets an error."""
         for sock in (self._listener, self._connection, self._target):

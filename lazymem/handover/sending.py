@@ -43,6 +43,11 @@ link. Not for longer: a device's load may wait for a page that is already asked 
 _QUEUE = 256
 """Events that wait: a receiver that says more at once is not read from."""
 
+_MOST_WRITE_SECONDS = 0.02
+"""A disk that takes longer for a decision is not trusted to take as long again."""
+
+_GIVES = (Event.RECEIVED, Event.SENT)
+
 Say = Callable[[str], None]
 
 
@@ -210,6 +215,7 @@ class Sender:
     def arrived(self, stream_bytes: int) -> None:
         """As `receivers.Door`."""
         self._device_state.arrived(stream_bytes)
+        self._look_sent()
 
     async def warm(self, stream: Stream) -> None:
         """As `receivers.Door`. While the guest is here, and nothing was begun."""
@@ -235,13 +241,15 @@ class Sender:
             return False  # it is back already
         if event is Event.RECEIVED and not self._counted(payload):
             return False
+        if event is Event.SENT and self.state is not Source.MOVING:
+            return False  # something else was quicker
         if event is Event.FAILED and self.state is Source.OURS:
             self._reason = str(payload)
             return True
         before, self._acting = self.state, True
         self._note(event, payload)
         # "Given" is written and said in one, whatever else ends meanwhile: else the guest would stand on both sides.
-        with trio.CancelScope(shield=event is Event.RECEIVED):
+        with trio.CancelScope(shield=event in _GIVES):
             is_known = await self._step(event)
         if not is_known and isinstance(payload, messages.Message):
             self._say(f"the receiver said {event.value!r}, which makes no sense where the guest is {before.value!r}")
@@ -267,7 +275,15 @@ class Sender:
         if both and (difference := self._device_state.maybe_difference) is not None:
             self._fail(difference)
             return False
+        if not both:
+            self._look_sent()
         return both
+
+    def _look_sent(self) -> None:
+        """What is under way may be there when "given" is, which is on the disk and heard of by then."""
+        seconds = min(self._journal.write_seconds, _MOST_WRITE_SECONDS)
+        if self.state is Source.MOVING and self._device_state.is_all_but_there(seconds):
+            self._events.put_now((Event.SENT, None, None))
 
     def _note(self, event: Event, payload: object) -> None:
         if event in (Event.MINE, Event.WHOLE):
@@ -297,7 +313,7 @@ class Sender:
         effects = self._side.maybe_step(event)
         for effect in effects or ():
             if effect in SAID:
-                await self._speak(effect)
+                await self._speak(effect, event)
             elif effect is Effect.RECORD:
                 if not await self._decide(event):
                     return True  # another move was made instead
@@ -314,7 +330,7 @@ class Sender:
         try:
             await self._record(self.state)
         except StoreError as error:
-            if event is Event.RECEIVED:
+            if event in _GIVES:
                 self._reason = str(error)
                 await self._step(Event.NOT_WRITTEN)
                 return False
@@ -351,10 +367,12 @@ class Sender:
         if self.state in (Source.GIVEN, Source.GONE):
             self._ram.serve(Served.ALL)
 
-    async def _speak(self, effect: Effect) -> None:
+    async def _speak(self, effect: Effect, event: Event) -> None:
         message: messages.Message = messages.Done()
         if effect is Effect.SAY_GIVEN:
-            message = messages.Given(self._leaving.stopped if self._leaving.was_running else 0.0)
+            stopped = self._leaving.stopped if self._leaving.was_running else 0.0
+            # Whoever comes back may be of an earlier version, which knows of no number there.
+            message = messages.Given(stopped, self._leaving.state_bytes if event in _GIVES else 0)
         elif effect is Effect.SAY_VOID:
             message = messages.Void(messages.short(self._reason))
             self._offers.is_untold &= self.receivers.peer is None

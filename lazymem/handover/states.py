@@ -3,11 +3,14 @@
 The two tables are all there is to it. A move's effects are carried out in their order, each whole before the next
 begins, and RECORD (the new state, on the disk before it returns) always stands before what acts on it. So whatever
 dies between two effects, what is on the disk tells the restarted process where it is: it takes its state from its
-record and moves by RESTARTED. The two orders on which "at most one side runs" rests:
+record and moves by RESTARTED. NOTE is RECORD without the wait for the disk: it outlives the process, and not the host.
+The orders on which "at most one side runs" rests:
 
 - the source records GIVEN before it says so, and from then on runs the guest only after the destination has recorded
   REFUSED (or by hand);
-- the destination records MINE only after it heard GIVEN (or by hand), and lets the guest run only after that.
+- the destination records MINE or PROMISED only after it heard GIVEN (or by hand), and lets the guest run only after
+  that; with PROMISED alone on the disk it has noted MINE by then. So a process that finds PROMISED knows that its guest
+  has not run; after a host's crash nobody does, and it counts as MINE (`after_host_restart`).
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Destination(enum.Enum):
     LOADED = "loaded"
     """The emulator has its state; the source's word is missing. Not recorded."""
     PROMISED = "promised"
-    """The source's word is here; the emulator still loads. Not recorded."""
+    """The source's word is here; the emulator still loads, or even waits for the rest of its state."""
     MINE = "mine"
     """The guest runs here."""
     WHOLE = "whole"
@@ -60,12 +63,13 @@ MAY_RUN: frozenset[Source | Destination] = frozenset(
 )
 """The states in which a side may run the guest. The two sides are never both in one of them, except by hand."""
 
+OUTLASTS: frozenset[Source | Destination] = frozenset({*MAY_RUN, Destination.PROMISED})
+"""The states that may be the last on the disk when a host crashes on which the guest ran."""
+
 DECIDED: frozenset[Destination] = frozenset({Destination.MINE, Destination.WHOLE, Destination.DONE})
 """The states of a destination whose guest was let run."""
 
-RECORDED: frozenset[Source | Destination] = frozenset(
-    {*Source, *Destination} - {Source.MOVING, Destination.LOADED, Destination.PROMISED}
-)
+RECORDED: frozenset[Source | Destination] = frozenset({*Source, *Destination} - {Source.MOVING, Destination.LOADED})
 """The states that stand on the disk. The others are gone with their process."""
 
 
@@ -82,6 +86,7 @@ class Event(enum.Enum):
     DONE = "done"
     VOID = "void"
     # what happens here
+    SENT = "all of the state has left, and what is not there yet is on its way"
     BACK = "the other side is connected again"
     LOST = "the connection was lost"
     FAILED = "what was begun here failed"
@@ -99,6 +104,7 @@ class Effect(enum.Enum):
     """What a side does in a move."""
 
     RECORD = "write the new state to the disk"
+    NOTE = "write it for whoever comes after this process, and do not wait for the disk"
     MIGRATE = "let the emulator send its state"
     SERVE = "serve the frozen RAM"
     SERVE_ALL = "serve guessed pages too"
@@ -147,7 +153,12 @@ def _source() -> dict[tuple[Source, Event], Move[Source]]:
         **{(ours, event): void for event in (Event.BACK, Event.RECEIVED, Event.MINE, Event.REFUSED, Event.WHOLE)},
         (ours, Event.LOST): Move(ours),
         # The whole state has left the link, which is free for guesses; a device's load may wait for a page among them.
-        (moving, Event.RECEIVED): Move(given, (Effect.RECORD, Effect.SAY_GIVEN, Effect.SERVE_ALL)),
+        # Or what is left of it takes as long as "given" takes: a destination that does not get it refuses.
+        **{
+            (moving, event): Move(given, (Effect.RECORD, Effect.SAY_GIVEN, Effect.SERVE_ALL))
+            for event in (Event.RECEIVED, Event.SENT)
+        },
+        **{(state, Event.RECEIVED): Move(state) for state in (given, gone, released)},
         # Before "given" every failure lets the guest go on here; a receiver that is back was away.
         **{(moving, event): taken_back for event in (Event.FAILED, Event.LOST, Event.BACK, Event.REFUSED)},
         # Nothing was said yet: GIVEN is said behind RECORD.
@@ -174,7 +185,8 @@ def _source() -> dict[tuple[Source, Event], Move[Source]]:
 
 def _destination() -> dict[tuple[Destination, Event], Move[Destination]]:
     asked, loaded, promised, mine, whole, done, refused, yielded = Destination
-    take = Move(mine, (Effect.RECORD, Effect.RUN, Effect.SAY_MINE))
+    runs = (Effect.RUN, Effect.RECORD, Effect.SAY_MINE)  # the record says since when it runs
+    take = Move(mine, (Effect.RECORD, *runs))
     refuse = Move(refused, (Effect.RECORD, Effect.QUIT, Effect.SAY_REFUSED))
     yields = Move(yielded, (Effect.RECORD, Effect.STOP))
     complete = Move(whole, (Effect.RECORD, Effect.SAY_WHOLE))
@@ -182,20 +194,22 @@ def _destination() -> dict[tuple[Destination, Event], Move[Destination]]:
     running = (mine, whole, done)
     return {
         (asked, Event.LOADED): Move(loaded),
-        (asked, Event.GIVEN): Move(promised),
+        # While it loads: nobody waits for the disk behind that.
+        (asked, Event.GIVEN): Move(promised, (Effect.RECORD,)),
         (loaded, Event.GIVEN): take,
-        (promised, Event.LOADED): take,
+        (promised, Event.LOADED): Move(mine, (Effect.NOTE, *runs)),
         (promised, Event.GIVEN): Move(promised),
         (loaded, Event.TAKE): take,
-        (asked, Event.RESTARTED): Move(asked),
+        # One that was promised has not run: it is asked for once more, in case it was taken back by hand meanwhile.
+        **{(state, Event.RESTARTED): Move(asked) for state in (asked, promised)},
         **{(state, event): Move(state) for state in undecided for event in (Event.LOST, Event.BACK)},
         **{(state, event): refuse for state in undecided for event in (Event.FAILED, Event.VOID)},
-        (mine, Event.RESTARTED): Move(mine, (Effect.RUN,)),
+        (mine, Event.RESTARTED): Move(mine, (Effect.RUN, Effect.RECORD)),
         # Nothing was said yet: MINE is said behind RUN.
         (mine, Event.NEVER_RAN): refuse,
         **{(mine, event): Move(mine, (Effect.SAY_MINE,)) for event in (Event.BACK, Event.GIVEN)},
         **{(mine, event): complete for event in (Event.ALL_HERE, Event.OVER)},
-        (whole, Event.RESTARTED): Move(whole, (Effect.RUN,)),
+        (whole, Event.RESTARTED): Move(whole, (Effect.RUN, Effect.RECORD)),
         **{(whole, event): Move(whole, (Effect.SAY_WHOLE,)) for event in (Event.BACK, Event.GIVEN)},
         **{(whole, event): Move(whole) for event in (Event.ALL_HERE, Event.OVER)},
         **{(state, Event.DONE): Move(done, (Effect.RECORD,)) for state in (mine, whole)},
@@ -210,6 +224,11 @@ def _destination() -> dict[tuple[Destination, Event], Move[Destination]]:
         **{(yielded, event): Move(yielded) for event in (Event.VOID, Event.BACK, Event.ALL_HERE, Event.OVER)},
         (yielded, Event.RESTARTED): Move(yielded, (Effect.STOP,)),
     }
+
+
+def after_host_restart(state: Destination) -> Destination:
+    """What a destination's record means once its host was started anew: what was only noted is gone with that."""
+    return Destination.MINE if state is Destination.PROMISED else state
 
 
 SOURCE: Mapping[tuple[Source, Event], Move[Source]] = _source()

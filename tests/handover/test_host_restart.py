@@ -34,6 +34,7 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
     [
         ("asked", ServerRefusedError.exit_code, "refused", "the guest does not run here"),
         ("refused", ServerRefusedError.exit_code, "refused", "it was refused here before"),
+        ("promised", GuestCrashError.exit_code, "mine", "may have run here"),
         ("mine", GuestCrashError.exit_code, "mine", "send --reclaim"),
         ("whole", GONE_CODE, "whole", "the guest ran here"),
         ("done", GONE_CODE, "done", "the guest ran here"),

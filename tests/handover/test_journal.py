@@ -144,3 +144,28 @@ def test_nobody_who_answers(tmp_path: Path) -> None:
     with pytest.raises(BusyError):
         requests.ask(tmp_path, "take", 0.1)
     assert requests.maybe_asked(tmp_path) is None
+
+
+def test_what_is_noted_is_read_and_takes_no_decisions_place_that_is_on_the_disk(tmp_path: Path) -> None:
+    """A host that crashes finds the one before it, whatever of the note, and of what is written next, came so far."""
+    with Journal(tmp_path / "j", "destination") as journal:
+        journal.write("id", "asked", {})
+        journal.write("id", "promised", {})
+        on_the_disk = (tmp_path / "j" / NAME).read_bytes()
+        journal.note("id", "mine", {})
+        noted = (tmp_path / "j" / NAME).read_bytes()
+        found = read(tmp_path / "j")
+        assert found is not None
+        assert found.state == "mine"
+        journal.write("id", "mine", {"ran": True})
+    then = (tmp_path / "j" / NAME).read_bytes()
+    (promised,) = (slot for slot in _slots_of(on_the_disk) if b'"promised"' in slot)
+    for data in (noted, then):
+        assert promised in _slots_of(data)
+    with Journal(tmp_path / "j", "destination") as journal:
+        assert journal.found is not None
+        assert journal.found.details == {"ran": True}
+
+
+def _slots_of(data: bytes) -> list[bytes]:
+    return [data[: 16 * 1024], data[16 * 1024 :]]

@@ -105,3 +105,31 @@ def test_who_waits_goes_on_and_is_told_that_it_had_to(*, opened: bool) -> None:
     thread.join(30)
     assert waited == [True]
     assert not opened or not pace.begin(MOST_BYTES), "nobody waits any more"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.003])
+@pytest.mark.parametrize(
+    "link", [Link(100e6 / 8, 0.010), Link(1e9 / 8, 0.0005), Link(10e6 / 8, 0.050), Link(1e9 / 8, 0.003)]
+)
+def test_a_word_behind_the_state_is_there_with_its_end(link: Link, seconds: float) -> None:
+    """It is said when that may be, takes so many seconds to be written first, and the way."""
+    link = structs.replace(link, queues=[])
+    window, news, sent = Window(), [], 0
+    for _ in range(ALL_BYTES // PIECE_BYTES):  # as fast as it can, since the guest stands
+        sent += PIECE_BYTES
+        window.sent(PIECE_BYTES, 0.0)
+        news.append((link.told_at(0.0, PIECE_BYTES), sent))
+    end = news[-1][0] - link.way
+    now = 0.0
+    while not window.is_all_but_there(seconds):
+        now, told = news.pop(0)
+        window.arrived(told, now)
+    said = now + seconds + link.way
+    assert abs(said - end) < 0.2 * (2 * link.way + seconds) + 2 * PIECE_BYTES / link.rate
+
+
+def test_a_link_of_which_nothing_is_known_has_all_or_nothing() -> None:
+    window = Window()
+    assert window.is_all_but_there(0.0), "nothing was sent"
+    window.sent(PIECE_BYTES, 0.0)
+    assert not window.is_all_but_there(1000.0)

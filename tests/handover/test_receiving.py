@@ -156,6 +156,69 @@ async def test_a_monitor_that_outlives_its_lazymem_vm_is_not_told_to_run(tmp_pat
         assert [type(message) for message in link.said] == [messages.Refused]
 
 
+async def test_a_guest_that_was_promised_runs_before_that_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it is read there by whoever comes next in this boot."""
+    guest = Guest()
+    seen: list[str] = []
+
+    def run() -> float:
+        record = read(tmp_path / "j")
+        assert record is not None
+        seen.append(record.state)
+        return 100.0
+
+    monkeypatch.setattr(guest, "run", run)
+    with receiver(tmp_path, guest) as (found, _, _host):
+        write = found._journal.write
+
+        def written(handover: str, state: str, details: dict[str, Any]) -> Any:
+            seen.append(f"{state} written")
+            return write(handover, state, details)
+
+        monkeypatch.setattr(found._journal, "write", written)
+        await found._step(Event.GIVEN)
+        await found._step(Event.LOADED)
+        assert found.state is Destination.MINE
+    assert seen == ["promised written", "mine", "mine written"]
+
+
+async def test_a_guest_that_was_promised_to_the_process_before_is_asked_for_again(tmp_path: Path) -> None:
+    """It has not run, and may have been taken back by hand meanwhile."""
+    guest = Guest()
+    with receiver(tmp_path, guest, Destination.PROMISED) as (found, link, _):
+        await found._step(Event.RESTARTED)
+        await found._step(Event.LOADED)
+        assert (found.state, guest.ran) == (Destination.LOADED, 0)
+        await found._step(Event.VOID)
+        assert (found.state, guest.ran) == (Destination.REFUSED, 0)
+        assert [type(message) for message in link.said] == [messages.Refused]
+
+
+async def test_a_state_of_another_length_is_refused(tmp_path: Path) -> None:
+    with receiver(tmp_path, Guest()) as (found, link, _):
+        found._incoming._count = 5
+        async with trio.open_nursery() as found._nursery:
+            await found._take(Event.GIVEN, messages.Given(1.0, 6))
+            found._nursery.cancel_scope.cancel()
+        assert found.state is Destination.REFUSED
+        assert link.said == [messages.Refused("of 6 bytes of device state 5 arrived")]
+
+
+async def test_a_load_that_ended_waits_for_the_end_of_the_state(tmp_path: Path) -> None:
+    """Only then it is known that it has what was sent."""
+    guest = Guest()
+    cast(Any, guest).wait_loaded = lambda: None
+    with receiver(tmp_path, guest) as (found, _, _host):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(found._wait_loaded)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not found._events._events
+            found._incoming._whole.set()
+            assert await found._events.take() == (Event.LOADED, None)
+
+
 async def test_a_guest_that_may_have_run_is_not_refused(tmp_path: Path) -> None:
     with receiver(tmp_path, Guest(gone=True), Destination.MINE) as (found, _, host):
         await found._step(Event.RESTARTED)

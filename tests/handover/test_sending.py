@@ -13,6 +13,7 @@ from msgspec import to_builtins
 from lazymem.errors import BusyError, MonitorError, StoreError
 from lazymem.handover import messages, requests, sending
 from lazymem.handover.departure import Leaving, Outcome
+from lazymem.handover.devicestate import StateSending
 from lazymem.handover.journal import Journal, read
 from lazymem.handover.offers import Offers
 from lazymem.handover.polling import until
@@ -166,6 +167,55 @@ async def test_a_second_interrupt_comes_behind_the_word_that_the_guest_is_given(
     assert record is not None
     assert record.state == "given"
     assert [type(message) for message in said] == [messages.Given]
+
+
+@pytest.mark.parametrize(
+    ("under_way", "counted", "given"), [(1000, True, True), (1001, True, False), (0, False, False)]
+)
+async def test_what_is_all_but_there_is_given(
+    tmp_path: Path, leaving: Leaving, *, under_way: int, counted: bool, given: bool
+) -> None:
+    """Not before the emulator has sent it all. The link takes 1,000 bytes in the time that a decision takes."""
+
+    class State(StateSending):
+        def is_all_but_there(self, seconds: float) -> bool:
+            assert 0 < seconds < 1
+            return self.sent_bytes is not None and under_way <= 1000
+
+    said: list[messages.Message] = []
+
+    class Peer:
+        async def send(self, message: messages.Message) -> None:
+            await trio.lowlevel.checkpoint()
+            said.append(message)
+
+    with Journal(tmp_path / "j", "source") as journal:
+        journal.write(OLD, "ours", to_builtins(leaving))
+        found = sender(journal, Guest(), leaving)
+        found.receivers.peer = cast(Any, Peer())
+        found._device_state, found._side.state = State(), Source.MOVING
+        found._ram = cast(Any, SimpleNamespace(serve=lambda _: None))
+        async with trio.open_nursery() as found._nursery:
+            if counted:
+                await found._take(Event.RECEIVED, None, 7)
+            found.arrived(1)
+            found.arrived(2)
+            assert (list(found._events._events) != []) is given
+            if given:
+                await found._take(*await found._events.take())
+                assert not found._events._events, "told once"
+                await found._take(Event.RECEIVED, found.receivers.peer, messages.Received(7))
+            found._nursery.cancel_scope.cancel()
+    assert found.state is (Source.GIVEN if given else Source.MOVING)
+    assert [message.state_bytes for message in said if isinstance(message, messages.Given)] == [7] * given
+
+
+async def test_what_failed_is_not_given_because_it_left(tmp_path: Path, leaving: Leaving) -> None:
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found._side.state = Source.OURS
+        assert not await found._take(Event.SENT, None, None)
+        assert found.state is Source.OURS
 
 
 async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection_out() -> None:

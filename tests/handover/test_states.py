@@ -12,6 +12,7 @@ import pytest
 from lazymem.handover.states import (
     DESTINATION,
     MAY_RUN,
+    OUTLASTS,
     RECORDED,
     SAID,
     SOURCE,
@@ -29,10 +30,18 @@ def test_what_acts_on_a_decision_stands_behind_its_record() -> None:
             if move.to is state or move.to not in RECORDED:
                 continue
             if {Effect.RUN, Effect.QUIT, *SAID} & set(move.effects):
-                record = move.effects.index(Effect.RECORD)
+                record = min(map(move.effects.index, {Effect.RECORD, Effect.NOTE} & set(move.effects)))
                 for effect in (Effect.RUN, Effect.QUIT, *SAID):
                     if effect in move.effects:
                         assert record < move.effects.index(effect), (state, event)
+
+
+def test_what_is_noted_only_stands_before_a_record_and_behind_one_that_outlasts_it() -> None:
+    for table in (SOURCE, DESTINATION):
+        for (state, event), move in table.items():
+            if Effect.NOTE in move.effects:
+                assert state in RECORDED & OUTLASTS, event
+                assert Effect.RECORD in move.effects[move.effects.index(Effect.NOTE) :], event
 
 
 def test_nothing_runs_where_it_may_not() -> None:
@@ -79,10 +88,13 @@ def every_order(start: World) -> set[Source | Destination]:
 def check(world: World, way: Way) -> None:
     here, there = world.here.running, world.there.running
     assert world.by_hand or not (here and there), way
+    assert world.by_hand or not (here and world.there.ran), way
     # What a restarted process would read: a guest is stopped before that says that it may not run, and let run after
     # it says that it may.
     assert not here or world.source.disk in MAY_RUN, way
-    assert not there or world.destination.disk in MAY_RUN | ({Destination.YIELDED} if world.by_hand else set()), way
+    yielded = {Destination.YIELDED} if world.by_hand else set()
+    assert not there or world.destination.read in MAY_RUN | yielded, way
+    assert not there or world.destination.disk in OUTLASTS | yielded, way
     assert not (here and world.serving) or world.source.state is Source.MOVING, way
 
 
@@ -90,7 +102,7 @@ def check_end(world: World, way: Way) -> None:
     """Everybody is back and nothing goes wrong any more: exactly one side runs."""
     assert world.connected, way
     assert world.destination.state is not Destination.REFUSED or not world.there.alive, way
-    if world.restarted_there and not world.there.alive and world.destination.state is not Destination.REFUSED:
+    if world.may_have_run_there and not world.there.alive and world.destination.state is not Destination.REFUSED:
         return  # its emulator died, and nobody can know whether it had run under the process before
     assert world.here.running != world.there.running, (world.source.state, world.destination.state, way)
 
@@ -112,3 +124,14 @@ class GoesByWhatItWas(World):
 def test_that_would_see_one_that_does_not_look_at_its_disk() -> None:
     with pytest.raises(AssertionError, match="ends by an error"):
         every_order(GoesByWhatItWas())
+
+
+class TakesWhatWasPromisedForNotRun(World):
+    """A destination that goes by its disk alone after a crash of its host, though what it noted is gone with that."""
+
+    what_counts_then = staticmethod(lambda state: state)
+
+
+def test_that_would_see_one_whose_note_is_lost() -> None:
+    with pytest.raises(AssertionError, match="ran=True"):
+        every_order(TakesWhatWasPromisedForNotRun())

@@ -17,7 +17,9 @@ source's is the one that its RAM lies on) ``daemon:``, ``supervisor:`` and ``fil
 ``hold:`` nobody dies, it goes on once FILE has a sibling with the ending .go, which is gone then. Several of these may
 stand with a ``;`` between. ``half``: of the guesses only the first 2 MiB are served until then. ``late;`` before all:
 the destination takes its emulator for not yet loaded until it has the source's word. ``early;``: it lets the source
-wait until its emulator is.
+wait until its emulator is, and tells nothing of what has arrived. ``soon;``: it says that it has received all once it
+has the source's word, which the source says by what it was told to have arrived. ``torn;``: of the state the end is
+missing, which is noticed then.
 
 Where something else than the command is killed, a line ``=KIND`` says so: there may be none of the kind at that step.
 
@@ -44,7 +46,8 @@ from lazymem.cli.status import read_status
 from lazymem.handover import messages, sending, source_link, warming
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.sending import Sender
-from lazymem.handover.states import Destination, Effect, Source
+from lazymem.handover.statepieces import Unpacker
+from lazymem.handover.states import Destination, Effect, Event, Source
 from lazymem.handover.warming import Warming
 from lazymem.pages import PageRange
 from lazymem.snapshot.liveram import LiveRam
@@ -53,6 +56,10 @@ from tests.support.processtree import command_of, descendants_of, fillers_of, is
 from tests.support.ramreads import read_bytes
 
 _HALF_PAGES = 512
+
+_NOT_GIVEN = (Destination.ASKED, Destination.LOADED)
+_ALL = messages.Arrived(1 << 62)
+"""Of a state, however long it is."""
 
 
 class _Steps:
@@ -161,9 +168,9 @@ def _watch(side: Any, steps: _Steps) -> None:
             await steps.reached(effect.name, self)
         return await act(self, effect)
 
-    async def watched_speak(self: Any, effect: Effect) -> None:
+    async def watched_speak(self: Any, effect: Effect, *rest: Any) -> None:
         await steps.reached(effect.name, self)
-        await speak(self, effect)
+        await speak(self, effect, *rest)
 
     async def watched_record(self: Any, state: Any) -> None:
         is_offer = state is Source.OURS and not self._acting
@@ -278,12 +285,55 @@ def _load_early() -> None:
         async def said(message: messages.Message) -> None:
             while isinstance(message, messages.Received) and self.state is Destination.ASKED:  # noqa: ASYNC110
                 await trio.sleep(0.005)
-            await say(message)
+            if not isinstance(message, messages.Arrived):
+                await say(message)
 
         self._link.say = said
         return await run(self, incoming)
 
     patched.run = early
+
+
+def _given_soon() -> None:
+    patched: Any = Receiver
+    run = patched.run
+
+    async def soon(self: Any, incoming: Any) -> Any:
+        say = self._link.say
+
+        async def said(message: messages.Message) -> None:
+            if isinstance(message, messages.Received):
+                await say(_ALL)
+            while isinstance(message, messages.Received) and self.state in _NOT_GIVEN:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+            await say(message)
+
+        self._link.say = said
+        return await run(self, incoming)
+
+    patched.run = soon
+
+
+def _torn() -> None:
+    patched: Any = Receiver
+    bring = patched._bring_in
+    unpacker: Any = Unpacker
+    unpacker.ended = property(lambda _: False, lambda *_: None)  # the mark is overlooked, and then there is no more
+
+    async def torn(self: Any, *incoming: Any) -> None:
+        put = self._events.put
+
+        async def put_late(event: tuple[Any, object]) -> None:
+            if event[0] is Event.FAILED:
+                await self._link.say(_ALL)
+            while event[0] is Event.FAILED and self.state in _NOT_GIVEN:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+            await put(event)
+
+        self._events.put = put_late
+        await bring(self, *incoming)
+
+    patched._bring_in = torn
 
 
 def _serve_half(go: Path) -> None:
@@ -325,7 +375,13 @@ def run(words: Sequence[str]) -> int:
         _load_late()
     if fatal.startswith("early;"):
         _load_early()
-    steps = _Steps(Path(path), fatal.removeprefix("late;").removeprefix("early;"))
+    if fatal.startswith("soon;"):
+        _given_soon()
+    if fatal.startswith("torn;"):
+        _torn()
+    for mode in ("late;", "early;", "soon;", "torn;"):
+        fatal = fatal.removeprefix(mode)
+    steps = _Steps(Path(path), fatal)
     _watch_host(steps)
     _watch_warm(steps)
     _watch_stop(steps)

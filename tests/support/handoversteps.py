@@ -35,9 +35,12 @@ def once_a_state(states: Sequence[Source | Destination]) -> list[str]:
 
 
 SOURCE_GIVES = walk(SOURCE, Source.OURS, Event.READY, Event.RECEIVED, Event.MINE, Event.WHOLE)
+SOURCE_GIVES_SOON = walk(SOURCE, Source.OURS, Event.READY, Event.SENT, Event.RECEIVED, Event.MINE, Event.WHOLE)
+SOURCE_GIVES_WHAT_TEARS = walk(SOURCE, Source.OURS, Event.READY, Event.SENT, Event.REFUSED)
 SOURCE_TAKES_BACK = walk(SOURCE, Source.GIVEN, Event.REFUSED)
 DESTINATION_TAKES = walk(DESTINATION, Destination.ASKED, Event.LOADED, Event.GIVEN, Event.ALL_HERE, Event.DONE)
 DESTINATION_LOADS_LATE = walk(DESTINATION, Destination.ASKED, Event.GIVEN, Event.LOADED)
+DESTINATION_MISSES_THE_END = walk(DESTINATION, Destination.ASKED, Event.GIVEN, Event.FAILED)
 DESTINATION_REFUSES = walk(DESTINATION, Destination.ASKED, Event.FAILED)
 DESTINATION_YIELDS = walk(DESTINATION, Destination.MINE, Event.VOID)
 

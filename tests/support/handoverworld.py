@@ -1,8 +1,8 @@
 """A hand-over as its tables see it: both sides' processes, disks and emulators, and the network. Nothing is random.
 
 `moves` are all that can happen next; some of them are troubles (a cut, a kill, a failure). Effects are carried out one
-at a time, so a kill may fall between any two. What survives a kill is what really does: the record on the disk, and the
-emulators, which are processes of their own.
+at a time, so a kill may fall between any two. What survives a kill is what really does: the record, and the emulators,
+which are processes of their own. A host that crashes takes its emulator along, and what was only noted.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lazymem.handover.states import (
+    DECIDED,
     SAID,
     Destination,
     Effect,
     Event,
     Side,
     Source,
+    after_host_restart,
     destination,
     source,
 )
@@ -25,22 +27,29 @@ from lazymem.handover.states import (
 
 @dataclass
 class Emulator:
-    """`alive`; `has_state`: there is a guest in it; `running`: its vCPUs do."""
+    """`alive`; `has_state`: there is a guest in it; `running`: its vCPUs do; `ran`: they did, though it may be dead."""
 
     running: bool
     has_state: bool
     alive: bool = True
+    ran: bool = False
+
+    def run(self) -> None:
+        self.running = self.alive and self.has_state
+        self.ran |= self.running
 
     def key(self) -> tuple[bool, ...]:
-        return self.running, self.has_state, self.alive
+        return self.running, self.has_state, self.alive, self.ran
 
 
 @dataclass
 class Process:
-    """One side: its state, what it still has to do, what the other one said to it, and what is on its disk."""
+    """One side: its state, what it still has to do, what the other one said to it, what is on its disk, and what
+    another process would read there."""
 
     state: Source | Destination
     disk: Source | Destination
+    read: Source | Destination
     alive: bool = True
     todo: tuple[tuple[Effect, Source | Destination], ...] = ()
     heard: tuple[Event, ...] = ()
@@ -57,11 +66,14 @@ class Process:
         self.todo = tuple(rest)
         return first
 
+    def record(self, state: Source | Destination) -> None:
+        self.disk = self.read = state
+
     def kill(self) -> None:
         self.alive, self.todo = False, ()
 
     def restart(self) -> None:
-        self.alive, self.state = True, self.disk
+        self.alive, self.state = True, self.read
         self.take(Event.RESTARTED)
 
     @property
@@ -69,7 +81,7 @@ class Process:
         return self.alive and not self.todo
 
     def key(self) -> tuple[object, ...]:
-        return self.state, self.disk, self.alive, self.todo, self.heard
+        return self.state, self.disk, self.read, self.alive, self.todo, self.heard
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,8 @@ class Step:
 class World:
     """`sent`: the whole device state; `arrived`: there. `broken`: a stream that was cut never becomes whole."""
 
-    source: Process = field(default_factory=lambda: Process(Source.OURS, Source.OURS, heard=(Event.READY,)))
-    destination: Process = field(default_factory=lambda: Process(Destination.ASKED, Destination.ASKED))
+    source: Process = field(default_factory=lambda: _begins(Source.OURS, Event.READY))
+    destination: Process = field(default_factory=lambda: _begins(Destination.ASKED))
     here: Emulator = field(default_factory=lambda: Emulator(running=True, has_state=True))
     there: Emulator = field(default_factory=lambda: Emulator(running=False, has_state=False))
     connected: bool = True
@@ -94,14 +106,17 @@ class World:
     arrived: bool = False
     broken: bool = False
     serving: bool = False
-    restarted_there: bool = False
+    may_have_run_there: bool = False
+    """For all that the present process there knows."""
+    crashed_there: bool = False
+    """That host; once."""
     by_hand: bool = False
     """Somebody has decided it; once."""
 
     def key(self) -> tuple[object, ...]:
         parts = (self.source, self.destination, self.here, self.there)
         flags = (self.connected, self.sent, self.arrived, self.broken, self.serving)
-        return (*(part.key() for part in parts), *flags, self.restarted_there, self.by_hand)
+        return (*(part.key() for part in parts), *flags, self.may_have_run_there, self.crashed_there, self.by_hand)
 
     def after(self, step: Step) -> World:
         """This one stays as it is."""
@@ -149,6 +164,8 @@ class World:
             yield Step("the destination is restarted", World._restart_destination)
         else:
             yield Step("the destination is killed", World._kill_destination, is_trouble=True)
+        if not self.crashed_there:
+            yield Step("the destination's host crashes", World._crash_there, is_trouble=True)
         if self.source.todo:
             effect, state = self.source.todo[0]
             yield Step(f"the source: {effect.name}", World._source_acts)
@@ -163,8 +180,12 @@ class World:
             yield Step("the migration fails", World._migration_fails, is_trouble=not self.broken)
             if self.connected and not (self.sent or self.broken):
                 yield Step("the guest stops, its state is sent", World._send)
-        if self.sent and self.connected and self.destination.alive and not (self.arrived or self.broken):
+            if self.sent and not self.broken:
+                yield Step("its end is on its way", lambda world: world.source.take(Event.SENT))
+        if self.sent and self.destination.alive and not (self.arrived or self.broken):
+            # Over a connection of its own, which may last longer than that over which they speak.
             yield Step("the state arrives", World._arrive)
+            yield Step("the state's connection breaks", World._break, is_trouble=True)
         if self.destination.idle and self.there.alive and not self.there.has_state:
             if self.arrived:
                 yield Step("it is loaded", World._load)
@@ -184,7 +205,6 @@ class World:
     def _disconnect(self) -> None:
         self.connected = False
         self.source.heard = self.destination.heard = ()
-        self.broken |= not self.arrived
 
     def _cut(self) -> None:
         self._disconnect()
@@ -193,13 +213,15 @@ class World:
                 process.take(Event.LOST)
 
     def _kill_source(self) -> None:
+        """What is in its kernel may arrive or not."""
         self.source.kill()
+        self.broken |= not self.sent
         self._lose(self.destination)
 
     def _cannot_begin(self) -> None:
         """No port, no certificate: no process is there then, and the guest goes on if the disk says that it is here."""
-        if self.source.disk is Source.OURS:
-            self.here.running = self.here.alive
+        if self.source.read is Source.OURS:
+            self.here.run()
             self.serving = False
 
     def end_by_error(self) -> None:
@@ -209,7 +231,19 @@ class World:
 
     def _kill_destination(self) -> None:
         self.destination.kill()
+        self.broken |= not self.arrived
+        if not self.there.has_state:
+            _die(self.there)  # its state ends in the middle, or it has never got any
         self._lose(self.source)
+
+    what_counts_then = staticmethod(after_host_restart)
+
+    def _crash_there(self) -> None:
+        self.crashed_there = True
+        self._kill_destination()
+        _die(self.there)
+        assert isinstance(self.destination.disk, Destination)
+        self.destination.record(self.what_counts_then(self.destination.disk))
 
     def _lose(self, other: Process) -> None:
         was_connected = self.connected
@@ -219,7 +253,7 @@ class World:
 
     def _restart_destination(self) -> None:
         self.destination.restart()
-        self.restarted_there = True
+        self.may_have_run_there = self.destination.state in DECIDED
         if self.destination.state is Destination.ASKED:
             whole = self.there.alive and self.there.has_state
             self.destination.take(Event.LOADED if whole else Event.FAILED)
@@ -237,9 +271,10 @@ class World:
         if effect in SAID:
             self._say(self.destination, effect)
         elif effect is Effect.RECORD:
-            self.source.disk = state
+            self.source.record(state)
         elif effect is Effect.RUN:
-            self.here.running = self.here.alive
+            self.here.run()
+            self.broken |= not self.arrived
         elif effect is Effect.QUIT:
             _die(self.here)
         elif effect in (Effect.SERVE, Effect.WITHDRAW):
@@ -248,7 +283,7 @@ class World:
     def _cannot_write(self, *, kept: bool) -> None:
         """`kept`: a restarted process would read it all the same."""
         if kept:
-            self.source.disk = Source.GIVEN
+            self.source.record(Source.GIVEN)
         self.source.todo = ()
         self.source.take(Event.NOT_WRITTEN)
 
@@ -257,10 +292,12 @@ class World:
         if effect in SAID:
             self._say(self.source, effect)
         elif effect is Effect.RECORD:
-            self.destination.disk = state
+            self.destination.record(state)
+        elif effect is Effect.NOTE:
+            self.destination.read = state
         elif effect is Effect.RUN:
-            self.there.running = self.there.alive and self.there.has_state
-            if not self.there.running and not self.restarted_there:
+            self.there.run()
+            if not self.there.running and not self.may_have_run_there:
                 self.destination.todo = ()
                 self.destination.take(Event.NEVER_RAN)
         elif effect is Effect.STOP:
@@ -276,13 +313,17 @@ class World:
         self.broken |= not self.arrived
         self.source.take(Event.FAILED)
 
+    def _break(self) -> None:
+        self.broken = True
+
     def _send(self) -> None:
         self.here.running = False
         self.sent = self.serving = True
 
     def _arrive(self) -> None:
         self.arrived = True
-        self.source.heard += (Event.RECEIVED,)
+        if self.connected:
+            self.source.heard += (Event.RECEIVED,)
 
     def _load(self) -> None:
         self.there.has_state = True
@@ -291,6 +332,10 @@ class World:
     def _cannot_load(self) -> None:
         self.there.alive = False
         self.destination.take(Event.FAILED)
+
+
+def _begins(state: Source | Destination, *heard: Event) -> Process:
+    return Process(state, state, state, heard=heard)
 
 
 def _hear(process: Process) -> None:

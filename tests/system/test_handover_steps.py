@@ -20,6 +20,7 @@ from tests.support.handover import Pair
 from tests.support.handoversteps import (
     ASKS,
     DESTINATION_LOADS_LATE,
+    DESTINATION_MISSES_THE_END,
     DESTINATION_REFUSES,
     DESTINATION_TAKES,
     DESTINATION_YIELDS,
@@ -27,6 +28,8 @@ from tests.support.handoversteps import (
     PREPARES,
     SERVES_AGAIN,
     SOURCE_GIVES,
+    SOURCE_GIVES_SOON,
+    SOURCE_GIVES_WHAT_TEARS,
     SOURCE_TAKES_BACK,
 )
 from tests.support.vmprocess import wait_until
@@ -35,6 +38,8 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 GIVES, TAKES_BACK = OFFERS + SOURCE_GIVES[0], SOURCE_TAKES_BACK[0]
 TAKES, LOADS_LATE, REFUSES = ASKS + DESTINATION_TAKES[0], DESTINATION_LOADS_LATE[0], DESTINATION_REFUSES[0]
+GIVES_SOON, GIVES_WHAT_TEARS = SOURCE_GIVES_SOON[0], SOURCE_GIVES_WHAT_TEARS[0]
+MISSES_THE_END = DESTINATION_MISSES_THE_END[0]
 YIELDS = [step for step in DESTINATION_YIELDS[0] if step != "AT yielded"]
 """After that it ends."""
 BEFORE_IT_RUNS = TAKES[: TAKES.index("RUN") + 1]
@@ -66,8 +71,11 @@ def _effects(table: Mapping[Any, Move[Any]]) -> set[str]:
     [
         pytest.param(lambda: Steps("send", "", GIVES + SERVES_AGAIN), id="source"),
         pytest.param(lambda: Steps("send", "", TAKES_BACK, "emulator:EVENT GIVEN"), id="source that takes back"),
+        pytest.param(lambda: Steps("send", "", GIVES_SOON, "soon;"), id="source that gives soon"),
+        pytest.param(lambda: Steps("send", "", GIVES_WHAT_TEARS, "torn;"), id="source whose state tears"),
         pytest.param(lambda: Steps("receive", "early;", PREPARES + TAKES), id="destination"),
         pytest.param(lambda: Steps("receive", "late;", LOADS_LATE), id="destination that loads late"),
+        pytest.param(lambda: Steps("receive", "torn;", MISSES_THE_END), id="destination that misses the end"),
         pytest.param(lambda: Steps("receive", REFUSED, REFUSES), id="destination that refuses"),
     ],
 )
@@ -80,8 +88,11 @@ def test_a_command_is_killed(steps: Callable[[], Steps], forks: ForkServer) -> N
     [
         pytest.param(lambda: Steps("send", "cut:", GIVES), id="source"),
         pytest.param(lambda: Steps("send", "cut:", TAKES_BACK, "emulator:EVENT GIVEN"), id="source that takes back"),
+        pytest.param(lambda: Steps("send", "cut:", GIVES_SOON, "soon;"), id="source that gives soon"),
+        pytest.param(lambda: Steps("send", "cut:", GIVES_WHAT_TEARS, "torn;"), id="source whose state tears"),
         pytest.param(lambda: Steps("receive", "early;cut:", TAKES), id="destination"),
         pytest.param(lambda: Steps("receive", "late;cut:", LOADS_LATE), id="destination that loads late"),
+        pytest.param(lambda: Steps("receive", "torn;cut:", MISSES_THE_END), id="destination that misses the end"),
         pytest.param(lambda: Steps("receive", f"{REFUSED}cut:", REFUSES), id="destination that refuses"),
     ],
 )
