@@ -151,6 +151,8 @@ async def _serve(
         maybe_written_fd = state.written.fileno() if state is not None else None
         held_fd = pristine.cache.held.fileno()
         maybe_filler.begin(origin.pages, recorded, maybe_written_fd, client.best_round_trip_seconds, held_fd)
+        if readahead.SLOW_SECONDS <= client.best_round_trip_seconds < math.inf:
+            client.connect_for_guesses()
         nursery.start_soon(tell_link, client, maybe_filler.last_demand)
         nursery.start_soon(watch_fill, maybe_filler, maybe_order, recorded, pristine, scheduler, maybe_prepager)
     pristine.wire_bytes_per_second = lambda: scheduler.background_bytes_per_second
@@ -182,7 +184,7 @@ async def _serve(
                 or (
                     maybe_filler is not None
                     and maybe_filler.is_filling
-                    and readahead.SLOW_SECONDS <= scheduler.best_answer_seconds < math.inf
+                    and readahead.SLOW_SECONDS <= scheduler.answer_seconds() < math.inf
                     and not (maybe_prepager is not None and maybe_prepager.are_of_a_stream(pages))
                 )
             ),

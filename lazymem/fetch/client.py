@@ -112,6 +112,10 @@ class Client:
         """Whether guesses have a connection, and its other end is here."""
         return self._background.is_on_this_host
 
+    def connect_for_guesses(self) -> None:
+        """Without waiting for the first: over a slow link it would come two round trips later."""
+        self._background.connect_soon()
+
     @property
     def wire_received_bytes(self) -> int:
         return self._counters.wire_received_bytes

@@ -30,7 +30,7 @@ VARIATIONS = 2.0
 """Beyond its usual time a request is late from so many usual deviations on: two of a hundred are, if not less."""
 
 _HEAD_BYTES = 4096
-_WAITED_FOR, _TAKES, _VARIES, _SENT = 0, 1, 2, 3  # words of the head; from the last one on, one a number
+_WAITED_FOR, _TAKES, _VARIES, _RATE, _SENT = 0, 1, 2, 3, 4  # words of the head; from the last one on, one a number
 _IS_COMING = bytes([0]) + bytes([1]) * 255
 
 
@@ -102,6 +102,10 @@ class Coming:
             guessed = both.to_bytes(pages.count, "little")
         return list(_zero_runs(guessed, pages.start))
 
+    def tell_rate(self, bytes_per_second: float) -> None:
+        """What the link lately brought to who guesses."""
+        self._words[_RATE] = bytes_per_second
+
     @property
     def is_waited_for(self) -> bool:
         """Whether somebody waits for a page that is guessed."""
@@ -116,6 +120,11 @@ class Coming:
     def forget(self, pages: PageRange) -> None:
         """They are kept, or do not come any more."""
         self._map[self._demanded_at + pages.start : self._demanded_at + pages.end] = bytes(pages.count)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """What the link lately brought to who guesses; 0: nothing is known."""
+        return self._words[_RATE]
 
     def is_guessed(self, page: int) -> bool:
         """Whether the other process has it on its way."""

@@ -269,6 +269,7 @@ class Fill:
             trio.current_time(),
             perf_counter() - self._last_demand.seconds < DEMANDED_SECONDS,
         )
+        self._coming.tell_rate(self._window.rate_bytes_per_second)
 
     # ---- in
 

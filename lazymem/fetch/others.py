@@ -6,6 +6,7 @@ time is up. All methods belong to trio's thread.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -15,6 +16,7 @@ from lazymem.fetch.coming import Coming
 from lazymem.fetch.inflight import InFlightTable, State, Want
 from lazymem.fetch.rightofway import SHORTEST_ROUND_TRIP_SECONDS
 from lazymem.fetch.sink import Sink
+from lazymem.fetch.window import SLOW_SECONDS, BackgroundWindow
 from lazymem.pages import PageRange, PageRun
 
 
@@ -41,6 +43,12 @@ class Others:
         self._over = False
         self.waited_pages = 0
         """That came so."""
+
+    def tell_link(self, window: BackgroundWindow) -> None:
+        """What they know of a slow link, if they do. Over a fast one a window is right after some milliseconds."""
+        rate, round_trip_seconds = self._coming.bytes_per_second, self._answer_seconds()
+        if 0 < rate < math.inf and SLOW_SECONDS <= round_trip_seconds < math.inf:
+            window.suppose(rate, round_trip_seconds)
 
     def bring(self, pages: PageRange) -> bool:
         """Whether all of `pages` will be here before an answer to a demand of now."""

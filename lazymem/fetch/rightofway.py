@@ -20,6 +20,13 @@ ROUND_TRIPS = 2
 TRICKLE_SECONDS = 0.05
 """One request in so long passes all the same: a guest that demands without end must not keep the rest from coming."""
 
+FIRST_TRICKLE_SECONDS = 0.3
+PATIENCE_SECONDS = 10.0
+"""But for so long a guest that begins to demand has nearly all of the link: a resume is over by then as a rule. (At 20
+ms, 100 Mb/s each request of the trickle is 10 ms of the link that a demand may meet.)"""
+
+PAUSE_SECONDS = 1.0
+"""Without demands, and what comes then is a new beginning."""
 
 TRICKLE_PAGES = 32
 """Of that request at least, if the window has them."""
@@ -29,7 +36,7 @@ class RightOfWay:
     """Of one fill. Times are seconds of any one clock."""
 
     def __init__(self) -> None:
-        self._trickled_at = -math.inf
+        self._trickled_at = self._demanded_at = self._since = -math.inf
 
     def left_seconds(self, now: float, demanded_at: float, round_trip_seconds: float) -> float:
         """For how long demands have the link to themselves; 0 or less: they do not.
@@ -46,7 +53,11 @@ class RightOfWay:
         """Whether a request may be sent now, which is then taken for sent. `requests_out`: some are on their way."""
         if self.left_seconds(now, demanded_at, round_trip_seconds) <= 0:
             return True
-        if requests_out or now - self._trickled_at < TRICKLE_SECONDS:
+        if demanded_at - self._demanded_at > PAUSE_SECONDS:
+            self._since = demanded_at
+        self._demanded_at = demanded_at
+        pause = FIRST_TRICKLE_SECONDS if now - self._since < PATIENCE_SECONDS else TRICKLE_SECONDS
+        if requests_out or now - self._trickled_at < pause:
             return False
         self._trickled_at = now
         return True

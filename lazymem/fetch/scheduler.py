@@ -89,7 +89,7 @@ class Scheduler:
         self._maybe_others: Others | None = None
         if maybe_coming is not None:
             self._maybe_others = Others(
-                maybe_coming, self._table, sink, nursery, self._answer_seconds, self._send_demands
+                maybe_coming, self._table, sink, nursery, self.answer_seconds, self._send_demands
             )
         maybe_not_theirs = self._maybe_others.not_theirs if self._maybe_others is not None else None
         self._guesses = GuessQueue(self._table, sink, prefetcher, maybe_not_theirs)
@@ -117,7 +117,7 @@ class Scheduler:
             self._send_demands,
             self._fill_background,
         )
-        self._overdue = OverdueGuesses(self._starter, sink, self._answer_seconds, self._came_early)
+        self._overdue = OverdueGuesses(self._starter, sink, self.answer_seconds, self._came_early)
         nursery.start_soon(self._overdue.run)
         nursery.start_soon(self._keeper.run)
         self._fill_background()
@@ -342,7 +342,7 @@ class Scheduler:
                 self._starter.wire_received_bytes - flight.bytes_before,
                 self._demands.pages + self._background_pages - flight.pages_before,
                 elapsed,
-                min(self._demands.best_answer_seconds, self._starter.best_round_trip_seconds),
+                self.answer_seconds(),
                 now,
                 perf_counter() - self._last_demand.seconds < DEMANDED_SECONDS,
             )
@@ -447,6 +447,8 @@ class Scheduler:
 
     def _fill_background(self) -> None:
         """Send guesses while the plan allows some."""
+        if not self._window.knows_link and self._maybe_others is not None:
+            self._maybe_others.tell_link(self._window)
         self._start_copies()
         while self._guesses:
             piece = self._window.piece_pages
@@ -513,7 +515,8 @@ class Scheduler:
 
     # ---- another process that guesses
 
-    def _answer_seconds(self) -> float:
+    def answer_seconds(self) -> float:
+        """The shortest time that an answer, a handshake or a ping took; infinite before any."""
         return min(self._demands.best_answer_seconds, self._starter.best_round_trip_seconds)
 
     def others_kept(self) -> None:

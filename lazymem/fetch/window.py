@@ -107,6 +107,20 @@ class BackgroundWindow:
         return self._pages
 
     @property
+    def knows_link(self) -> bool:
+        """Whether something was delivered, or `suppose` has told."""
+        return self._round_trip > 0
+
+    def suppose(self, bytes_per_second: float, best_round_trip_seconds: float) -> None:
+        """Another window's rate on the same link, before anything was delivered here: else the first answers, of a
+        window that is a fraction of the link, would say that the link is as slow as that."""
+        self._best_now = max(self._best_now, bytes_per_second)
+        self._round_trip = best_round_trip_seconds
+        gain, least, _ = self.when_demanded
+        wanted = self._best_now / PAGE_SIZE * max(gain * best_round_trip_seconds, least)
+        self._pages = int(min(MAX_WINDOW_PAGES, max(MIN_DEMANDED_PAGES, wanted)))
+
+    @property
     def rate_bytes_per_second(self) -> float:
         """Of the wire, as seen lately; 0 before anything was."""
         return max(self._best_before, self._best_now)

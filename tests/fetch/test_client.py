@@ -102,6 +102,17 @@ async def test_guesses_have_a_connection_of_their_own_and_are_marked(
     assert [is_background(fetch) for fetch in peer.fetches] == [True, False]
 
 
+async def test_the_guesses_connection_may_be_made_before_there_is_a_guess(
+    autojump_clock: MockClock, network: Network, peer: Peer
+) -> None:
+    client = await network.connect()
+    client.connect_for_guesses()
+    await settle()
+    assert len(peer.hellos) == 2
+    await client.fetch([PageRange(0, 1)], background=True)
+    assert len(peer.hellos) == 2
+
+
 async def test_published_files_come_whole_and_only_within_the_limit(
     autojump_clock: MockClock, network: Network, peer: Peer
 ) -> None:

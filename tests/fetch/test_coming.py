@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from lazymem.fetch.coming import REQUESTS, UNNUMBERED, VARIATIONS, Coming, shared_memory
+from lazymem.fetch.coming import _SENT, REQUESTS, UNNUMBERED, VARIATIONS, Coming, shared_memory
 from lazymem.pages import PageRange
 
 PAGES = 300
@@ -114,12 +114,12 @@ def test_nothing_is_waited_for_before_anything_is_known() -> None:
 
 
 @pytest.mark.parametrize("word", [math.nan, math.inf, -math.inf, -1e308, 1e308, 0.0])
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(_SENT + 1))
 def test_whatever_the_other_process_writes_no_wait_is_longer_than_an_answer(word: float, at: int) -> None:
     coming = with_usual(0.03)
     coming.guess(coming.begin(NOW - 0.02), PAGE)
     number = coming._map[4096 + PAGE.start]
-    coming._words[at if at < 3 else 3 + number] = word
+    coming._words[at if at < _SENT else _SENT + number] = word
     maybe_until = coming.maybe_wait(PAGE, NOW, ANSWER)
     assert maybe_until is None or NOW < maybe_until <= NOW + ANSWER
 
@@ -141,6 +141,9 @@ def test_the_other_process_sees_it_and_cannot_shorten_it() -> None:
         theirs.guess(theirs.begin(NOW), PAGE)
         ours.demand(PageRange(20, 2))
         ours.note_waiting(1)
+        assert ours.bytes_per_second == 0
+        theirs.tell_rate(12.5e6)
+        assert ours.bytes_per_second == 12.5e6
         assert ours.is_guessed(PAGE.start)
         assert theirs.is_demanded(PageRange(0, 21))
         assert theirs.is_waited_for

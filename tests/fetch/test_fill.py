@@ -19,7 +19,7 @@ from lazymem.fetch.coming import Coming
 from lazymem.fetch.fill import KEEPERS, MAX_UNKEPT_PAGES, Fill
 from lazymem.fetch.lastdemand import LastDemand
 from lazymem.fetch.prefetch import prepager
-from lazymem.fetch.rightofway import TRICKLE_PAGES, TRICKLE_SECONDS
+from lazymem.fetch.rightofway import FIRST_TRICKLE_SECONDS, TRICKLE_PAGES
 from lazymem.pages import PAGE_SIZE, Fetched, PageRange, PageRun
 from lazymem.settings import LinkSettings, parse_server
 from lazymem.store.cachefolder import open_cache
@@ -305,7 +305,7 @@ async def test_a_fill_gives_way_to_demands_that_are_near_each_other(nursery: tri
         source.answer()
         await trio.testing.wait_all_tasks_blocked()
         assert (len(source.asked), work.in_flight_pages) == (1, 0)
-        clock.now += 2 * TRICKLE_SECONDS
+        clock.now += 2 * FIRST_TRICKLE_SECONDS
         await until(lambda: len(source.asked) == 2)
         assert [sum(pages.count for pages in ranges) for ranges in source.asked] == [TRICKLE_PAGES, TRICKLE_PAGES]
         assert work.bytes_per_second == 0, "how slow a trickle is says nothing of the link"

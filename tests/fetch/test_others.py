@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from time import perf_counter
 
 import pytest
@@ -226,3 +227,34 @@ async def test_nothing_is_guessed_that_the_other_process_has_on_its_way(
     assert asked
     assert not set(asked) & set(range(PAGES.start, PAGES.end))
     assert all(coming.is_demanded(PageRange(page, 1)) for page in asked)
+
+
+@pytest.mark.parametrize(
+    ("rate", "answer_seconds", "tells"),
+    [
+        (12.5e6, 0.02, True),
+        (12.5e6, 0.001, False),
+        (12.5e6, math.inf, False),
+        (0.0, 0.02, False),
+        (math.inf, 0.02, False),
+        (math.nan, 0.02, False),
+    ],
+)
+async def test_what_the_other_process_knows_of_a_slow_link_is_where_the_window_begins(
+    network: Network,
+    sink: MemorySink,
+    nursery: trio.Nursery,
+    coming: Coming,
+    rate: float,
+    answer_seconds: float,
+    tells: bool,
+) -> None:
+    coming.tell_rate(rate)
+    scheduler = await made(network, sink, nursery, coming)
+    assert scheduler._maybe_others is not None
+    assert not scheduler._window.knows_link
+    first = scheduler._window.pages
+    scheduler._maybe_others._answer_seconds = lambda: answer_seconds
+    scheduler.look_for_guesses()
+    assert scheduler._window.knows_link == tells
+    assert (scheduler._window.pages > first) == tells

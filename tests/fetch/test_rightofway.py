@@ -8,7 +8,16 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lazymem.fetch.rightofway import ROUND_TRIPS, SECONDS, SHORTEST_ROUND_TRIP_SECONDS, TRICKLE_SECONDS, RightOfWay
+from lazymem.fetch.rightofway import (
+    FIRST_TRICKLE_SECONDS,
+    PATIENCE_SECONDS,
+    PAUSE_SECONDS,
+    ROUND_TRIPS,
+    SECONDS,
+    SHORTEST_ROUND_TRIP_SECONDS,
+    TRICKLE_SECONDS,
+    RightOfWay,
+)
 
 FAST, SLOW = 0.001, 0.02
 
@@ -43,14 +52,31 @@ def test_within_a_host_nothing_gives_way() -> None:
 
 @given(st.lists(st.floats(0.0001, 0.02), min_size=200, max_size=400), st.sampled_from([FAST, SLOW]))
 def test_a_guest_that_demands_without_end_leaves_a_trickle(pauses: list[float], round_trip: float) -> None:
-    """A demand at each moment: what passes is one request in `TRICKLE_SECONDS`, no more and hardly less."""
-    way, now, sent = RightOfWay(), 0.0, []
-    for pause in pauses:
-        now += pause
-        if passes(way, now, now, round_trip):
-            sent.append(now)
-    assert all(later - earlier >= TRICKLE_SECONDS for earlier, later in pairwise(sent))
-    assert len(sent) >= now / (TRICKLE_SECONDS + max(pauses)) - 1
+    """A demand at each moment: what passes is one request in a pause, no more and hardly less."""
+    for began, trickle in ((0.0, FIRST_TRICKLE_SECONDS), (-PATIENCE_SECONDS, TRICKLE_SECONDS)):
+        way, now, sent = RightOfWay(), began, []
+        while now < 0:
+            passes(way, now, now, round_trip)
+            now += PAUSE_SECONDS / 2
+        first = now
+        for pause in pauses:
+            now += pause
+            if passes(way, now, now, round_trip):
+                sent.append(now)
+        assert all(later - earlier >= trickle for earlier, later in pairwise(sent))
+        assert len(sent) >= (now - first) / (trickle + max(pauses)) - 1
+
+
+def test_after_a_pause_a_guest_that_demands_begins_anew() -> None:
+    way, now = RightOfWay(), 0.0
+    while now < 2 * PATIENCE_SECONDS:
+        passes(way, now, now)
+        now += TRICKLE_SECONDS
+    assert passes(way, now, now), "the trickle of one that demands without end"
+    now += PAUSE_SECONDS + SLOW
+    assert passes(way, now, now)
+    assert not passes(way, now + TRICKLE_SECONDS, now + TRICKLE_SECONDS)
+    assert passes(way, now + FIRST_TRICKLE_SECONDS, now + FIRST_TRICKLE_SECONDS)
 
 
 def test_the_trickle_is_one_request_at_a_time() -> None:

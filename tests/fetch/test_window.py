@@ -8,6 +8,7 @@ import pytest
 
 from lazymem.fetch.window import (
     BEHIND_DEMANDS,
+    BESIDE_DEMANDS,
     FLOOR_PAGES,
     MAX_WINDOW_PAGES,
     MEMORY_SAMPLES,
@@ -154,6 +155,40 @@ def test_a_link_that_becomes_faster_is_filled() -> None:
         pages = window.pages
         window.note(int(pages * PAGE_SIZE), pages, ROUND_TRIP, ROUND_TRIP, now)
     assert window.pages == MAX_WINDOW_PAGES
+
+
+def test_what_others_know_of_the_link_is_not_forgotten_for_first_answers_that_did_not_fill_it() -> None:
+    """A touch and ten guesses around it say a sixth of what a link of 100 Mb/s takes."""
+
+    def touched(window: BackgroundWindow) -> int:
+        for now in (0.02, 0.04, 0.06):
+            window.note(10 * PAGE_SIZE, 10, ROUND_TRIP, ROUND_TRIP, now, demanded=True)
+        return window.pages
+
+    alone, told = BackgroundWindow(), BackgroundWindow()
+    assert not told.knows_link
+    told.suppose(RATE, ROUND_TRIP)
+    assert told.knows_link
+    product = RATE * ROUND_TRIP / PAGE_SIZE
+    assert told.pages == pytest.approx(BESIDE_DEMANDS.gain * product, abs=1)
+    assert touched(alone) < 0.3 * product
+    assert touched(told) == pytest.approx(BESIDE_DEMANDS.gain * product, abs=1)
+
+
+def test_a_link_that_others_knew_better_is_found_to_be_slower() -> None:
+    window = BackgroundWindow()
+    window.suppose(8 * RATE, ROUND_TRIP)
+    for step in range(200):
+        window.note(int(RATE * 2 * ROUND_TRIP), 122, 2 * ROUND_TRIP, ROUND_TRIP, step * 0.01)
+    assert window.pages == pytest.approx(122, abs=2)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e308])
+def test_whatever_others_say_a_window_has_its_bounds(rate: float) -> None:
+    window = BackgroundWindow()
+    window.suppose(rate, ROUND_TRIP)
+    assert MIN_DEMANDED_PAGES <= window.pages <= MAX_WINDOW_PAGES
+    assert 1 <= window.piece_pages <= window.pages
 
 
 def test_a_link_that_is_taken_for_fast_is_so_until_it_is_not() -> None:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def slow_link(address: str, bytes_a_second: int) -> Iterator[str]:
+def slow_link(address: str, bytes_a_second: int, round_trip_seconds: float = 0.0) -> Iterator[str]:
     """The address at its near end."""
-    words = ["--target", address, "--rate", str(bytes_a_second), "--round-trip", "0"]
+    words = ["--target", address, "--rate", str(bytes_a_second), "--round-trip", str(round_trip_seconds)]
     relay = subprocess.Popen(
         [sys.executable, "-m", "bench.relay", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

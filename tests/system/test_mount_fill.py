@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 
 from lazymem.cli.confinement import DAEMONS
 from lazymem.cli.fillprocess import NICENESS
+from lazymem.pages import PAGE_SIZE
 from tests.support.mounts import Mounted, Stage, wait_until
 from tests.support.privileges import NOBODY, root_may_become_nobody
 from tests.support.processstatus import status_of, threads_of
@@ -88,6 +90,20 @@ def test_it_gives_way_and_hears_no_ctrl_c(mounts: Stage, slow: str) -> None:
     held = mounted.status()["pages_held"]
     wait_until(lambda: mounted.status()["pages_held"] > held, "it to go on")
     assert not is_gone(filler)
+
+
+def test_over_a_slow_link_the_first_touch_already_asks_for_its_page_alone(
+    mounts: Stage, snapshot: BuiltSnapshot
+) -> None:
+    """And not for the 128 KiB that the kernel reads around it: nothing was answered yet that would tell how slow it is,
+    but a ping."""
+    with slow_link(mounts.serve(snapshot.folder).address, 250_000, 0.02) as address:
+        mounted = mounts.mount(address)
+        with mounted.ram_path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as ram:
+            touched = 1000  # not near where the fill begins
+            page = slice(touched * PAGE_SIZE, (touched + 1) * PAGE_SIZE)
+            assert ram[page] == snapshot.ram[page]
+        assert mounted.status()["pages_demanded"] == 1
 
 
 def test_it_has_no_capability_and_root_daemon_only_its_units(mounts: Stage, slow: str) -> None:
