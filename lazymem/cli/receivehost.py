@@ -38,6 +38,7 @@ from lazymem.fs import hostmemory, mountinfo
 from lazymem.fs.holders import STANDS, find_holders
 from lazymem.handover.arriving import WAITS, ArrivingGuest, boot_id
 from lazymem.handover.messages import Offer
+from lazymem.pages import PAGE_SIZE
 from lazymem.settings import Endpoint, TcpEndpoint, TlsSettings, default_cache_dir, escaped_server
 from lazymem.snapshot.manifest import emulator_of
 from lazymem.store.candidatewriter import CandidateWriter
@@ -212,6 +213,16 @@ class ReceiveHost:
             return bool(os.getxattr(self.mountpoint, _RUN_ATTRIBUTE))
         except OSError:
             return False
+
+    def read_ahead(self, pages: list[int]) -> None:
+        """No more than these: the kernel would bring 128 KiB around what an emulator touches."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.mountpoint / "pc.ram", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                for page in pages:
+                    os.posix_fadvise(descriptor, page * PAGE_SIZE, PAGE_SIZE, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def is_whole(self) -> bool:
         try:

@@ -16,6 +16,10 @@ class Host(Protocol):
         """Whether the mount of the RAM answers."""
         ...
 
+    def read_ahead(self, pages: list[int]) -> None:
+        """Have those of the RAM brought. Does not wait for them."""
+        ...
+
     def is_whole(self) -> bool:
         """Whether every page of the RAM is here."""
         ...

@@ -33,6 +33,9 @@ MAX_MESSAGE_BYTES = 64 * 1024
 MAX_WARM_SECONDS = 3600.0
 """Both sides are only pinged meanwhile, and what is longer under way is no hand-over."""
 
+MAX_LOAD_READS = 8
+"""Pages that cross the link beside a state whose guest stands."""
+
 MAX_TEXT = 4000
 """Characters of a reason: the last lines of an emulator's complaint."""
 
@@ -86,6 +89,12 @@ class Arrived(Message, frozen=True, tag="arrived"):
     stream_bytes: int
 
 
+class Stopped(Message, frozen=True, tag="stopped"):
+    """The guest stands, and its pages may be had. `load_reads`: numbers of those that a load of its state reads."""
+
+    load_reads: list[int]
+
+
 class Received(Message, frozen=True, tag="received"):
     """The whole state is at the receiver: so many bytes."""
 
@@ -137,7 +146,22 @@ class Pong(Message, frozen=True, tag="pong"):
 
 
 Any_ = (
-    Hello | Offer | No | Clock | Ready | Arrived | Received | Given | Mine | Refused | Whole | Done | Void | Ping | Pong
+    Hello
+    | Offer
+    | No
+    | Clock
+    | Ready
+    | Arrived
+    | Stopped
+    | Received
+    | Given
+    | Mine
+    | Refused
+    | Whole
+    | Done
+    | Void
+    | Ping
+    | Pong
 )  # what a decoder takes
 
 _DECODER = msgspec.json.Decoder(Any_)

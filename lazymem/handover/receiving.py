@@ -29,6 +29,7 @@ from lazymem.handover.polling import until
 from lazymem.handover.source_link import SourceLink
 from lazymem.handover.states import DECIDED, SAID, Destination, Effect, Event, destination
 from lazymem.handover.taking import Taking
+from lazymem.pages import PAGE_SIZE
 
 _LOOK_SECONDS = 0.2
 """Between two looks at the mount (is all here?) and at the emulator (does it live?)."""
@@ -118,7 +119,7 @@ class Receiver:
                 nursery.start_soon(self._bring_in, *incoming)
                 nursery.start_soon(self._wait_loaded)
                 await self._link.say(messages.Ready())
-            nursery.start_soon(self._link.run, self._from_source)
+            nursery.start_soon(self._link.run, self._from_source, self._when_stopped)
             nursery.start_soon(self._watch_emulator)
             nursery.start_soon(self.taking.asked.watch)
             while not self._is_over():
@@ -172,6 +173,17 @@ class Receiver:
 
     async def _from_source(self, event: Event, message: object) -> None:
         await self._events.put((event, message))
+
+    def _when_stopped(self, load_reads: list[int]) -> None:
+        """What the end of the load would wait for begins while the state is on its way."""
+        if self.state is Destination.ASKED:
+            self._nursery.start_soon(self._read_ahead, load_reads[: messages.MAX_LOAD_READS])
+
+    async def _read_ahead(self, load_reads: list[int]) -> None:
+        end = self._arriving.ram_bytes // PAGE_SIZE
+        pages = [page for page in load_reads if 0 <= page < end]
+        await trio.to_thread.run_sync(self._host.read_ahead, pages, abandon_on_cancel=True)
+        await self._is_mounted()
 
     async def _bring_in(self, stream: Stream, emulator: Path) -> None:
         def received(count: int) -> None:

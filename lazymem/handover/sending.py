@@ -400,17 +400,23 @@ class Sender:
 
         def stopped(seconds: float) -> None:
             # In the emulator's thread: a device's load may want pages before this loop has heard of the stop.
-            self._leaving.stopped = seconds
+            is_first, self._leaving.stopped = self._leaving.stopped != seconds, seconds
             self._leaving.signature = self._ram.freeze()
-            token.run_sync_soon(self._ram.look_again)
+            token.run_sync_soon(self._stands, is_first)
 
         async def connect() -> Stream:
             stream = await self.receivers.state_connection(self.handover)
+            await trio.to_thread.run_sync(self._ram.look_for_load_reads)
             self._say("the guest's device state is on its way; the guest runs on until the end of that")
             return stream
 
         remember = partial(self._here.remember, self._leaving)
         return await self._device_state.send(self._here.guest, connect, remember, stopped)
+
+    def _stands(self, is_first: bool) -> None:
+        self._ram.look_again()
+        if is_first:
+            self._nursery.start_soon(self.receivers.say, messages.Stopped(self._ram.load_reads))
 
     async def _let_go_on(self) -> None:
         self._device_state.cut()

@@ -28,6 +28,8 @@ _EVENTS: dict[type[messages.Message], Event] = {
 }
 
 OnEvent = Callable[[Event, object], Awaitable[None]]
+OnStopped = Callable[[list[int]], None]
+"""The guest stands: which pages its load will read."""
 
 
 class SourceLink:
@@ -137,13 +139,13 @@ class SourceLink:
         if self._channel is not None:
             await self._channel.aclose()
 
-    async def run(self, on_event: OnEvent) -> None:
+    async def run(self, on_event: OnEvent, on_stopped: OnStopped) -> None:
         """Listen, and connect again when that ends, until the source has nothing more to say to us, or cancelled."""
         pause, longest = _RETRY_SECONDS
         while True:
             if self._channel is not None:
                 pause = _RETRY_SECONDS[0]
-                await self._listen(self._channel, on_event)
+                await self._listen(self._channel, on_event, on_stopped)
                 self._channel = None
                 if self._is_done:
                     return
@@ -187,12 +189,15 @@ class SourceLink:
             return answer.text
         return ""
 
-    async def _listen(self, channel: Channel, on_event: OnEvent) -> None:
+    async def _listen(self, channel: Channel, on_event: OnEvent, on_stopped: OnStopped) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(channel.keep_alive)
             with suppress(ServerUnreachableError, RemoteProtocolError, TlsError, UsageError):
                 while True:
                     message = await channel.receive()
+                    if isinstance(message, messages.Stopped):
+                        on_stopped(message.load_reads)
+                        continue
                     event = _EVENTS.get(type(message))
                     if event is None:
                         break

@@ -48,7 +48,7 @@ class Link:
     async def say(self, message: messages.Message) -> None:
         self.said.append(message)
 
-    async def run(self, _: object) -> None:
+    async def run(self, *_: object) -> None:
         pass
 
 
@@ -182,6 +182,19 @@ async def test_a_guest_that_was_promised_runs_before_that_is_on_the_disk(
         await found._step(Event.LOADED)
         assert found.state is Destination.MINE
     assert seen == ["promised written", "mine", "mine written"]
+
+
+@pytest.mark.parametrize("state", [Destination.ASKED, Destination.MINE])
+async def test_what_a_load_reads_is_brought_before_it_wants_it(tmp_path: Path, state: Destination) -> None:
+    """As far as it makes sense; nothing for a guest that is loaded. And the mount has answered by then."""
+    read: list[int] = []
+    with receiver(tmp_path, Guest(), state) as (found, _, host):
+        cast(Any, host).read_ahead = read.extend
+        found._arriving.ram_bytes = 300 * 4096
+        async with trio.open_nursery() as found._nursery:
+            found._when_stopped([202, -1, 300, 203, *range(20)])
+        assert read == ([202, 203, 0, 1, 2, 3] if state is Destination.ASKED else [])
+        assert host.asked == (state is Destination.ASKED)
 
 
 async def test_a_guest_that_was_promised_to_the_process_before_is_asked_for_again(tmp_path: Path) -> None:

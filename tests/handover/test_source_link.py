@@ -131,7 +131,7 @@ async def test_a_source_of_the_version_before_is_come_back_to() -> None:
         first = SourceLink(endpoint, lambda _: None)
         await first.first()
         again = SourceLink(endpoint, lambda _: None, GOOD.handover)
-        nursery.start_soon(again.run, on_event)
+        nursery.start_soon(again.run, on_event, lambda _: None)
         with trio.fail_after(60):
             await back.wait()
         for link in (first, again):
@@ -195,3 +195,33 @@ async def test_a_source_without_the_tls_that_was_asked_for_is_told_of(tmp_path: 
     assert said == [link.objection]
     assert str(address) in said[0]
     assert "TLS" in said[0]
+
+
+async def test_what_a_load_reads_is_heard_of_when_the_guest_stands() -> None:
+    """And what comes behind it is heard, too."""
+    heard: list[object] = []
+    both = trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        await stream.receive_some(messages.MAGIC_BYTES)
+        channel = Channel(stream)
+        await channel.receive()
+        await channel.send(GOOD)
+        await channel.send(messages.Stopped([202, 203]))
+        await channel.send(messages.Given(1.0, 7))
+        await trio.sleep_forever()
+
+    async def on_event(event: Event, _: object) -> None:
+        heard.append(event)
+        both.set()
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        link = SourceLink(TcpEndpoint("127.0.0.1", listeners[0].socket.getsockname()[1]), lambda _: None)
+        await link.first()
+        nursery.start_soon(link.run, on_event, heard.append)
+        with trio.fail_after(60):
+            await both.wait()
+        await link.drop()
+        nursery.cancel_scope.cancel()
+    assert heard == [[202, 203], Event.GIVEN]

@@ -8,18 +8,19 @@ Before anything moves it, a source has ``OFFER`` and ``OFFERED``, around that wr
 ``STOPPED`` when the guest stands. With --warm a source has ``WENT`` when some pages went ahead of the guest, a
 destination ``MADE`` when it has a place for them, and ``CAME`` when some are in it.
 
-STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before it,
-and then the process dies, or what stands in front of STEPS with a ``:``. A source's process is two, and both die: its
-guardian and the one that does the work; ``guardian:`` and ``worker:`` are the one and the other. Of its mount (a
+STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before
+it, and then the process dies, or what stands in front of STEPS with a ``:``. A source's process is two, and both die:
+its guardian and the one that does the work; ``guardian:`` and ``worker:`` are the one and the other. Of its mount (a
 source's is the one that its RAM lies on) ``daemon:``, ``supervisor:`` and ``filler:`` are killed; of its emulator
 ``emulator:``; a destination's is a lazymem-vm, and ``qemu:`` the QEMU below it, a source's is what has the guest, and
-``vm:`` the lazymem-vm above it. ``cut:`` is the connection to the other side;
-``hold:`` nobody dies, it goes on once FILE has a sibling with the ending .go, which is gone then. Several of these may
-stand with a ``;`` between. ``half``: of the guesses only the first 2 MiB are served until then. ``late;`` before all:
-the destination takes its emulator for not yet loaded until it has the source's word. ``early;``: it lets the source
-wait until its emulator is, and tells nothing of what has arrived. ``soon;``: it says that it has received all once it
-has the source's word, which the source says by what it was told to have arrived. ``torn;``: of the state the end is
-missing, which is noticed then.
+``vm:`` the lazymem-vm above it. ``cut:`` is the connection to the other side; ``hold:`` nobody dies, it goes on once
+FILE has a sibling with the ending .go, which is gone then. Several of these may stand with a ``;`` between. ``half``:
+of the guesses only the first 2 MiB are served until then. ``late;`` before all: the destination takes its emulator
+for not yet loaded until it has the source's word. ``early;``: it does not say that it has received all before its
+emulator is loaded, and does not hear before that that the guest is given. ``patient;``: the source waits for that
+word, and does not go by what has arrived. ``soon;``: it says that it has received all once it has the source's word,
+which the source says by what it was told to have arrived. ``torn;``: of the state the end is missing, which is
+noticed then. ``ahead;``: its emulator gets none of the state before it has asked for what its load will read.
 
 Where something else than the command is killed, a line ``=KIND`` says so: there may be none of the kind at that step.
 
@@ -43,7 +44,7 @@ import trio
 from lazymem.cli import guardian, receive, receivehost, send
 from lazymem.cli.receivehost import ReceiveHost
 from lazymem.cli.status import read_status
-from lazymem.handover import messages, sending, source_link, warming
+from lazymem.handover import messages, relay, sending, source_link, warming
 from lazymem.handover.receiving import Receiver
 from lazymem.handover.sending import Sender
 from lazymem.handover.statepieces import Unpacker
@@ -285,13 +286,24 @@ def _load_early() -> None:
         async def said(message: messages.Message) -> None:
             while isinstance(message, messages.Received) and self.state is Destination.ASKED:  # noqa: ASYNC110
                 await trio.sleep(0.005)
-            if not isinstance(message, messages.Arrived):
-                await say(message)
+            await say(message)
 
-        self._link.say = said
+        self._link.say = self._incoming._say = said
         return await run(self, incoming)
 
-    patched.run = early
+    from_source = patched._from_source
+
+    async def heard(self: Any, event: Any, message: object) -> None:
+        while event is Event.GIVEN and self.state is Destination.ASKED:  # noqa: ASYNC110
+            await trio.sleep(0.005)
+        await from_source(self, event, message)
+
+    patched.run, patched._from_source = early, heard
+
+
+def _wait_patiently() -> None:
+    patched: Any = Sender
+    patched._look_sent = lambda _: None
 
 
 def _given_soon() -> None:
@@ -308,10 +320,27 @@ def _given_soon() -> None:
                 await trio.sleep(0.005)
             await say(message)
 
-        self._link.say = said
+        self._link.say = self._incoming._say = said
         return await run(self, incoming)
 
     patched.run = soon
+
+
+def _read_ahead_first() -> None:
+    patched: Any = Receiver
+    patched_relay: Any = relay
+    read_ahead, feed = patched._read_ahead, patched_relay._feed
+    asked = trio.Event()
+
+    async def read(self: Any, load_reads: list[int]) -> None:
+        await read_ahead(self, load_reads)
+        asked.set()
+
+    async def late(*arguments: Any) -> None:
+        await asked.wait()
+        await feed(*arguments)
+
+    patched._read_ahead, patched_relay._feed = read, late
 
 
 def _torn() -> None:
@@ -375,11 +404,15 @@ def run(words: Sequence[str]) -> int:
         _load_late()
     if fatal.startswith("early;"):
         _load_early()
+    if fatal.startswith("patient;"):
+        _wait_patiently()
+    if fatal.startswith("ahead;"):
+        _read_ahead_first()
     if fatal.startswith("soon;"):
         _given_soon()
     if fatal.startswith("torn;"):
         _torn()
-    for mode in ("late;", "early;", "soon;", "torn;"):
+    for mode in ("late;", "early;", "patient;", "soon;", "torn;", "ahead;"):
         fatal = fatal.removeprefix(mode)
     steps = _Steps(Path(path), fatal)
     _watch_host(steps)

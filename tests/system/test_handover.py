@@ -141,7 +141,7 @@ def test_the_source_is_killed(guest: Process, tmp_path: Path) -> None:
 def test_the_destination_is_killed(guest: Process, tmp_path: Path, step: str) -> None:
     """STARTED: there is an emulator of which nothing is written down but what its command line has."""
     with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
-        two.begin(destination_dies=step)
+        two.begin(destination_dies=f"early;{step}")
         _check(two, guest)
         assert f"!{step}" in two.receive.was_at()
 
@@ -152,7 +152,7 @@ def test_a_restarted_receive_tells_what_the_emulator_ended_with(
 ) -> None:
     """It is not its parent. What was killed has told nobody, and that is said."""
     with pair(tmp_path, guest.monitor, "-serial", f"file:{tmp_path}/there") as two:
-        two.begin(destination_dies="RECORDED mine")
+        two.begin(destination_dies="early;RECORDED mine")
         assert two.wait_settled() == (False, True)
         assert two.send.wait() == 0, two.tell()
         wait_until(lambda: two.states()[1] == "done", "the destination to hear that")

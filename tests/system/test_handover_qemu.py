@@ -12,6 +12,9 @@ import pytest
 
 from lazymem.demo.serialline import SerialLine
 from lazymem.errors import MonitorError, ServerRefusedError
+from lazymem.handover.loadreads import load_reads
+from lazymem.pages import PageRange
+from lazymem.residency import resident
 from lazymem.vm.qmpclient import QmpClient
 from tests.support import skips
 from tests.support.handover import Pair, pair
@@ -23,6 +26,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 WARM_SECONDS = 60.0
 """It ends before, when little changes any more."""
 
+
+ROMS = PageRange(0x90, 0x70)
+"""And what is around."""
 
 SECOND = "watch.qmp"
 """Of the monitors that a QEMU has, the tests' own: one serves one client."""
@@ -125,6 +131,21 @@ def _no_pass_over_ram_while_it_stood(two: Pair) -> None:
         assert read < RAM_BYTES // 8, (read, two.tell())
 
 
+def test_what_a_load_reads_is_asked_for_ahead_of_it(guest: BootedGuest, tmp_path: Path, sockets: Path) -> None:
+    """No page more than that, where a touch would bring 32."""
+    more = ("--", "-device", "virtio-rng-pci", "-serial", "null")
+    with pair(tmp_path, guest.qemu.monitor, *more, there=sockets / "there") as two:
+        reads = load_reads(guest.ram)
+        assert reads
+        two.begin(source_dies="hold:RECORD given", destination_dies="ahead;")
+        two.receive.wait_at("EVENT LOADED")
+        with (two.mountpoint / "pc.ram").open("r+b") as file:
+            states = resident(file.fileno(), ROMS)
+        assert [ROMS.start + at for at, is_here in enumerate(states) if is_here] == reads
+        two.send.let_go_on()
+        assert two.send.wait() == 0, two.tell()
+
+
 def test_whoever_dies_at_most_one_qemu_runs_it(guest: BootedGuest, tmp_path: Path, sockets: Path) -> None:
     """A chain whose middle has not all pages; the first destination dies when the guest is its own, the second source
     when the guest is not its own any more, and in between one falls silent before anything was given."""
@@ -139,7 +160,7 @@ def test_whoever_dies_at_most_one_qemu_runs_it(guest: BootedGuest, tmp_path: Pat
         pair(tmp_path / "last", sockets / "first", *last_more, there=sockets / "last") as last,
     ):
         first.watch_at(sockets / SECOND, sockets / "first.watch")
-        first.begin(source_dies="half", destination_dies="RECORDED mine")
+        first.begin(source_dies="half", destination_dies="early;RECORDED mine")
         assert first.wait_settled() == (False, True)
         assert "!RECORDED mine" in first.receive.was_at()
         assert middle.ask("tick", "tick") == "1"
@@ -171,7 +192,7 @@ def _other(sockets: Path, name: str) -> tuple[str, ...]:
 
 def _falls_silent(two: Pair) -> None:
     """Its host is there, and no word comes from it: the guest goes on here, and not there when it speaks again."""
-    two.begin(destination_dies="early;hold:EVENT LOADED")
+    two.begin(source_dies="patient;", destination_dies="early;hold:EVENT LOADED")
     two.receive.wait_at("!EVENT LOADED")
     assert two.receive.process is not None
     os.kill(two.receive.process.pid, signal.SIGSTOP)
