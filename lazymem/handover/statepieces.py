@@ -99,16 +99,24 @@ class Unpacker:
         self._planes = Planes(MAX_PIECE_BYTES)
         self._planes.put_together(bytes(MAX_PIECE_BYTES))  # as in `Packer`
         self._data = bytearray()
+        self._rest = 0
         self.ended = False
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The pieces that are whole now.
+        """The pieces that are whole now, and of one that came as it is what is there: a piece of noise takes some ms.
 
         Raises:
             SaveStreamError: they make no sense.
         """
         self._data += data
-        while len(self._data) >= _HEADER.size:
+        while True:
+            if self._rest and self._data:
+                found = bytes(self._data[: self._rest])
+                del self._data[: self._rest]
+                self._rest -= len(found)
+                yield found
+            if self._rest or len(self._data) < _HEADER.size:
+                return
             if self.ended:
                 raise SaveStreamError("the source sends more behind the end of its device state")
             form, length, packed_length = _HEADER.unpack_from(self._data)
@@ -120,15 +128,16 @@ class Unpacker:
                 raise SaveStreamError(
                     f"the source sends a piece of {length} bytes of device state in {packed_length}, form {form}"
                 )
+            if form == _Form.AS_IT_IS:
+                self._rest = length
+                del self._data[: _HEADER.size]
+                continue
             if len(self._data) < _HEADER.size + packed_length:
                 return
             packed = bytes(self._data[_HEADER.size : _HEADER.size + packed_length])
             del self._data[: _HEADER.size + packed_length]
-            if form == _Form.AS_IT_IS:
-                yield packed
-            else:
-                data = self._unpacked(packed, length)
-                yield data if form == _Form.ZSTD else self._planes.put_together(data)
+            data = self._unpacked(packed, length)
+            yield data if form == _Form.ZSTD else self._planes.put_together(data)
 
     def _unpacked(self, packed: bytes, length: int) -> bytes:
         try:

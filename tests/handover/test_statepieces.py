@@ -72,8 +72,17 @@ def test_what_goes_in_comes_out_however_it_is_cut(pieces: list[bytes], step: int
     packer, unpacker = Packer(), Unpacker()
     sent = b"".join(map(packer.pack, pieces)) + packer.end()
     got = [piece for at in range(0, len(sent), step) for piece in unpacker.feed(sent[at : at + step])]
-    assert got == pieces
+    assert b"".join(got) == b"".join(pieces)
     assert unpacker.ended
+
+
+def test_what_came_as_it_is_goes_on_as_it_comes() -> None:
+    """An emulator has its first pages in hand while the last ones are on the link."""
+    packer, unpacker = Packer(), Unpacker()
+    sent = packer.pack(NOISE) + packer.pack(SCREEN)
+    got = [list(unpacker.feed(sent[at : at + 1009])) for at in range(0, len(NOISE), 1009)]
+    assert all(len(found) == 1 for found in got)
+    assert b"".join(found for (found,) in got) == NOISE[: len(got) * 1009 - 9]
 
 
 def test_a_screen_is_small_and_noise_no_larger_than_it_is() -> None:
