@@ -32,6 +32,9 @@ _FIRST_GAIN = 2.0
 _FULL_RATIO, _FULL_SECONDS = 1.25, 0.001
 """It is when a piece takes so much longer than at best. The seconds are for busy processors."""
 
+_SILENT_SECONDS = 0.005
+"""For busy processors, too, and for words that are told only now and then."""
+
 _RATES = 16
 """The best of so many last ones: words come late, and then several at once."""
 
@@ -52,6 +55,7 @@ class Window:
         self._sent = self._arrived = 0
         self._under_way: deque[_Piece] = deque()
         self._best = math.inf
+        self._heard_at = -math.inf
         self._rates: deque[float] = deque(maxlen=_RATES)
         self._gain = _FIRST_GAIN
 
@@ -66,6 +70,7 @@ class Window:
 
     def arrived(self, total: int, now: float) -> None:
         """So many are at the other side by now. What it cannot have yet is not believed."""
+        self._heard_at = now
         self._arrived = max(self._arrived, min(total, self._sent))
         maybe_last: _Piece | None = None
         while self._under_way and self._under_way[0].end <= self._arrived:
@@ -73,11 +78,15 @@ class Window:
         if maybe_last is not None and now > maybe_last.sent_at:
             self._follow(now - maybe_last.sent_at, self._arrived - maybe_last.arrived)
 
-    def is_all_but_there(self, seconds: float) -> bool:
+    def is_all_but_there(self, seconds: float, now: float) -> bool:
         """Whether no more is under way than the link delivers in the shortest time from a sending to its word, and in
-        so many `seconds` more. Not as long as nothing is known of it, unless nothing is under way."""
+        so many `seconds` more. Not as long as nothing is known of it, or where it has been silent since longer than two
+        words take: it may be dead. Unless nothing is under way."""
         under_way = self._sent - self._arrived
-        return under_way <= (max(self._rates) * (self._best + seconds) if self._rates else 0)
+        if under_way <= 0:
+            return True
+        is_silent = now - self._heard_at > 2 * self._best + _SILENT_SECONDS
+        return bool(self._rates) and not is_silent and under_way <= max(self._rates) * (self._best + seconds)
 
     def _follow(self, took: float, delivered: int) -> None:
         self._best = min(self._best, took)
@@ -121,7 +130,7 @@ class Pace:
     def is_all_but_there(self, seconds: float) -> bool:
         """As `Window`'s."""
         with self._changed:
-            return self._window.is_all_but_there(seconds)
+            return self._window.is_all_but_there(seconds, self._clock())
 
     def open(self) -> None:
         """From now on nobody waits."""

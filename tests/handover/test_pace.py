@@ -121,7 +121,7 @@ def test_a_word_behind_the_state_is_there_with_its_end(link: Link, seconds: floa
         news.append((link.told_at(0.0, PIECE_BYTES), sent))
     end = news[-1][0] - link.way
     now = 0.0
-    while not window.is_all_but_there(seconds):
+    while not window.is_all_but_there(seconds, now):
         now, told = news.pop(0)
         window.arrived(told, now)
     said = now + seconds + link.way
@@ -130,6 +130,18 @@ def test_a_word_behind_the_state_is_there_with_its_end(link: Link, seconds: floa
 
 def test_a_link_of_which_nothing_is_known_has_all_or_nothing() -> None:
     window = Window()
-    assert window.is_all_but_there(0.0), "nothing was sent"
+    assert window.is_all_but_there(0.0, 0.0), "nothing was sent"
     window.sent(PIECE_BYTES, 0.0)
-    assert not window.is_all_but_there(1000.0)
+    assert not window.is_all_but_there(1000.0, 0.0)
+
+
+def test_of_a_link_that_is_silent_it_is_not_taken_that_it_delivers() -> None:
+    """It may have died before the guest stood, which then goes on here as soon as that is known."""
+    window = Window()
+    window.sent(10 * PIECE_BYTES, 0.0)
+    window.arrived(10 * PIECE_BYTES, 0.02)
+    window.sent(PIECE_BYTES, 0.06)
+    assert window.is_all_but_there(0.001, 0.06)
+    assert not window.is_all_but_there(0.001, 0.08)
+    window.arrived(11 * PIECE_BYTES, 0.09)
+    assert window.is_all_but_there(0.001, 9.0), "all is told to be there"
