@@ -285,16 +285,18 @@ async def _mount_and_serve(
     again: Restart,
 ) -> None:
     path = str(settings.mountpoint)
+    vmstate_size = vmstate_bytes(client.welcome, manifest)
     tree = Tree(
         ram_bytes=client.welcome.ram_bytes,
         manifest_bytes=len(client.welcome.manifest) if manifest else 0,
-        vmstate_bytes=vmstate_bytes(client.welcome, manifest),
+        vmstate_bytes=vmstate_size,
         has_writes=lambda: ram.written_pages > 0,
         others=options.allow_other,
         digests_bytes=ram.run_files.tree_bytes,
         written_bytes=ram.run_files.written_bytes,
     )
     files = SmallFiles(client, manifest)
+    begins = not survival.continues and not ram.written_pages
     xattrs: dict[bytes, Callable[[], bytes]] = {
         STATUS_XATTR: status.to_json,
         RUN_XATTR: status.run_to_json,
@@ -331,6 +333,8 @@ async def _mount_and_serve(
             notices = (*(manifest.resume_notices if manifest else ()), *survival.notices, *ram.notices)
             pace = WritebackPace(mounted)
             nursery.start_soon(_announce, path, mounted, ready, notices, pace)
+            if begins and settings.prefetch is not Prefetch.NONE:
+                nursery.start_soon(files.fetch_ahead, vmstate_size)
             nursery.start_soon(watch.run, mounted, wish)
             nursery.start_soon(supervised.run)
             await lifetime.serve()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import trio
 
-from lazymem.errors import VerificationError
+from lazymem.errors import LazymemError, VerificationError
 from lazymem.fetch.client import Client
-from lazymem.fs.tree import MANIFEST_INODE
+from lazymem.fs.tree import MANIFEST_INODE, VMSTATE_INODE
 from lazymem.snapshot.manifest import Manifest, parse, vmstate_digest
 from lazymem.wire.messages import PublishedFile, Welcome
 
@@ -16,6 +17,9 @@ log = logging.getLogger(__name__)
 
 MAX_VMSTATE_BYTES = 256 << 20
 """Device state and unbacked blocks are a few MiB; it is kept in memory while the mount lives."""
+
+AHEAD_BYTES = 1 << 20
+"""A vmstate that is no larger is fetched before it is read: the guest that waits for it demands no page before."""
 
 
 def maybe_manifest(welcome: Welcome) -> Manifest | None:
@@ -49,7 +53,7 @@ def vmstate_bytes(welcome: Welcome, manifest: Manifest | None) -> int:
 
 
 class SmallFiles:
-    """The mount's small files, whole: the manifest as the server sent it, the vmstate fetched at its first read."""
+    """The mount's small files, whole: the manifest as the server sent it; the vmstate, once it was sent."""
 
     def __init__(self, client: Client, manifest: Manifest | None) -> None:
         self._client = client
@@ -67,6 +71,13 @@ class SmallFiles:
                 self._check(data)
                 self._vmstate = data
             return self._vmstate
+
+    async def fetch_ahead(self, vmstate_bytes: int) -> None:
+        """What whoever resumes a guest reads first, while his emulator starts; `vmstate_bytes`: its size, 0 if there is
+        none. What hinders that, its reader meets again."""
+        if 0 < vmstate_bytes <= AHEAD_BYTES:
+            with contextlib.suppress(LazymemError):
+                await self.read(VMSTATE_INODE)
 
     def _check(self, data: bytes) -> None:
         expected = self._manifest.vmstate if self._manifest else None
