@@ -296,7 +296,6 @@ async def _mount_and_serve(
         written_bytes=ram.run_files.written_bytes,
     )
     files = SmallFiles(client, manifest)
-    begins = not survival.continues and not ram.written_pages
     xattrs: dict[bytes, Callable[[], bytes]] = {
         STATUS_XATTR: status.to_json,
         RUN_XATTR: status.run_to_json,
@@ -333,7 +332,7 @@ async def _mount_and_serve(
             notices = (*(manifest.resume_notices if manifest else ()), *survival.notices, *ram.notices)
             pace = WritebackPace(mounted)
             nursery.start_soon(_announce, path, mounted, ready, notices, pace)
-            if begins and settings.prefetch is not Prefetch.NONE:
+            if settings.prefetch is not Prefetch.NONE and not survival.continues and not ram.written_pages:
                 nursery.start_soon(files.fetch_ahead, vmstate_size)
             nursery.start_soon(watch.run, mounted, wish)
             nursery.start_soon(supervised.run)

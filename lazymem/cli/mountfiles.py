@@ -19,7 +19,9 @@ MAX_VMSTATE_BYTES = 256 << 20
 """Device state and unbacked blocks are a few MiB; it is kept in memory while the mount lives."""
 
 AHEAD_BYTES = 1 << 20
-"""A vmstate that is no larger is fetched before it is read: the guest that waits for it demands no page before."""
+AHEAD_SECONDS = 0.01
+"""A vmstate that is no larger is fetched before it is read, over a link with round trips below this. Over a slower one
+the few pages that an emulator touches at its start would stand behind it (at 20 ms, 100 Mb/s for 26 ms)."""
 
 
 def maybe_manifest(welcome: Welcome) -> Manifest | None:
@@ -75,7 +77,7 @@ class SmallFiles:
     async def fetch_ahead(self, vmstate_bytes: int) -> None:
         """What whoever resumes a guest reads first, while his emulator starts; `vmstate_bytes`: its size, 0 if there is
         none. What hinders that, its reader meets again."""
-        if 0 < vmstate_bytes <= AHEAD_BYTES:
+        if 0 < vmstate_bytes <= AHEAD_BYTES and self._client.best_round_trip_seconds < AHEAD_SECONDS:
             with contextlib.suppress(LazymemError):
                 await self.read(VMSTATE_INODE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
@@ -10,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from lazymem.cli.mountfiles import AHEAD_BYTES, SmallFiles
+from lazymem.cli.mountfiles import AHEAD_BYTES, AHEAD_SECONDS, SmallFiles
 from lazymem.errors import LazymemError, ServerRefusedError, VerificationError
 from lazymem.fetch.client import Client
 from lazymem.fs.tree import VMSTATE_INODE
@@ -25,6 +26,7 @@ class _Server:
 
     def __init__(self, data: bytes = STATE, maybe_error: LazymemError | None = None) -> None:
         self.asked = 0
+        self.best_round_trip_seconds = AHEAD_SECONDS / 2
         self.let_go = trio.Event()
         self.maybe_error = maybe_error
         self._data = data
@@ -64,9 +66,16 @@ async def test_whoever_reads_what_is_on_its_way_does_not_have_it_sent_twice() ->
     assert server.asked == 1
 
 
-@pytest.mark.parametrize("size", [0, AHEAD_BYTES + 1])
-async def test_none_and_a_large_one_are_left_to_who_reads_them(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "round_trip_seconds"),
+    [(0, 0.001), (AHEAD_BYTES + 1, 0.001), (len(STATE), AHEAD_SECONDS), (len(STATE), math.inf)],
+)
+async def test_none_and_what_others_would_wait_behind_are_left_to_who_reads_them(
+    size: int, round_trip_seconds: float
+) -> None:
+    """Infinite: nobody knows yet."""
     server = _Server()
+    server.best_round_trip_seconds = round_trip_seconds
     await _files(server).fetch_ahead(size)
     assert server.asked == 0
 
