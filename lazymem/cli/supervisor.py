@@ -114,6 +114,8 @@ class Supervisor:
         while daemon.control.fileno() >= 0 and is_readable(daemon.control.fileno()):
             try:
                 maybe_message = descriptorstore.receive(daemon.control)
+            except ConnectionResetError:  # told once, ahead of its last words: it was killed and had not read ours
+                continue
             except OSError:
                 maybe_message = None
             if maybe_message is None:

@@ -277,6 +277,26 @@ def test_a_daemons_copy_is_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None
         one.wait()
 
 
+def test_what_a_daemon_said_at_last_is_heard_though_it_had_not_read_our_word() -> None:
+    """The kernel tells of that first. Its mount's connection may be in what follows, which nobody else has by then."""
+    looked_after, control, process = _supervised([])
+    read_end, write_end = os.pipe()
+    with control:
+        looked_after._say(LOADED=1, NEXT=process.pid)
+        descriptorstore.put(control, FUSE, read_end)
+    os.close(read_end)
+    daemon = looked_after._maybe_daemon
+    assert daemon is not None
+    looked_after._hear(daemon)
+    assert os.write(write_end, b"it is held") == len(b"it is held")
+    assert os.read(looked_after._held[FUSE], 16) == b"it is held"
+    assert daemon.control.fileno() < 0, "and that it is gone"
+    os.close(write_end)
+    looked_after.close()
+    process.kill()
+    process.wait()
+
+
 def test_a_next_daemon_that_is_killed_is_loaded_again_but_not_over_and_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once the first time, or a daemon killed after it would be followed only when one has loaded."""
     looked_after, control, process = _supervised([])
