@@ -135,7 +135,7 @@ IN_PLANES = zstandard.ZstdCompressor().compress(Planes(100).take_apart(bytes(100
         header(ZSTD, 0, 0),
         header(PLANES, 0, 0),
         header(AS_IT_IS, 0, 1),
-        header(3, 100, len(SMALL)) + SMALL,
+        header(5, 100, len(SMALL)) + SMALL,
         header(255, 0, 0),
         header(AS_IT_IS, 2**32 - 1, 2**32 - 1),
         header(ZSTD, 99, len(SMALL)) + SMALL,
