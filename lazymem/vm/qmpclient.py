@@ -137,9 +137,11 @@ class QmpClient:
                 return None
             raise
 
-    def patience(self, seconds: float) -> None:
-        """How long each answer may take from now on."""
-        self._timeout_seconds = seconds
+    def patience(self, seconds: float) -> float:
+        """How long each answer may take from now on; how long it might before. One that comes later is not taken for
+        another command's."""
+        before, self._timeout_seconds = self._timeout_seconds, seconds
+        return before
 
     def take_events(self) -> list[Event]:
         """The events that came in with the answers since the last call, oldest first."""
