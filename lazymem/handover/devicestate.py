@@ -111,6 +111,7 @@ def _sent(
     uri = maybe_uri if maybe_uri is not None else outgoing.listen(guest.monitor, guest.peer_uid)
     outgoing.start()
     try:
-        guest.send(uri, before, on_stopped, outgoing.hurry)
+        guest.send(uri, before, on_stopped, outgoing.hurry, outgoing.ahead if maybe_uri is not None else None)
     finally:
         outgoing.hurry()
+        outgoing.ahead.close()

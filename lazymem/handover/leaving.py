@@ -26,6 +26,7 @@ from typing import Any
 from msgspec import Struct, to_builtins
 
 from lazymem.errors import MonitorError, RamFileError, SnapshotError
+from lazymem.handover.screenahead import TURN_SECONDS, ScreenAhead
 from lazymem.snapshot.manifest import MANIFEST_NAME
 from lazymem.vm import emulator
 from lazymem.vm.emulator import RamBacking
@@ -138,11 +139,13 @@ class LeavingGuest:
         before: MigrationSettings,
         on_stopped: Callable[[float], None],
         on_stop: Callable[[], None] = lambda: None,
+        maybe_ahead: ScreenAhead | None = None,
     ) -> float:
         """Let it send its state to `uri`; returns once all is sent and the guest stands. `on_stopped` is called as soon
         as nothing writes to its RAM any more, with the moment since when the guest stands by the emulator's clock; that
         is also what is returned. `on_stop` is called before that, when the guest may stand. `before`: its `settings`,
         which are changed now and are on the disk by now, so that whoever lets the guest go on can set them back.
+        `maybe_ahead`: sends pages of a screen that is written all the time ahead of the stop.
 
         Raises:
             MonitorError: it did not, with the reason; the guest may stand, see `go_on`.
@@ -150,6 +153,8 @@ class LeavingGuest:
         self._qmp.take_events()
         try:
             self._prepare(before)
+            if maybe_ahead is not None and self._one_pass:
+                maybe_ahead.prepare(self._qmp)
             self._qmp.command("migrate", uri=uri)
         except CommandError:
             if uri.startswith("fd:"):  # else it would keep that connection, unless it refused it just now
@@ -159,7 +164,10 @@ class LeavingGuest:
         begun = looked = time.monotonic()
         stopped: float | None = None
         while True:
-            event = self._qmp.next_event(_LOOK_SECONDS)
+            if maybe_ahead is not None:
+                maybe_ahead.run_if_held()
+            is_awaited = maybe_ahead is not None and maybe_ahead.is_awaited
+            event = self._qmp.next_event(TURN_SECONDS if is_awaited else _LOOK_SECONDS)
             now = time.monotonic()
             if now - begun > STALLED_SECONDS:
                 raise MonitorError(f"the emulator's state was not sent within {STALLED_SECONDS:.0f} s")

@@ -59,6 +59,11 @@ class Window:
         self._rates: deque[float] = deque(maxlen=_RATES)
         self._gain = _FIRST_GAIN
 
+    @property
+    def bytes_per_second(self) -> float:
+        """The best of the last words; 0 before the first."""
+        return max(self._rates, default=0.0)
+
     def has_room(self, count: int) -> bool:
         """For so many more. With nothing under way there is room for any."""
         under_way = self._sent - self._arrived
@@ -93,7 +98,7 @@ class Window:
         self._rates.append(delivered / took)
         if took > self._best * _FULL_RATIO + _FULL_SECONDS:
             self._gain = _GAIN
-        size = int(self._gain * self._best * max(self._rates))
+        size = int(self._gain * self._best * self.bytes_per_second)
         self.size = max(LEAST_BYTES, min(MOST_BYTES, size))
 
 
@@ -117,6 +122,12 @@ class Pace:
             self.waiting -= waits
             self._window.sent(count, self._clock())
             return waits
+
+    @property
+    def bytes_per_second(self) -> float:
+        """What the link carries, as far as that is known."""
+        with self._changed:
+            return self._window.bytes_per_second
 
     def _may_send(self, count: int) -> bool:
         return self._is_open or self._window.has_room(count)

@@ -13,16 +13,19 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import trio
 
 from lazymem.errors import MonitorError, SaveStreamError
+from lazymem.handover.candidates import Reference
 from lazymem.handover.channel import Stream
 from lazymem.handover.pace import Pace
-from lazymem.handover.statepieces import MAX_PIECE_BYTES, Packer, Unpacker
+from lazymem.handover.screenahead import ScreenAhead
+from lazymem.handover.screenstream import ScreenStream
+from lazymem.handover.statepieces import Packer, Unpacker
 from lazymem.tls.stream import TlsSocket, TlsStream
 
 _READ_BYTES = 64 * 1024
@@ -69,6 +72,11 @@ class Outgoing:
         self.pace = Pace()
         self.sent_bytes = 0
         self.failure: OSError | None = None
+        self._screen = ScreenStream()
+        self.ahead = ScreenAhead(self._screen, self.pace, self._let_emulator_write)
+        self._free_pieces = 0
+        self._packed_bytes = 0
+        self._is_wide = False
 
     def make_pair(self) -> socket.socket:
         """The end that an emulator may have a copy of."""
@@ -102,11 +110,19 @@ class Outgoing:
     def hurry(self) -> None:
         """The guest stands, or nothing more is to come: all goes as fast as it can. Also a second time."""
         self.pace.open()
+        self.ahead.let_go()
         with self._switching:
             if self._emulators is not None:
                 widen(self._emulators)
                 self._emulators.close()  # its copy is the emulator's alone now, whose end is that of the connection
                 self._emulators = None
+
+    def _let_emulator_write(self) -> None:
+        """All that is left of its state, whether or not we read."""
+        with self._switching:
+            self._is_wide = True
+            if self._emulators is not None:
+                widen(self._emulators)
 
     def _choose_path(self, beside: Path) -> Path:
         """Beside the monitor's, a folder that the emulator sees, too."""
@@ -122,16 +138,13 @@ class Outgoing:
             if self._connection is None:
                 assert self._listener is not None
                 self._connection, _ = self._listener.accept()
-            free = 0
-            while data := self._connection.recv(MAX_PIECE_BYTES):
-                piece = self._packer.pack(data)
-                waited = self.pace.begin(len(piece))
-                free += 1
-                if waited or free == _FAST_PIECES:
-                    self._hold(_HELD_BYTES if waited else _HELD_BYTES_FAST)
-                    free = _FAST_PIECES
-                self._target.sendall(piece)
-                self.sent_bytes += len(data)
+            is_ahead_sent = False
+            while data := self._connection.recv(self._screen.room):
+                self._hand_on(*self._screen.take(data))
+                if self._screen.is_past and not is_ahead_sent:
+                    self.ahead.hold(self._packed_bytes, self._hand_on_ahead)
+                    is_ahead_sent = True
+            self._hand_on(self._screen.rest(), [])
             self._target.sendall(self._packer.end())
             self._target.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -141,10 +154,32 @@ class Outgoing:
                 if sock is not None:
                     _shut_down(sock)
 
+    def _hand_on(self, data: bytes, found: Sequence[Reference]) -> None:
+        """Of the stream; `found`: candidates in it."""
+        if not data:
+            return
+        piece = self._packer.pack_referring(data, found) if found else self._packer.pack(data)
+        waited = self.pace.begin(len(piece))
+        self._free_pieces += 1
+        if waited or self._free_pieces == _FAST_PIECES:
+            self._hold(_HELD_BYTES if waited or self._screen.is_watched else _HELD_BYTES_FAST)
+            self._free_pieces = _FAST_PIECES
+        self._target.sendall(piece)
+        self._packed_bytes += len(piece)
+        self.sent_bytes += len(data)
+
+    def _hand_on_ahead(self, offset: int, data: bytes) -> int:
+        """Pages of the screen, as candidates; how many bytes that was."""
+        piece = self._packer.pack_candidates(offset, data)
+        self.pace.begin(len(piece))
+        self._target.sendall(piece)
+        self._screen.candidates.keep(offset, data)
+        return len(piece)
+
     def _hold(self, count: int) -> None:
         """At most so much between the emulator and us, as long as we have its end."""
         with self._switching:
-            if self._emulators is not None:
+            if self._emulators is not None and not self._is_wide:
                 self._emulators.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, count)
 
     def wait(self, seconds: float) -> int:
@@ -170,6 +205,7 @@ class Outgoing:
             if sock is not None:
                 _shut_down(sock)
         self.pace.open()  # behind that: who waits there is to find it shut
+        self.ahead.let_go()
 
     def close(self) -> None:
         self.cut()

@@ -45,6 +45,16 @@ def _sent_all(link: Link) -> float:
     return now
 
 
+def test_what_the_link_carries_is_the_best_of_the_last_words() -> None:
+    clock = iter([0.0, 0.5, 1.0, 3.0])
+    pace = Pace(lambda: next(clock))
+    assert pace.bytes_per_second == 0
+    for total in (1000, 2000):
+        pace.begin(1000)
+        pace.arrived(total)
+    assert pace.bytes_per_second == 2000
+
+
 @pytest.mark.parametrize(
     ("link", "longest"),
     [

@@ -6,6 +6,7 @@ was written since. (Software emulation does not: `savestate.loses_writes`.)
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import struct
@@ -19,8 +20,12 @@ import pytest
 from bench.linuximage import SCREEN, build_guest
 from lazymem.demo.qemu import QemuOptions
 from lazymem.demo.qemurun import started
+from lazymem.errors import MonitorError
 from lazymem.handover.leaving import LeavingGuest
+from lazymem.handover.relay import Outgoing
+from lazymem.handover.statepieces import Unpacker
 from lazymem.pages import PAGE_SIZE
+from lazymem.vm.guestmemory import GuestMemory, displays
 from lazymem.vm.qmpclient import QmpClient
 from lazymem.vm.savestate import maybe_downtime_limit, ram_left_out, save_device_state, set_downtime_limit
 from lazymem.vm.savestream.format import RamFlag
@@ -169,6 +174,88 @@ def test_handed_over_over_a_slow_link(drawing: tuple[Path, Screen], folder: Path
         _check(bytes(taken), screen, folder / "screen")
     finally:
         guest.close()
+
+
+class Destination:
+    """Takes the pieces of a device state, and goes away once it has `most` bytes of it."""
+
+    def __init__(self, connection: socket.socket, outgoing: Outgoing, most: int = 1 << 40) -> None:
+        self.state = bytearray()
+        self._most = most
+        self._thread = threading.Thread(target=self._take, args=(connection, outgoing))
+        self._thread.start()
+
+    def _take(self, connection: socket.socket, outgoing: Outgoing) -> None:
+        unpacker = Unpacker()
+        arrived = 0
+        with connection:
+            while len(self.state) < self._most and (data := connection.recv(1 << 16)):
+                arrived += len(data)
+                outgoing.pace.arrived(arrived)
+                for piece in unpacker.feed(data):
+                    self.state += piece
+
+    def wait(self) -> None:
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+
+
+def _memfds(guest: LeavingGuest) -> list[str]:
+    folder = Path(f"/proc/{guest.pid}/fd")
+    return [name for path in folder.iterdir() if (name := os.readlink(path)).startswith("/memfd:lazymem")]
+
+
+def _send(guest: LeavingGuest, outgoing: Outgoing) -> None:
+    uri = guest.maybe_take(outgoing.make_pair())
+    assert uri is not None
+    outgoing.start()
+    try:
+        guest.send(uri, guest.settings(), lambda _: None, outgoing.hurry, outgoing.ahead)
+    finally:
+        outgoing.hurry()
+        outgoing.ahead.close()
+
+
+def test_pages_ahead_of_the_stop_change_nothing(drawing: tuple[Path, Screen], folder: Path) -> None:
+    """A destination that breaks off before the stop first; the guest goes on, and nothing is left in its emulator."""
+    monitor, screen = drawing
+    guest = LeavingGuest(monitor)
+    before = guest.settings()
+    ours, theirs = socket.socketpair()
+    outgoing = Outgoing(ours)
+    try:
+        destination = Destination(theirs, outgoing, SCREEN_BYTES)
+        with pytest.raises(MonitorError):
+            _send(guest, outgoing)
+        destination.wait()
+        guest.go_on(run=True, before=before)
+        assert _memfds(guest) == []
+        assert guest.look(disks_handled=False).was_running
+    finally:
+        outgoing.close()
+    ours, theirs = socket.socketpair()
+    outgoing = Outgoing(ours)
+    try:
+        destination = Destination(theirs, outgoing)
+        _send(guest, outgoing)
+        assert outgoing.wait(WAIT_SECONDS) > 2 * SCREEN_BYTES
+        destination.wait()
+        assert _memfds(guest) == []
+        _check(bytes(destination.state), screen, folder / "screen")
+    finally:
+        outgoing.close()
+        guest.close()
+
+
+def test_a_screen_is_read_over_the_monitor(drawing: tuple[Path, Screen], folder: Path) -> None:
+    monitor, screen = drawing
+    with QmpClient(monitor, WAIT_SECONDS) as qmp:
+        assert (screen.address, 16 << 20) in displays(qmp)
+        memory = GuestMemory(qmp, WAIT_SECONDS)
+        assert memory.read(screen.address, 1 << 20) != memory.read(screen.address + (1 << 20), 1 << 20)
+        qmp.command("stop")
+        assert memory.read(screen.address, SCREEN_BYTES) == screen.bytes_now(folder / "screen")
+        memory.close()
 
 
 def test_saved_with_a_rate_that_is_limited(drawing: tuple[Path, Screen], folder: Path) -> None:
