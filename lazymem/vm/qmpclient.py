@@ -179,7 +179,7 @@ class QmpClient:
 
     def _greet(self) -> None:
         try:
-            greeting = self._next_message(time.monotonic() + self._timeout_seconds)
+            greeting = self._first_message(time.monotonic() + self._timeout_seconds)
         except TimeoutError:
             raise MonitorError(
                 f"{self._path} does not greet as a monitor does: not QMP, or another client holds it (QMP serves one)"
@@ -187,6 +187,16 @@ class QmpClient:
         if "QMP" not in greeting:
             raise MonitorError(f"{self._path} is not a QMP monitor")
         self.command("qmp_capabilities")
+
+    def _first_message(self, deadline: float) -> dict[str, Any]:
+        """That is for us. Between the end of one client and the greeting of the next QEMU still tells whoever is
+        connected of events, and may answer what the other one had asked."""
+        while True:
+            message = self._next_message(deadline)
+            if "event" in message:
+                self._keep_event(message)
+            elif "return" not in message and "error" not in message:
+                return message
 
     def _next_answer(self, deadline: float) -> dict[str, Any]:
         while True:

@@ -79,6 +79,15 @@ def test_events_are_kept_wherever_they_come_and_bytes_may_come_one_by_one() -> N
         assert qmp.take_events() == []
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_what_was_meant_for_the_client_before_may_come_ahead_of_the_greeting(split: bool) -> None:
+    early = b'{"return": {}, "id": 1}\n{"event": "RESUME", "timestamp": {"seconds": 5, "microseconds": 0}}\n'
+    answer = b'{"return": {"status": "running"}, "id": @}\n'
+    with monitor(answer, greeting=early + GREETING, split=split) as (path, _), QmpClient(path) as qmp:
+        assert qmp.command("query-status") == {"status": "running"}
+        assert [event.name for event in qmp.take_events()] == ["RESUME"]
+
+
 def test_refused_command() -> None:
     refusal = b'{"error": {"class": "GenericError", "desc": "not now"}, "id": @}\n'
     expected = pytest.raises(CommandError, match="refused migrate: not now")
