@@ -215,10 +215,11 @@ class Outgoing:
         self._target.close()
         if self._listener is not None:
             self._listener.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-        if self._folder is not None:
-            self._folder.cleanup()
+        with suppress(OSError):  # a socket's name that is left is no reason to end in an error
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+            if self._folder is not None:
+                self._folder.cleanup()
 
     def _close_pair(self) -> None:
         for sock in (self._connection, self._emulators):
