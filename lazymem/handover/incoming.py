@@ -63,9 +63,9 @@ class Incoming:
         await self._whole.wait()
 
     def expect(self, count: int) -> str | None:
-        """The source says that it has sent so many bytes; 0: it does not say. What speaks against that, as far as all
-        is here."""
-        self._sent = count
+        """The source says that it has sent so many bytes; 0: it does not say, or not once more. What speaks against
+        that, as far as all is here."""
+        self._sent = count or self._sent
         return self._maybe_difference()
 
     def _maybe_difference(self) -> str | None:

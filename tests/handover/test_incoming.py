@@ -61,6 +61,24 @@ async def test_it_is_whole_where_the_source_does_not_say_otherwise(
             assert found.expect(sent) == (None if is_right else difference)
 
 
+async def test_what_was_sent_is_not_forgotten_when_the_source_is_back_and_does_not_say_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It says "given" to whoever is connected once more, and not how much it was."""
+    failed: list[str] = []
+    found = Incoming(_say, failed.append)
+
+    async def bring_in(_: object, __: Path, received: Callable[[int], None], arrived: Callable[[int], None]) -> None:
+        arrived(7)
+        received(7)
+        await trio.sleep_forever()
+
+    assert found.expect(8) is None
+    assert found.expect(0) is None
+    async with bringing(found, monkeypatch, bring_in):
+        assert (_is_whole(found), failed) == (False, ["of 8 bytes of device state 7 arrived"])
+
+
 @pytest.mark.parametrize("comes", [True, False])
 async def test_a_rest_that_does_not_come_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock, *, comes: bool
