@@ -407,7 +407,8 @@ class Sender:
 
         async def connect() -> Stream:
             stream = await self.receivers.state_connection(self.handover)
-            await trio.to_thread.run_sync(self._ram.look_for_load_reads)
+            # A mount that does not answer must not keep its guest from going on.
+            await trio.to_thread.run_sync(self._ram.look_for_load_reads, abandon_on_cancel=True)
             self._say("the guest's device state is on its way; the guest runs on until the end of that")
             return stream
 

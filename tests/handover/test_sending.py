@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -216,6 +217,36 @@ async def test_what_failed_is_not_given_because_it_left(tmp_path: Path, leaving:
         found._side.state = Source.OURS
         assert not await found._take(Event.SENT, None, None)
         assert found.state is Source.OURS
+
+
+async def test_a_mount_that_does_not_answer_does_not_hold_a_guest_whose_hand_over_ends(
+    tmp_path: Path, leaving: Leaving
+) -> None:
+    """Its RAM is looked at before anything leaves."""
+    looks, answers = threading.Event(), threading.Event()
+
+    def look() -> None:
+        looks.set()
+        answers.wait()
+
+    async def connection(_: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found._ram, found._side.state = cast(Any, SimpleNamespace(look_for_load_reads=look)), Source.MOVING
+        cast(Any, found.receivers).state_connection = connection
+        found._device_state.begin()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(found._migrate)
+            await trio.to_thread.run_sync(looks.wait)
+            found._device_state.cut()
+            with trio.move_on_after(30) as held:
+                await found._device_state.wait_over()
+            answers.set()
+        assert not held.cancelled_caught
+        event, _, reason = await found._events.take()
+    assert (event, reason) == (Event.FAILED, "the device state was not sent: it was broken off before")
 
 
 async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection_out() -> None:
