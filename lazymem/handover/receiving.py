@@ -84,6 +84,7 @@ class Receiver:
         self._may_have_run = state in DECIDED
         self._gave_up = False
         self._acting = False
+        self._has_read_ahead = False
         self._asking_mount = trio.Lock()
         self._mounted_until = -math.inf
         self._reason = ""
@@ -175,8 +176,9 @@ class Receiver:
         await self._events.put((event, message))
 
     def _when_stopped(self, load_reads: list[int]) -> None:
-        """What the end of the load would wait for begins while the state is on its way."""
-        if self.state is Destination.ASKED:
+        """What the end of the load would wait for begins while the state is on its way. Once: each time is a thread."""
+        if self.state is Destination.ASKED and not self._has_read_ahead:
+            self._has_read_ahead = True
             self._nursery.start_soon(self._read_ahead, load_reads[: messages.MAX_LOAD_READS])
 
     async def _read_ahead(self, load_reads: list[int]) -> None:

@@ -186,13 +186,14 @@ async def test_a_guest_that_was_promised_runs_before_that_is_on_the_disk(
 
 @pytest.mark.parametrize("state", [Destination.ASKED, Destination.MINE])
 async def test_what_a_load_reads_is_brought_before_it_wants_it(tmp_path: Path, state: Destination) -> None:
-    """As far as it makes sense; nothing for a guest that is loaded. And the mount has answered by then."""
+    """As far as it makes sense, and once; nothing for a guest that is loaded. And the mount has answered by then."""
     read: list[int] = []
     with receiver(tmp_path, Guest(), state) as (found, _, host):
         cast(Any, host).read_ahead = read.extend
         found._arriving.ram_bytes = 300 * 4096
         async with trio.open_nursery() as found._nursery:
             found._when_stopped([202, -1, 300, 203, *range(20)])
+            found._when_stopped([7])
         assert read == ([202, 203, 0, 1, 2, 3] if state is Destination.ASKED else [])
         assert host.asked == (state is Destination.ASKED)
 
