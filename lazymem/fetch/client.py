@@ -271,8 +271,8 @@ class Client:
             raise RemoteProtocolError(f"the server sent {len(request.data)} bytes of digests for {count} pages")
         return request.data
 
-    async def read_file(self, file: PublishedFile, size_limit: int) -> bytes:
-        """A whole published file, at most `size_limit` bytes.
+    async def read_file(self, file: PublishedFile, size_limit: int, begin: int = 0) -> bytes:
+        """A whole published file, at most `size_limit` bytes, from `begin` on.
 
         Raises:
             ServerRefusedError: there is none, or it is larger.
@@ -283,7 +283,7 @@ class Client:
             raise ServerRefusedError(f"the server's {file.name.lower()} has {size} bytes, more than {size_limit}")
         pieces = [
             await self.read_file_piece(file, offset, min(FILE_PIECE_BYTES, size - offset))
-            for offset in range(0, size, FILE_PIECE_BYTES)
+            for offset in range(begin, size, FILE_PIECE_BYTES)
         ]
         return b"".join(pieces)
 
