@@ -49,8 +49,8 @@ _AHEAD_BYTES = 4 << 20
 """In the kernel, before an emulator that loads: a screen."""
 
 _AHEAD_CHUNKS = 256
-"""16 MiB, and 64 at most, between the two sockets of the receiver: devices are some MiB, and a framebuffer is taken at
-once."""
+"""64 MiB at most between the two sockets of the receiver, and much less of what comes as it is, by segments: devices
+are some MiB, and a framebuffer is taken at once."""
 
 
 class Outgoing:

@@ -15,7 +15,8 @@ class ServerLimits:
     """Seconds, bytes, pages and counts. Tests shrink them; the defaults are the server's."""
 
     max_clients: int = 256
-    """Connections at a time; a mount takes two. A service may open 1024 files by default, and each costs one."""
+    """Connections at a time; a mount takes two, and a third for guesses around demands. A service may open 1024 files
+    by default, and each costs one."""
 
     max_clients_per_host: int = 64
     """So that one host cannot take all places. Connections over Unix sockets count as one host."""
