@@ -294,6 +294,20 @@ def everything(pages: PageRange, limit: int) -> PageRange:
     return PageRange(pages.start, min(limit, pages.count))
 
 
+async def test_whoever_demands_is_told_how_fast_the_link_is(nursery: trio.Nursery, clock: Clock) -> None:
+    """Its own few guesses do not show that."""
+    source, coming = OnlyAsked(), Coming(PAGES)
+    work = Fill(source, TakesAll(), PAGES, prepager(everything, PAGES), LastDemand(), coming)  # type: ignore[arg-type]
+    with trio.fail_after(60):
+        nursery.start_soon(work.run)
+        await until(lambda: bool(source.asked))
+        assert coming.bytes_per_second == 0
+        clock.now += 0.02
+        source.answer()
+        assert coming.bytes_per_second == work.bytes_per_second > 0
+    nursery.cancel_scope.cancel()
+
+
 async def test_a_fill_gives_way_to_demands_that_are_near_each_other(nursery: trio.Nursery, clock: Clock) -> None:
     """One request at a time, and not the next one when its answer comes; then, once nobody demands, all that fits."""
     source, demands = OnlyAsked(), Demanding(clock)

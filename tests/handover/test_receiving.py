@@ -210,6 +210,27 @@ async def test_a_guest_that_was_promised_to_the_process_before_is_asked_for_agai
         assert [type(message) for message in link.said] == [messages.Refused]
 
 
+async def test_a_guest_that_is_promised_waits_for_no_mount_and_its_rest_is_not_waited_for_for_ever(
+    tmp_path: Path,
+) -> None:
+    """The mount is asked when the guest is to run."""
+    with receiver(tmp_path, Guest()) as (found, _, host):
+        awaited = trio.Event()
+
+        async def await_rest() -> None:
+            awaited.set()
+
+        cast(Any, found._incoming).await_rest = await_rest
+        async with trio.open_nursery() as found._nursery:
+            await found._take(Event.GIVEN, messages.Given(1.0, 6))
+        assert (found.state, host.asked, awaited.is_set()) == (Destination.PROMISED, 0, True)
+        host._gone = True
+        async with trio.open_nursery() as found._nursery:
+            await found._take(Event.LOADED, None)
+            found._nursery.cancel_scope.cancel()
+        assert (found.state, host.asked) == (Destination.REFUSED, 1)
+
+
 async def test_a_state_of_another_length_is_refused(tmp_path: Path) -> None:
     with receiver(tmp_path, Guest()) as (found, link, _):
         found._incoming._count = 5

@@ -211,6 +211,25 @@ async def test_what_is_all_but_there_is_given(
     assert [message.state_bytes for message in said if isinstance(message, messages.Given)] == [7] * given
 
 
+async def test_whoever_comes_back_is_not_told_what_an_earlier_version_does_not_know(
+    tmp_path: Path, leaving: Leaving
+) -> None:
+    """It would take the word for nonsense, each time, and the guest would stand on both sides."""
+    leaving.stopped, leaving.state_bytes = 5.0, 7
+    said: list[messages.Message] = []
+
+    class Peer:
+        async def send(self, message: messages.Message) -> None:
+            await trio.lowlevel.checkpoint()
+            said.append(message)
+
+    with Journal(tmp_path / "j", "source") as journal:
+        found = sender(journal, Guest(), leaving)
+        found.receivers.peer, found._side.state = cast(Any, Peer()), Source.GIVEN
+        await found._take(Event.BACK, found.receivers.peer, None)
+    assert [messages.encode(message)[4:] for message in said] == [b'{"say":"given","stopped":5.0}']
+
+
 async def test_what_failed_is_not_given_because_it_left(tmp_path: Path, leaving: Leaving) -> None:
     with Journal(tmp_path / "j", "source") as journal:
         found = sender(journal, Guest(), leaving)
@@ -279,9 +298,10 @@ async def test_a_receiver_that_left_does_not_keep_the_next_ones_state_connection
         receivers.close()
 
 
+@pytest.mark.parametrize(("event", "payload"), [(Event.RECEIVED, messages.Received(7)), (Event.SENT, None)])
 @pytest.mark.parametrize("kept", [False, True])
 async def test_a_guest_that_cannot_be_given_on_the_disk_goes_on_here(
-    tmp_path: Path, leaving: Leaving, *, kept: bool
+    tmp_path: Path, leaving: Leaving, event: Event, payload: object, *, kept: bool
 ) -> None:
     """And a restarted process reads that it is here."""
     with Disk(tmp_path / "j", "source") as journal:
@@ -292,7 +312,7 @@ async def test_a_guest_that_cannot_be_given_on_the_disk_goes_on_here(
         found._offers.handover = OLD
         found._side.state = Source.MOVING
         found._device_state.sent_bytes = 7
-        assert await found._take(Event.RECEIVED, None, messages.Received(7))
+        assert await found._take(event, None, payload)
         assert (found.state, guest.went_on) == (Source.OURS, 1)
         assert found._reason == "the disk is full"
         record = read(tmp_path / "j")
