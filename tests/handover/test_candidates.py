@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 from contextlib import suppress
 
 import pytest
@@ -145,6 +146,21 @@ def test_nonsense(data: bytes) -> None:
     assert list(unpacker.feed(KEPT)) == []
     with pytest.raises(SaveStreamError):
         list(unpacker.feed(data))
+
+
+def test_a_table_of_more_pages_than_the_piece_has_is_no_reason_to_put_them_together() -> None:
+    """It takes 8 bytes to name one."""
+    count = MAX_PIECE_BYTES // 8
+    data = referring(PAGE_SIZE + 8, [(8 + n * PAGE_SIZE, PAGE_SIZE) for n in range(count)], bytes(8))
+    unpacker = Unpacker()
+    assert list(unpacker.feed(KEPT)) == []
+    tracemalloc.start()
+    try:
+        with pytest.raises(SaveStreamError):
+            list(unpacker.feed(data))
+        assert tracemalloc.get_traced_memory()[1] < 8 * MAX_PIECE_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_the_nonsense_is_made_of_makes_sense() -> None:
