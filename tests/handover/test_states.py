@@ -135,3 +135,15 @@ class TakesWhatWasPromisedForNotRun(World):
 def test_that_would_see_one_whose_note_is_lost() -> None:
     with pytest.raises(AssertionError, match="ran=True"):
         every_order(TakesWhatWasPromisedForNotRun())
+
+
+class GoesOnThoughItsDiskRefuses(World):
+    """A destination that takes what it could not write for written."""
+
+    def cannot_write_there(self, *, kept: bool) -> None:
+        self.destination.next()
+
+
+def test_that_would_see_one_that_goes_on_without_a_record() -> None:
+    with pytest.raises(AssertionError, match=r"not True or <Destination\.ASKED"):
+        every_order(GoesOnThoughItsDiskRefuses())

@@ -73,6 +73,8 @@ class Process:
         self.alive, self.todo = False, ()
 
     def restart(self) -> None:
+        """What it reads it writes once more, first of all."""
+        self.record(self.read)
         self.alive, self.state = True, self.read
         self.take(Event.RESTARTED)
 
@@ -173,14 +175,20 @@ class World:
                 yield Step("its disk refuses", lambda world: world._cannot_write(kept=False), is_trouble=True)
                 yield Step("its disk refuses, and keeps", lambda world: world._cannot_write(kept=True), is_trouble=True)
         if self.destination.todo:
-            yield Step(f"the destination: {self.destination.todo[0][0].name}", World._destination_acts)
+            effect, _ = self.destination.todo[0]
+            yield Step(f"the destination: {effect.name}", World._destination_acts)
+            if effect in (Effect.RECORD, Effect.NOTE):
+                yield Step("its disk refuses", lambda world: world.cannot_write_there(kept=False), is_trouble=True)
+                yield Step(
+                    "its disk refuses, and keeps", lambda world: world.cannot_write_there(kept=True), is_trouble=True
+                )
 
     def _of_emulators(self) -> Iterator[Step]:
         if self.source.idle and self.source.state is Source.MOVING:
             yield Step("the migration fails", World._migration_fails, is_trouble=not self.broken)
             if self.connected and not (self.sent or self.broken):
                 yield Step("the guest stops, its state is sent", World._send)
-            if self.sent and not self.broken:
+            if self.sent:  # and may have broken just now, of which nobody knows here yet
                 yield Step("its end is on its way", lambda world: world.source.take(Event.SENT))
         if self.sent and self.destination.alive and not (self.arrived or self.broken):
             # Over a connection of its own, which may last longer than that over which they speak.
@@ -286,6 +294,13 @@ class World:
             self.source.record(Source.GIVEN)
         self.source.todo = ()
         self.source.take(Event.NOT_WRITTEN)
+
+    def cannot_write_there(self, *, kept: bool) -> None:
+        """Its process ends by that, and nothing that stood behind it is done."""
+        _, state = self.destination.next()
+        if kept:
+            self.destination.read = state
+        self._kill_destination()
 
     def _destination_acts(self) -> None:
         effect, state = self.destination.next()
