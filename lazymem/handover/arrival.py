@@ -8,6 +8,11 @@ from msgspec import Struct, structs
 
 from lazymem.handover.states import Destination, after_host_restart
 
+RUNS_UNATTENDED = (
+    "the guest runs here, and that could not be written to the disk: start lazymem receive again, and do not take it "
+    "back at its source, where it stands"
+)
+
 
 class Host(Protocol):
     """What this host does for a hand-over. All may block, and are called from threads."""

@@ -16,9 +16,9 @@ from typing import Any
 import trio
 from msgspec import to_builtins
 
-from lazymem.errors import LazymemError, MonitorError, SaveStreamError
+from lazymem.errors import LazymemError, MonitorError, SaveStreamError, StoreError
 from lazymem.handover import messages
-from lazymem.handover.arrival import Arriving, Host, Outcome
+from lazymem.handover.arrival import RUNS_UNATTENDED, Arriving, Host, Outcome
 from lazymem.handover.arriving import ArrivingGuest
 from lazymem.handover.channel import Stream
 from lazymem.handover.emulatorhere import EmulatorHere, NotRunError
@@ -27,7 +27,7 @@ from lazymem.handover.incoming import Incoming
 from lazymem.handover.journal import Journal, Record
 from lazymem.handover.polling import until
 from lazymem.handover.source_link import SourceLink
-from lazymem.handover.states import DECIDED, SAID, Destination, Effect, Event, destination
+from lazymem.handover.states import DECIDED, SAID, UNDECIDED, Destination, Effect, Event, destination
 from lazymem.handover.taking import Taking
 from lazymem.pages import PAGE_SIZE
 
@@ -48,8 +48,6 @@ _MOUNTED_SECONDS = 1.0
 """So long it is taken for granted that a mount that answered is there."""
 
 _QUEUE = 256
-
-_UNDECIDED = (Destination.ASKED, Destination.LOADED, Destination.PROMISED)
 
 Say = Callable[[str], None]
 
@@ -83,8 +81,7 @@ class Receiver:
         self._restarted = False
         self._may_have_run = state in DECIDED
         self._gave_up = False
-        self._acting = False
-        self._has_read_ahead = False
+        self._acting = self._has_read_ahead = False
         self._asking_mount = trio.Lock()
         self._mounted_until = -math.inf
         self._reason = ""
@@ -132,7 +129,7 @@ class Receiver:
 
     def interrupt(self) -> bool:
         """The user wants it to end. False: the guest runs here, so it is its emulator that is to end."""
-        if self.state not in _UNDECIDED:
+        if self.state not in UNDECIDED:
             return False
         self._fail("interrupted")
         return True
@@ -221,7 +218,7 @@ class Receiver:
     async def _watch_emulator(self) -> None:
         while (code := await trio.to_thread.run_sync(self._host.maybe_exit_code)) is None:  # noqa: ASYNC110
             await trio.sleep(_LOOK_SECONDS)
-        if self.state in _UNDECIDED:
+        if self.state in UNDECIDED:
             said = await trio.to_thread.run_sync(self._host.complaint)
             await self._events.put((Event.FAILED, f"the emulator ended with status {code}{': ' if said else ''}{said}"))
             await self._events.put((Event.LOST, code))  # it may have been decided meanwhile
@@ -265,7 +262,7 @@ class Receiver:
 
     async def _take(self, event: Event, payload: object) -> None:
         before = self.state
-        decides = event in (Event.GIVEN, Event.LOADED, Event.TAKE) and before in _UNDECIDED
+        decides = event in (Event.GIVEN, Event.LOADED, Event.TAKE) and before in UNDECIDED
         promises = event is Event.GIVEN and before is Destination.ASKED  # and it is decided when all is loaded
         if isinstance(payload, messages.Given):
             self._stopped = payload.stopped
@@ -274,9 +271,9 @@ class Receiver:
                 event, payload = Event.FAILED, maybe_difference
         if decides and not promises and not await self._is_mounted():
             event, payload = Event.FAILED, "the mount of the guest's RAM is gone"
-        if isinstance(payload, messages.Void) and before in _UNDECIDED:
+        if isinstance(payload, messages.Void) and before in UNDECIDED:
             self._reason = self._reason or f"the source kept its guest{': ' if payload.text else ''}{payload.text}"
-        elif event is Event.FAILED and before in _UNDECIDED:
+        elif event is Event.FAILED and before in UNDECIDED:
             self._reason = str(payload)
         elif event in (Event.ALL_HERE, Event.OVER) and before is Destination.MINE:
             await self._make_report()
@@ -351,7 +348,12 @@ class Receiver:
 
     async def _act(self, effect: Effect) -> bool:
         if effect is Effect.RECORD:
-            await self._record(self.state)
+            try:
+                await self._record(self.state)
+            except StoreError:
+                if self.state is Destination.MINE and self._arriving.ran:
+                    self._say(RUNS_UNATTENDED)
+                raise
         elif effect is Effect.NOTE:
             await self._write(self._journal.note, self.state)
         elif effect is Effect.RUN:

@@ -69,6 +69,9 @@ OUTLASTS: frozenset[Source | Destination] = frozenset({*MAY_RUN, Destination.PRO
 DECIDED: frozenset[Destination] = frozenset({Destination.MINE, Destination.WHOLE, Destination.DONE})
 """The states of a destination whose guest was let run."""
 
+UNDECIDED: frozenset[Destination] = frozenset({Destination.ASKED, Destination.LOADED, Destination.PROMISED})
+"""The states of one whose guest was not."""
+
 RECORDED: frozenset[Source | Destination] = frozenset({*Source, *Destination} - {Source.MOVING, Destination.LOADED})
 """The states that stand on the disk. The others are gone with their process."""
 

@@ -13,7 +13,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from lazymem.errors import MonitorError
+from lazymem.errors import MonitorError, StoreError
 from lazymem.handover import emulatorhere, messages, receiving
 from lazymem.handover.arrival import Arriving
 from lazymem.handover.arriving import NeverToldError
@@ -182,6 +182,34 @@ async def test_a_guest_that_was_promised_runs_before_that_is_on_the_disk(
         await found._step(Event.LOADED)
         assert found.state is Destination.MINE
     assert seen == ["promised written", "mine", "mine written"]
+
+
+@pytest.mark.parametrize("refused", [Destination.PROMISED, Destination.MINE])
+async def test_a_guest_that_runs_though_the_disk_refuses_that_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Destination
+) -> None:
+    """Its source's user could take it for dead, since nobody answers here any more."""
+    guest, said = Guest(), list[str]()
+    with receiver(tmp_path, guest) as (found, link, _):
+        write = found._journal.write
+
+        def written(handover: str, state: str, details: dict[str, Any]) -> Any:
+            if state == refused.value:
+                raise StoreError("the disk is full")
+            return write(handover, state, details)
+
+        monkeypatch.setattr(found._journal, "write", written)
+        monkeypatch.setattr(found, "_say", said.append)
+        if refused is Destination.MINE:
+            await found._step(Event.GIVEN)
+        with pytest.raises(StoreError):
+            await found._step(Event.LOADED if refused is Destination.MINE else Event.GIVEN)
+    assert guest.ran == (refused is Destination.MINE)
+    assert [line.partition(",")[0] for line in said] == ["the guest runs here"] * guest.ran
+    assert link.said == []
+    record = read(tmp_path / "j")
+    assert record is not None
+    assert record.state == ("mine" if guest.ran else "asked")
 
 
 @pytest.mark.parametrize("state", [Destination.ASKED, Destination.MINE])
