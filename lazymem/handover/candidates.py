@@ -53,21 +53,24 @@ class Candidates:
         maybe_page = self._pages.get(offset)
         return maybe_page is not None and data.startswith(maybe_page, at)
 
-    def put_together(self, table: bytes, rest: bytes) -> bytes:
-        """The piece of which `cut_out` has made these.
+    def put_together(self, table: bytes, rest: bytes, length: int) -> bytes:
+        """The piece of which `cut_out` has made these, of so many bytes.
 
         Raises:
             SaveStreamError: they do not fit each other, or what is here.
         """
+        # First: a table of nothing but pages names 500 times its own size.
+        if len(table) // ENTRY_BYTES * PAGE_SIZE + len(rest) != length:
+            raise SaveStreamError(f"the source's references do not make a piece of {length} bytes")
         parts: list[bytes] = []
-        taken = length = 0
+        taken = end = 0
         for position, offset in _ENTRY.iter_unpack(table):
-            count, maybe_page = position - length, self._pages.get(offset)
+            count, maybe_page = position - end, self._pages.get(offset)
             if maybe_page is None or not 0 <= count <= len(rest) - taken:
                 raise SaveStreamError(f"the source names a page of its guest's screen that does not fit: {offset}")
             parts += [rest[taken : taken + count], maybe_page]
             taken += count
-            length = position + PAGE_SIZE
+            end = position + PAGE_SIZE
         return b"".join([*parts, rest[taken:]])
 
 

@@ -183,12 +183,9 @@ class Unpacker:
     def _together(self, content: bytes, length: int) -> bytes:
         if len(content) < _COUNT.size:
             raise SaveStreamError(_WRONG_SIZE)
-        count = _COUNT.unpack_from(content)[0]
-        begin = _COUNT.size + count * ENTRY_BYTES
+        begin = _COUNT.size + _COUNT.unpack_from(content)[0] * ENTRY_BYTES
         rest = self._inside(content, begin)
-        if count * PAGE_SIZE + len(rest) != length:  # before there is so much of it
-            raise SaveStreamError(_WRONG_SIZE)
-        return self._candidates.put_together(content[_COUNT.size : begin], rest)
+        return self._candidates.put_together(content[_COUNT.size : begin], rest, length)
 
     def _inside(self, content: bytes, begin: int) -> bytes:
         """What the piece is that begins there, and ends with the content."""

@@ -180,6 +180,21 @@ def test_damaged_pieces_are_refused_or_mean_something_else(
         assert all(len(piece) <= MAX_PIECE_BYTES for piece in unpacker.feed(damaged))
 
 
+def test_a_table_of_nothing_but_pages_is_not_put_together_first() -> None:
+    """It would be 128 MiB, of a piece that says that it has 256 KiB."""
+    entries = [(number * PAGE_SIZE, PAGE_SIZE) for number in range(MAX_PIECE_BYTES // 8)]
+    unpacker = Unpacker()
+    assert list(unpacker.feed(KEPT)) == []
+    sent = referring(MAX_PIECE_BYTES, entries, b"a")
+    tracemalloc.start()
+    try:
+        with pytest.raises(SaveStreamError):
+            list(unpacker.feed(sent))
+        assert tracemalloc.get_traced_memory()[1] < 16 * MAX_PIECE_BYTES
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_later_candidate_is_instead_of_an_earlier_one() -> None:
     kept = Candidates()
     kept.keep(0, PAGES[0] + PAGES[1])
@@ -190,4 +205,5 @@ def test_a_later_candidate_is_instead_of_an_earlier_one() -> None:
     assert not kept.is_equal(8192, PAGES[0], 0)
     table, rest = cut_out(b"ab" + PAGES[2] + b"c" + PAGES[1], [Reference(2, 0), Reference(3 + PAGE_SIZE, PAGE_SIZE)])
     assert rest == b"abc"
-    assert kept.put_together(table, rest) == b"ab" + PAGES[2] + b"c" + PAGES[1]
+    whole = b"ab" + PAGES[2] + b"c" + PAGES[1]
+    assert kept.put_together(table, rest, len(whole)) == whole
