@@ -40,7 +40,7 @@ class GuestMemory:
     """For one thread. The emulator answers nothing else while it reads: 0.4 ms, and 0.6 for a MiB."""
 
     def __init__(self, qmp: QmpClient, patience_seconds: float = _READ_SECONDS) -> None:
-        """`patience_seconds`: for each answer to `read`.
+        """`patience_seconds`: for each answer to `read`, and to `close`.
 
         Raises:
             MonitorError: the emulator takes no descriptor, or is gone.
@@ -62,21 +62,25 @@ class GuestMemory:
         Raises:
             MonitorError: the emulator refused it, does not answer in time, or is gone.
         """
-        before = self._qmp.patience(self._patience_seconds)
-        try:
-            self._qmp.command("pmemsave", val=address, size=size, filename=self._path)
-        finally:
-            self._qmp.patience(before)
+        self._ask("pmemsave", val=address, size=size, filename=self._path)
         data = os.pread(self._file, size, 0)
         if len(data) != size:
             raise MonitorError(f"the emulator has written {len(data)} of {size} bytes of its guest's memory")
         return data
 
     def close(self) -> None:
-        """Also where the emulator is gone, or has none of it."""
+        """Also where the emulator is gone, or has none of it. One that does not answer in time closes it later, and
+        before whatever it is asked next."""
         with suppress(MonitorError):
-            self._qmp.command("closefd", fdname=_NAME)
+            self._ask("closefd", fdname=_NAME)
         os.close(self._file)
+
+    def _ask(self, command: str, **arguments: int | str) -> None:
+        before = self._qmp.patience(self._patience_seconds)
+        try:
+            self._qmp.command(command, **arguments)
+        finally:
+            self._qmp.patience(before)
 
 
 def _number(maybe_pid: int | None, name: str) -> str:

@@ -23,10 +23,13 @@ from tests.support.vmprocess import WAIT_SECONDS
 
 PAGE = b"a page" * 100
 
+ANSWER_SECONDS = 3600.0
+"""For whatever is no reading: more than a test may take."""
+
 
 class Emulator:
     """A monitor in this process, which therefore has each memfd of ours. `writes`: by pmemsave; None: it does not
-    answer that until the next command comes."""
+    answer that, nor closefd, until the next command comes."""
 
     def __init__(self, connection: socket.socket, writes: bytes | None) -> None:
         self._connection = connection
@@ -44,11 +47,12 @@ class Emulator:
                 command: dict[str, Any] = json.loads(line)
                 self.commands.append(command["execute"])
                 answer = json.dumps({"return": {}, "id": command["id"]}).encode() + b"\n"
+                if self._writes is None and command["execute"] in ("pmemsave", "closefd"):
+                    late.append(answer)
+                    continue
                 if command["execute"] == "pmemsave":
+                    assert self._writes is not None
                     self.paths.append(command["arguments"]["filename"])
-                    if self._writes is None:
-                        late.append(answer)
-                        continue
                     Path(self.paths[-1]).write_bytes(self._writes)
                 self._connection.sendall(b"".join(late) + answer)
                 late.clear()
@@ -58,7 +62,7 @@ class Emulator:
 def emulating(writes: bytes | None) -> Iterator[tuple[QmpClient, Emulator]]:
     ours, theirs = socket.socketpair()
     emulator = Emulator(theirs, writes)
-    with QmpClient(Path("nowhere"), connection=ours) as qmp:
+    with QmpClient(Path("nowhere"), ANSWER_SECONDS, connection=ours) as qmp:
         yield qmp, emulator
     emulator.thread.join(60)
 
@@ -90,6 +94,15 @@ def test_an_answer_that_does_not_come_is_not_waited_for() -> None:
         with pytest.raises(MonitorError, match="pmemsave"):
             memory.read(0, len(PAGE))
         assert qmp.command("query-status") == {}
-        assert qmp.patience(1.0) == 30
+        assert qmp.patience(ANSWER_SECONDS) == ANSWER_SECONDS
         memory.close()
     assert emulator.commands[-2:] == ["query-status", "closefd"]
+
+
+def test_an_emulator_that_stands_for_its_migration_is_not_waited_for_at_the_end() -> None:
+    """It closes what it was given when it goes on, before anything else."""
+    with emulating(None) as (qmp, emulator):
+        GuestMemory(qmp).close()
+        assert qmp.patience(ANSWER_SECONDS) == ANSWER_SECONDS
+        assert qmp.command("query-status") == {}
+    assert emulator.commands[-2:] == ["closefd", "query-status"]
