@@ -36,6 +36,10 @@ TURN_SECONDS = 0.002
 _HELD_SECONDS = 0.2
 """At most, of a hand-over's time. The guest runs meanwhile."""
 
+_TAKEN_SECONDS = 0.02
+"""Held no longer than that unless the thread at the monitor knows: it may be waiting for an emulator that has stopped
+its guest all the same."""
+
 _SILENT_SECONDS = 0.5
 """Held no longer than that without a piece, whatever became of the thread at the monitor."""
 
@@ -70,6 +74,7 @@ _GAP_PAGES = 16
 class _Held(enum.Enum):
     NOT_YET = enum.auto()
     IS = enum.auto()
+    IS_KNOWN = enum.auto()
     NO_MORE = enum.auto()
 
 
@@ -83,7 +88,7 @@ class Memory(Protocol):
 
 class ScreenAhead:
     """One hand-over's. `is_awaited`: the emulator may still be held, by which time `run_if_held` has to be called.
-    `silent_seconds`: as long as the relay waits for that."""
+    `taken_seconds`: as long as the relay waits for that; `silent_seconds`: and for each piece then."""
 
     def __init__(self, stream: ScreenStream, pace: Pace, let_emulator_write: Callable[[], None]) -> None:
         self._stream = stream
@@ -94,7 +99,7 @@ class ScreenAhead:
         self._pieces: deque[tuple[int, bytes]] = deque()
         self._left_bytes = self._sent_bytes = 0
         self._held = _Held.NOT_YET
-        self.silent_seconds = _SILENT_SECONDS
+        self.taken_seconds, self.silent_seconds = _TAKEN_SECONDS, _SILENT_SECONDS
 
     @property
     def is_awaited(self) -> bool:
@@ -109,6 +114,8 @@ class ScreenAhead:
             if self._held is _Held.NO_MORE or self._maybe_memory is None:
                 return
             self._held, self._sent_bytes = _Held.IS, sent_bytes
+            if not self._changed.wait_for(lambda: self._held is not _Held.IS, self.taken_seconds):
+                self._held = _Held.NO_MORE
         while (maybe_piece := self._maybe_next()) is not None:
             count = send(*maybe_piece)
             with self._changed:
@@ -140,8 +147,11 @@ class ScreenAhead:
 
     def run_if_held(self) -> None:
         """Lets it go on again after 0.2 s at most."""
-        if self._held is not _Held.IS or self._maybe_memory is None:
-            return
+        with self._changed:
+            if self._held is not _Held.IS or self._maybe_memory is None:
+                return
+            self._held = _Held.IS_KNOWN
+            self._changed.notify_all()
         try:
             self._run(self._maybe_memory)
             self._close_memory()

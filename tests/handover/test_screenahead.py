@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import trio
 
 from lazymem.errors import MonitorError
 from lazymem.handover.leaving import LeavingGuest
+from lazymem.handover.pace import Pace
 from lazymem.handover.pagerecords import Block
 from lazymem.handover.relay import Outgoing, bring_in
 from lazymem.handover.screenahead import ScreenAhead
+from lazymem.handover.screenstream import ScreenStream
 from lazymem.pages import PAGE_SIZE
 from tests.support.fakeemulator import Behaviour, fake_emulator
 from tests.support.ramstream import beginning, one_pass
@@ -29,6 +32,9 @@ PLACES = [(DISPLAY.address, DISPLAY.size)]
 PAGES = 300
 
 NOISE = random.Random(1).randbytes(PAGES * PAGE_SIZE)
+
+LONG = 10 * WAIT_SECONDS
+"""Nothing in here takes so long but what has gone wrong."""
 
 CYCLE_SECONDS = 0.012
 """Of a screen that is drawn at once."""
@@ -111,7 +117,7 @@ async def handed_over(folder: Path, memory: Memory) -> tuple[bytes, bytes]:
 
     listening = listener(folder / "emulator")
     end = outgoing.make_pair().dup()
-    outgoing.ahead.silent_seconds = WAIT_SECONDS
+    outgoing.ahead.taken_seconds = outgoing.ahead.silent_seconds = LONG
     outgoing.ahead.begin(PLACES, memory)
     outgoing.start()
     try:
@@ -168,41 +174,76 @@ def outgoing() -> Iterator[Outgoing]:
         found.close()
 
 
-@pytest.fixture
-def held(outgoing: Outgoing) -> Iterator[tuple[ScreenAhead, threading.Thread, list[int]]]:
-    """One whose relay waits, with nobody at the monitor, and where the candidates went."""
-    outgoing.ahead.begin(PLACES, Memory())
-    offsets: list[int] = []
+class Stalled(Memory):
+    """Of an emulator that does not answer until `goes_on`. `is_read`: it was asked."""
 
-    def send(offset: int, data: bytes) -> int:
-        offsets.append(offset)
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_read, self.goes_on = threading.Event(), threading.Event()
+
+    def read(self, address: int, size: int) -> bytes:
+        self.is_read.set()
+        assert self.goes_on.wait(WAIT_SECONDS)
+        raise MonitorError("told to fail")
+
+
+class Held:
+    """A relay that waits behind a first pass; where the candidates went."""
+
+    def __init__(self, memory: Memory, *, taken_seconds: float = LONG, silent_seconds: float = LONG) -> None:
+        stream = ScreenStream()
+        self.ahead = ScreenAhead(stream, Pace(), lambda: None)
+        self.ahead.begin(PLACES, memory)
+        self.ahead.taken_seconds, self.ahead.silent_seconds = taken_seconds, silent_seconds
+        stream.take(beginning([DISPLAY, FIRMWARE]) + one_pass([(DISPLAY.name, 0, b"s" * PAGE_SIZE)], is_last=False))
+        self.offsets: list[int] = []
+        self._thread = threading.Thread(target=self.ahead.hold, args=(1 << 20, self._send), daemon=True)
+        self._thread.start()
+
+    def _send(self, offset: int, data: bytes) -> int:
+        self.offsets.append(offset)
         return len(data)
 
-    thread = threading.Thread(target=outgoing.ahead.hold, args=(1 << 20, send))
-    thread.start()
-    yield outgoing.ahead, thread, offsets
-    outgoing.ahead.close()
-    thread.join(60)
-    assert not thread.is_alive()
+    def wait_over(self) -> None:
+        self._thread.join(WAIT_SECONDS)
+        assert not self._thread.is_alive()
+        assert not self.ahead.is_awaited
+        assert self.offsets == []
+
+
+@contextmanager
+def stalled(**seconds: float) -> Iterator[Held]:
+    """One whose monitor's thread waits for an answer."""
+    memory, is_over = Stalled(), threading.Event()
+    held = Held(memory, **seconds)
+    monitor = threading.Thread(target=run_at_monitor, args=(held.ahead, is_over))
+    monitor.start()
+    try:
+        assert memory.is_read.wait(WAIT_SECONDS)
+        yield held
+    finally:
+        memory.goes_on.set()
+        is_over.set()
+        monitor.join(WAIT_SECONDS)
 
 
 @pytest.mark.parametrize("how", ["let_go", "close"])
-def test_it_is_let_go_by_whoever_wants_it(held: tuple[ScreenAhead, threading.Thread, list[int]], how: str) -> None:
-    ahead, thread, offsets = held
-    end: Callable[[], None] = getattr(ahead, how)
-    end()
-    thread.join(60)
-    assert not thread.is_alive()
-    assert not ahead.is_awaited
-    assert offsets == []
-    end()
+def test_it_is_let_go_by_whoever_wants_it(how: str) -> None:
+    with stalled() as held:
+        end: Callable[[], None] = getattr(held.ahead, how)
+        end()
+        held.wait_over()
+        end()
 
 
-def test_it_goes_on_without_anybody_at_the_monitor(held: tuple[ScreenAhead, threading.Thread, list[int]]) -> None:
-    ahead, thread, _ = held
-    thread.join(60)
-    assert not thread.is_alive()
-    assert not ahead.is_awaited
+def test_it_goes_on_without_a_word_of_the_monitor() -> None:
+    with stalled(silent_seconds=0.01) as held:
+        held.wait_over()
+
+
+def test_it_goes_on_without_anybody_at_the_monitor() -> None:
+    """Who is to be there may wait for an answer of an emulator that has stopped its guest, and waits for the relay."""
+    Held(Memory(), taken_seconds=0.01).wait_over()
 
 
 def test_nothing_is_held_that_was_let_go_before(outgoing: Outgoing) -> None:
