@@ -187,6 +187,8 @@ class ScreenAhead:
         assert display is not None
 
         def read(offset: int, size: int) -> bytes:
+            if time.monotonic() > end:
+                raise MonitorError("the guest's screen cannot be read in time")
             return memory.read(display.address + offset, size)
 
         if self._sent_bytes < _LEAST_SCREEN_BYTES:

@@ -20,7 +20,8 @@ Read = Callable[[int, int], bytes]
 
 
 class Rest(Struct, frozen=True):
-    """`began`: by the clock. `seconds`: how long the one before it took; `cycle_seconds`: from one to the next."""
+    """`began`: by the clock. `seconds`: how long the one before it took, or what is left of the time that there is;
+    `cycle_seconds`: from one to the next."""
 
     began: float
     seconds: float
@@ -50,7 +51,7 @@ class Drawing:
         if self._maybe_other(self._last, maybe_last) is None:
             return None
         now = self._clock()
-        return Rest(now, seconds, now - ended)
+        return Rest(now, min(seconds, self._end - now), now - ended)
 
     def _maybe_other(self, offset: int, known: bytes) -> bytes | None:
         """The page when it is another one."""

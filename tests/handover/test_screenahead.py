@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from lazymem.errors import MonitorError
+from lazymem.handover import screenahead
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.pace import Pace
 from lazymem.handover.pagerecords import Block
@@ -162,6 +163,14 @@ async def test_a_memory_that_cannot_be_read_is_no_reason_to_wait(tmp_path: Path,
     memory = Memory(fails_at=reading)
     sent, got = await handed_over(tmp_path, memory)
     assert got == sent
+
+
+async def test_nothing_is_read_when_there_is_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screenahead, "_HELD_SECONDS", -1.0)
+    memory = Memory()
+    sent, got = await handed_over(tmp_path, memory)
+    assert got == sent
+    assert memory.readings == 0
 
 
 @pytest.fixture

@@ -50,6 +50,14 @@ def test_nothing_is_waited_for_when_there_is_no_time() -> None:
     assert screen.now - begun < 0.03 + 4 * LOOK_SECONDS
 
 
+@given(floats(0, 0.02), floats(0.004, 0.045), floats(0.02, 0.3))
+def test_a_rest_is_over_when_there_is_no_more_time(draws: float, rests: float, seconds: float) -> None:
+    screen = DrawnScreen(PAGES, draws=draws, rests=rests)
+    end = screen.now + seconds
+    rest = drawing(screen, seconds=seconds).maybe_rest()
+    assert rest is None or rest.began + rest.seconds <= end + LOOK_SECONDS / 100
+
+
 def test_pages_that_changed() -> None:
     screen = DrawnScreen(300, draws=0.001, rests=0.01, still=260)
     sent = screen.sent()
