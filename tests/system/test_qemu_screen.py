@@ -23,6 +23,7 @@ from lazymem.demo.qemurun import started
 from lazymem.errors import MonitorError
 from lazymem.handover.leaving import LeavingGuest
 from lazymem.handover.relay import Outgoing
+from lazymem.handover.screenstream import ScreenStream
 from lazymem.handover.statepieces import Unpacker
 from lazymem.pages import PAGE_SIZE
 from lazymem.vm.guestmemory import GuestMemory, displays
@@ -34,6 +35,7 @@ from tests.support.vmprocess import WAIT_SECONDS
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
+VIDEO_BYTES = 16 << 20
 SCREEN_BYTES = 1024 * 768 * 4
 STEP_BYTES = 600_000
 """Of the stream; between two of them the guest draws."""
@@ -127,8 +129,8 @@ def _take_slowly(connection: socket.socket, screen: Screen, taken: bytearray) ->
                 screen.wait_drawn(SCREENS)
 
 
-def _framebuffer(stream: bytes) -> dict[int, bytes]:
-    """By their offsets, the pages as they were sent last."""
+def _framebuffer(stream: bytes, *, only_at_the_end: bool = False) -> dict[int, bytes]:
+    """By their offsets, the pages as they were sent last. `only_at_the_end`: those of the pass behind the stop."""
     begun = stream.index(b"\x03ram")
     footer = b"\x7e" + stream[begun - 4 : begun]  # with the section's number, which is not the same in each version
     at = stream.index(footer, begun) + len(footer)
@@ -138,6 +140,7 @@ def _framebuffer(stream: bytes) -> dict[int, bytes]:
         if stream[at] == 8:  # a command, as QEMU 10 says when it stops the guest, and its data
             at += 5 + int.from_bytes(stream[at + 3 : at + 5])
             continue
+        is_counted = stream[at] == 3 or not only_at_the_end
         at += 5
         while not (word := struct.unpack_from(">Q", stream, at)[0]) & RamFlag.END_OF_SECTION:
             at += 8
@@ -145,11 +148,27 @@ def _framebuffer(stream: bytes) -> dict[int, bytes]:
                 name = stream[at + 1 : at + 1 + stream[at]]
                 at += 1 + len(name)
             length = PAGE_SIZE if word & RamFlag.PAGE else 1
-            if name.endswith(b"/vga.vram"):
+            if is_counted and name.endswith(b"/vga.vram"):
                 pages[word & -PAGE_SIZE] = stream[at : at + length].ljust(PAGE_SIZE, b"\0")
             at += length
         at += 8 + 5
     return pages
+
+
+def _check_found(stream: bytes, address: int) -> None:
+    """Whoever looks for the screen's pages in what this emulator sends finds them, and the place to hold it at."""
+    screen = ScreenStream()
+    screen.watch([(address, VIDEO_BYTES)])
+    last = _framebuffer(stream, only_at_the_end=True)
+    for offset, data in last.items():
+        screen.candidates.keep(offset, data)
+    found = at = 0
+    while at < len(stream):
+        taken = stream[at : at + screen.room]
+        at += len(taken)
+        found += len(screen.take(taken)[1])
+    assert found == len(last)
+    assert screen.is_past
 
 
 def _check(stream: bytes, screen: Screen, file: Path) -> None:
@@ -243,6 +262,7 @@ def test_pages_ahead_of_the_stop_change_nothing(drawing: tuple[Path, Screen], fo
         guest.settings()  # its answer comes behind that of whatever it was asked before
         assert _memfds(guest) == []
         _check(bytes(destination.state), screen, folder / "screen")
+        _check_found(bytes(destination.state), screen.address)
     finally:
         outgoing.close()
         guest.close()
@@ -251,7 +271,7 @@ def test_pages_ahead_of_the_stop_change_nothing(drawing: tuple[Path, Screen], fo
 def test_a_screen_is_read_over_the_monitor(drawing: tuple[Path, Screen], folder: Path) -> None:
     monitor, screen = drawing
     with QmpClient(monitor, WAIT_SECONDS) as qmp:
-        assert (screen.address, 16 << 20) in displays(qmp)
+        assert (screen.address, VIDEO_BYTES) in displays(qmp)
         memory = GuestMemory(qmp, WAIT_SECONDS)
         assert memory.read(screen.address, 1 << 20) != memory.read(screen.address + (1 << 20), 1 << 20)
         qmp.command("stop")
