@@ -33,6 +33,13 @@ async def bringing(found: Incoming, monkeypatch: pytest.MonkeyPatch, bring_in: B
         nursery.cancel_scope.cancel()
 
 
+async def seven_bytes(_: object, __: Path, received: Callable[[int], None], arrived: Callable[[int], None]) -> None:
+    """As `relay.bring_in`."""
+    arrived(7)
+    received(7)
+    await trio.sleep_forever()
+
+
 def _is_whole(found: Incoming) -> bool:
     return found._whole.is_set()
 
@@ -45,14 +52,9 @@ async def test_it_is_whole_where_the_source_does_not_say_otherwise(
     failed: list[str] = []
     found = Incoming(_say, failed.append)
 
-    async def bring_in(_: object, __: Path, received: Callable[[int], None], arrived: Callable[[int], None]) -> None:
-        arrived(7)
-        received(7)
-        await trio.sleep_forever()
-
     if told_first:
         assert found.expect(sent) is None
-    async with bringing(found, monkeypatch, bring_in):
+    async with bringing(found, monkeypatch, seven_bytes):
         difference = "of 8 bytes of device state 7 arrived"
         if told_first:
             assert (_is_whole(found), failed) == (is_right, [] if is_right else [difference])
@@ -68,14 +70,9 @@ async def test_what_was_sent_is_not_forgotten_when_the_source_is_back_and_does_n
     failed: list[str] = []
     found = Incoming(_say, failed.append)
 
-    async def bring_in(_: object, __: Path, received: Callable[[int], None], arrived: Callable[[int], None]) -> None:
-        arrived(7)
-        received(7)
-        await trio.sleep_forever()
-
     assert found.expect(8) is None
     assert found.expect(0) is None
-    async with bringing(found, monkeypatch, bring_in):
+    async with bringing(found, monkeypatch, seven_bytes):
         assert (_is_whole(found), failed) == (False, ["of 8 bytes of device state 7 arrived"])
 
 

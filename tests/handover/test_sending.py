@@ -25,6 +25,17 @@ from lazymem.snapshot.liveram import Served
 from tests.support.standinsource import OLD, Disk, Guest, Pages, hello, leaving_in, sender
 
 
+class Hearing:
+    """A receiver's connection, as `channel.Channel`: what is said to it is in `said`."""
+
+    def __init__(self, said: list[messages.Message]) -> None:
+        self._said = said
+
+    async def send(self, message: messages.Message) -> None:
+        await trio.lowlevel.checkpoint()
+        self._said.append(message)
+
+
 @pytest.fixture
 def leaving(tmp_path: Path) -> Leaving:
     return leaving_in(tmp_path)
@@ -143,15 +154,9 @@ async def test_a_second_interrupt_comes_behind_the_word_that_the_guest_is_given(
 ) -> None:
     """Else nobody would run it: the disk says that it is given, and the destination has not heard so."""
     said: list[messages.Message] = []
-
-    class Peer:
-        async def send(self, message: messages.Message) -> None:
-            await trio.lowlevel.checkpoint()
-            said.append(message)
-
     with Journal(tmp_path / "j", "source") as journal:
         found = sender(journal, Guest(), leaving)
-        found.receivers.peer = peer = cast(Any, Peer())
+        found.receivers.peer = peer = cast(Any, Hearing(said))
         found._side.state = Source.MOVING
         found._device_state.sent_bytes = 5
         write = journal.write
@@ -184,16 +189,10 @@ async def test_what_is_all_but_there_is_given(
             return self.sent_bytes is not None and under_way <= 1000
 
     said: list[messages.Message] = []
-
-    class Peer:
-        async def send(self, message: messages.Message) -> None:
-            await trio.lowlevel.checkpoint()
-            said.append(message)
-
     with Journal(tmp_path / "j", "source") as journal:
         journal.write(OLD, "ours", to_builtins(leaving))
         found = sender(journal, Guest(), leaving)
-        found.receivers.peer = cast(Any, Peer())
+        found.receivers.peer = cast(Any, Hearing(said))
         found._device_state, found._side.state = State(), Source.MOVING
         found._ram = cast(Any, SimpleNamespace(serve=lambda _: None))
         async with trio.open_nursery() as found._nursery:
@@ -217,15 +216,9 @@ async def test_whoever_comes_back_is_not_told_what_an_earlier_version_does_not_k
     """It would take the word for nonsense, each time, and the guest would stand on both sides."""
     leaving.stopped, leaving.state_bytes = 5.0, 7
     said: list[messages.Message] = []
-
-    class Peer:
-        async def send(self, message: messages.Message) -> None:
-            await trio.lowlevel.checkpoint()
-            said.append(message)
-
     with Journal(tmp_path / "j", "source") as journal:
         found = sender(journal, Guest(), leaving)
-        found.receivers.peer, found._side.state = cast(Any, Peer()), Source.GIVEN
+        found.receivers.peer, found._side.state = cast(Any, Hearing(said)), Source.GIVEN
         await found._take(Event.BACK, found.receivers.peer, None)
     assert [messages.encode(message)[4:] for message in said] == [b'{"say":"given","stopped":5.0}']
 
