@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from lazymem.errors import LazymemError
 
@@ -44,7 +45,13 @@ class Announcer:
             self._descriptor = -1
 
 
-def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
+Daemon = Callable[[Announcer], int]
+
+Background = Callable[[str, Daemon], int]
+"""As `run_in_background`."""
+
+
+def run_in_background(program: str, daemon: Daemon) -> int:
     """Fork; run `daemon` in the child, which leaves the terminal; return the exit code for the caller.
 
     The child is forked before any thread or event loop exists. An error is printed here as one line.
@@ -52,9 +59,7 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        let_go_of_inherited(write_end)
-        _leave_terminal()
-        os._exit(run_daemon(daemon, Announcer(write_end)))
+        run_here(daemon, write_end)
     os.close(write_end)
     with os.fdopen(read_end, "rb") as pipe:
         try:
@@ -63,10 +68,18 @@ def run_in_background(program: str, daemon: Callable[[Announcer], int]) -> int:
             os.kill(child, 15)
             os.waitpid(child, 0)
             raise
-    return _report(program, text)
+    return report(program, text)
 
 
-def run_daemon(daemon: Callable[[Announcer], int], announcer: Announcer) -> int:
+def run_here(daemon: Daemon, descriptor: int) -> NoReturn:
+    """In a process that was forked for it: leave everything that is the caller's but `descriptor`, by which whoever
+    waits hears of it, and run `daemon`."""
+    let_go_of_inherited(descriptor)
+    _leave_terminal()
+    os._exit(run_daemon(daemon, Announcer(descriptor)))
+
+
+def run_daemon(daemon: Daemon, announcer: Announcer) -> int:
     """Whatever ends the daemon is told to whoever still waits, and stands in the log."""
     try:
         return daemon(announcer)
@@ -84,7 +97,8 @@ def run_daemon(daemon: Callable[[Announcer], int], announcer: Announcer) -> int:
         return BUG_EXIT_CODE
 
 
-def _report(program: str, text: bytes) -> int:
+def report(program: str, text: bytes) -> int:
+    """Print what a daemon had to say, `text` of its `Announcer`, empty if it died; returns the caller's exit code."""
     if not text:
         print(f"{program}: the daemon died at its start; run with -f to see why", file=sys.stderr)
         return BUG_EXIT_CODE

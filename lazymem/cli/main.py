@@ -17,7 +17,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("lazymem_server.app", "publish snapshots (the same as lazymem-serve)"),
-    "mount": Command("lazymem.cli.mount", "mount a published snapshot's RAM (the same as lazymem-mount)"),
+    "mount": Command("lazymem.cli.mountcommand", "mount a published snapshot's RAM (the same as lazymem-mount)"),
+    "forkserver": Command("lazymem.cli.forkserver", "keep a process ready from which mounts are forked"),
     "template": Command("lazymem.cli.template", "keep a mount ready that many guests run from"),
     "vm": Command("lazymem.cli.vm", "run or resume a guest in the built-in emulator (the same as lazymem-vm)"),
     "snapshot": Command("lazymem.cli.snapshot", "save a running guest into a folder"),
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: lazymem COMMAND [ARGUMENTS]",

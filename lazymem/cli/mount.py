@@ -8,12 +8,12 @@ with quick_imports(trio=False):
     import argparse
     import os
     import sys
-    from functools import partial
+    from functools import cache, partial
     from pathlib import Path
     from typing import TYPE_CHECKING
 
     from lazymem.cli import logs
-    from lazymem.cli.background import Announcer, run_daemon, run_in_background
+    from lazymem.cli.background import Announcer, Background, run_daemon, run_in_background
     from lazymem.cli.groups import cause_of
     from lazymem.cli.servicemanager import exit_code_of_first_start, is_first_start, is_service
     from lazymem.errors import LazymemError, UsageError
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return upgrade.main(arguments)
     try:
-        found = _parser().parse_args(arguments)
+        found = parse(arguments)
     except SystemExit as end:
         if isinstance(end.code, int) and is_first_start():
             raise SystemExit(exit_code_of_first_start(end.code)) from end
@@ -76,9 +76,19 @@ def main(arguments: list[str] | None = None) -> int:
     return mount(found)
 
 
-def mount(found: argparse.Namespace, *, from_ours: bool = False) -> int:
-    """Mount what the command line, as `_parser` reads it, says; returns the command's exit code. `from_ours`: the
-    server is one that lives no longer than we, and has another address the next time."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line, for `mount`. Raises SystemExit where that is all there is to do."""
+    return _parser().parse_args(arguments)
+
+
+def prepare() -> None:
+    """Do ahead of a command what takes time and needs nothing of it."""
+    _parser()
+
+
+def mount(found: argparse.Namespace, *, from_ours: bool = False, background: Background = run_in_background) -> int:
+    """Mount what the command line says, as `parse` read it; returns the command's exit code. `from_ours`: the
+    server is one that lives no longer than we, and has another address the next time. `background`: runs the daemon."""
     first, announcer = is_first_start(), Announcer()
     if found.log:
         found.log = found.log.absolute()  # a daemon works in another folder
@@ -93,7 +103,7 @@ def mount(found: argparse.Namespace, *, from_ours: bool = False) -> int:
         _check_host(settings)
         if found.foreground:
             return _daemon(found, settings, announcer)
-        return run_in_background(PROGRAM, lambda announcer: _daemon(found, settings, announcer))
+        return background(PROGRAM, lambda announcer: _daemon(found, settings, announcer))
     except LazymemError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return exit_code_of_first_start(error.exit_code) if first and not announcer.was_ready else error.exit_code
@@ -102,7 +112,9 @@ def mount(found: argparse.Namespace, *, from_ours: bool = False) -> int:
         return 130
 
 
+@cache
 def _parser() -> argparse.ArgumentParser:
+    """Made once, by a fork server before anybody waits: 2 ms."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Mount the RAM of a published snapshot: pages arrive when they are touched, and ahead of that. "

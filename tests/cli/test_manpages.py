@@ -12,6 +12,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "man"
 COMMANDS = {
     "lazymem-serve": "lazymem_server.app",
     "lazymem-mount": "lazymem.cli.mount",
+    "lazymem-forkserver": "lazymem.cli.forkserver",
     "lazymem-vm": "lazymem.cli.vm",
     "lazymem-snapshot": "lazymem.cli.snapshot",
     "lazymem-send": "lazymem.cli.send",

@@ -164,8 +164,10 @@ class Stage:
         self._servers.append(server)
         return server
 
-    def mount(self, source: str, *arguments: object, name: str = "mnt", check: bool = True) -> Mounted:
-        mounted = Mounted(source, self.folder / name, *arguments, cache=self.cache, check=check)
+    def mount(
+        self, source: str, *arguments: object, name: str = "mnt", check: bool = True, kind: type[Mounted] = Mounted
+    ) -> Mounted:
+        mounted = kind(source, self.folder / name, *arguments, cache=self.cache, check=check)
         self._mounts.append(mounted)
         return mounted
 

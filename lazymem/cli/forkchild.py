@@ -1,0 +1,190 @@
+"""A fork server's child: waits for a command, and becomes its daemon.
+
+What it takes over of the command: its line, standard streams, working folder, environment and umask. What it keeps of
+the fork server: limits, priorities, control group. What must be the same, or it refuses: who they are, what they see
+(namespaces, root folder), and that the command may do all that it may itself; so nobody gains anything by asking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+from lazymem.cli import forkrequest, mount
+from lazymem.cli.background import BUG_EXIT_CODE, run_here
+from lazymem.cli.forkrequest import EXIT, GO, REFUSED, TAKEN, Request
+from lazymem.fs.syscalls import system_call
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+HAS_WORK, IS_STALE = b"w", b"s"
+"""What the fork server hears by its pipe; of a child that ends before either, nothing."""
+
+NAMESPACES = ("mnt", "net", "user", "pid", "ipc", "uts", "cgroup")
+
+NAME = "lazymem-mount"
+"""For ps(1) and killall(1), as if it had been started as such."""
+
+
+class _RefusedError(Exception):
+    """It is not done here, and why."""
+
+
+def wait_and_be_it(listener: socket.socket, pipe: int, loaded: tuple[str, ...]) -> NoReturn:
+    """`pipe`: tells the fork server what became of us. `loaded`: what it runs, as `forkrequest.installed`."""
+    code = BUG_EXIT_CODE
+    try:
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        server = os.getppid()
+        system_call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != server:
+            os._exit(0)
+        connection = _accepted(listener)
+        system_call("prctl", _PR_SET_PDEATHSIG, 0, 0, 0, 0)
+        stale = forkrequest.installed() != loaded
+        os.write(pipe, IS_STALE if stale else HAS_WORK)
+        listener.close()
+        os.close(pipe)
+        code = _serve(connection, loaded, stale=stale)
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:  # the fork server goes on; the command hears of our end
+        with contextlib.suppress(Exception):
+            log.exception("a fork for a mount ends: a bug in lazymem")
+    finally:
+        os._exit(code)
+
+
+def _accepted(listener: socket.socket) -> socket.socket:
+    while True:
+        connection, _ = listener.accept()
+        connection.settimeout(forkrequest.WAIT_SECONDS)
+        return connection
+
+
+def _serve(connection: socket.socket, loaded: tuple[str, ...], *, stale: bool) -> int:
+    try:
+        request, descriptors = _request(connection)
+        if stale or request.installed != loaded:
+            raise _RefusedError("it has loaded other files than those that are installed")
+        _check_rights(connection)
+        if forkrequest.pythons(request.environment) != forkrequest.pythons(os.environ):
+            raise _RefusedError("its Python was started with other PYTHON variables")
+        _take_over(request, descriptors)
+        found = _parsed(request.arguments)
+        if isinstance(found, int):
+            connection.send(EXIT + b"%d" % found)
+            return 0
+        if found.foreground:
+            raise _RefusedError("a mount that stays in front is a process of its own")
+        connection.send(TAKEN + b"%d" % os.getpid())
+        if connection.recv(len(GO)) != GO:
+            return 0
+    except _RefusedError as refusal:
+        connection.send(REFUSED + str(refusal).encode())
+        return 0
+    except OSError as error:  # the command is gone, or says nothing
+        log.debug("a command was left alone: %s", error)
+        return 0
+    connection.settimeout(None)
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write(NAME)
+    descriptor = connection.detach()
+    code = mount.mount(found, background=lambda program, daemon: run_here(daemon, descriptor))
+    _flush()
+    with contextlib.suppress(OSError):
+        os.write(descriptor, EXIT + b"%d" % code)
+    return 0
+
+
+def _request(connection: socket.socket) -> tuple[Request, list[int]]:
+    data, descriptors, flags, _ = socket.recv_fds(
+        connection, forkrequest.MAX_BYTES, forkrequest.DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+    )
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != forkrequest.DESCRIPTORS:
+        raise _RefusedError("that is no request")
+    try:
+        return forkrequest.decode(data), descriptors
+    except ValueError as error:
+        raise _RefusedError(str(error)) from error
+
+
+def _check_rights(connection: socket.socket) -> None:
+    """Of the command, which waits, and so is the process that it was."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, forkrequest.CREDENTIALS_BYTES)
+    process, user, group = forkrequest.peer(credentials)
+    if (user, group) != (os.geteuid(), os.getegid()):
+        raise _RefusedError("it is another user's")
+    try:
+        theirs, ours = _Process(str(process)), _Process("self")
+    except OSError as error:
+        raise _RefusedError(f"it cannot see who asks: {error.strerror}") from error
+    if theirs.surroundings != ours.surroundings:
+        raise _RefusedError("it is in other namespaces, or has another root folder or security label")
+    if ours.rights & ~theirs.rights or not ours.groups <= theirs.groups or theirs.confinement != ours.confinement:
+        raise _RefusedError("it may do more than the command may")
+
+
+class _Process:
+    """What decides whether one process may act for another. `pid`: a number, or `self`."""
+
+    def __init__(self, pid: str) -> None:
+        folder = f"/proc/{pid}"
+        with open(f"{folder}/status") as file:
+            fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+        root = os.stat(f"{folder}/root")
+        self.surroundings = (
+            fields["Uid"],
+            fields["Gid"],
+            (root.st_dev, root.st_ino),
+            _maybe_label(folder),
+            *(os.readlink(f"{folder}/ns/{name}") for name in NAMESPACES),
+        )
+        self.rights = int(fields["CapPrm"], 16)
+        self.groups = set(fields["Groups"].split())
+        self.confinement = tuple(fields.get(name) for name in ("NoNewPrivs", "Seccomp", "Seccomp_filters"))
+
+
+def _maybe_label(folder: str) -> bytes | None:
+    try:
+        with open(f"{folder}/attr/current", "rb") as file:
+            return file.read()
+    except OSError:  # no security module has one here
+        return None
+
+
+def _take_over(request: Request, descriptors: list[int]) -> None:
+    *streams, folder = descriptors
+    _flush()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.fchdir(folder)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    os.umask(request.umask)
+    os.environ.clear()
+    os.environ.update(request.environment)
+
+
+def _parsed(arguments: tuple[str, ...]) -> argparse.Namespace | int:
+    """The exit code, if the line itself ends it: a mistake in it, or `--help`."""
+    try:
+        return mount.parse(list(arguments))
+    except SystemExit as end:
+        _flush()
+        return end.code if isinstance(end.code, int) else 0
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
