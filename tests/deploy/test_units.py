@@ -102,18 +102,30 @@ def value(unit: str, name: str) -> str:
 
 
 def test_the_units_are_all_there() -> None:
-    assert UNITS == ["lazymem-mount@.service", "lazymem-serve@.service", "lazymem-serve@.socket", "lazymem-vm@.service"]
+    assert UNITS == [
+        "lazymem-forkserver.service",
+        "lazymem-mount@.service",
+        "lazymem-serve@.service",
+        "lazymem-serve@.socket",
+        "lazymem-vm@.service",
+    ]
 
 
-def test_mount_unit_makes_no_mount_namespace_and_keeps_what_it_needs() -> None:
-    found = {name for name, _ in options(MOUNT_UNIT)}
+MOUNTS = ("lazymem-mount@.service", "lazymem-forkserver.service")
+"""Of which mounts are made."""
+
+
+@pytest.mark.parametrize("unit", MOUNTS)
+def test_mount_unit_makes_no_mount_namespace_and_keeps_what_it_needs(unit: str) -> None:
+    found = {name for name, _ in options(DEPLOY / unit)}
     assert not found & MAKES_MOUNT_NAMESPACE
     assert not found & TAKES_AWAY
 
 
-def test_mount_unit_keeps_the_capabilities_that_it_needs() -> None:
+@pytest.mark.parametrize("unit", MOUNTS)
+def test_mount_unit_keeps_the_capabilities_that_it_needs(unit: str) -> None:
     """fusermount3, which a User= mounts with, is root within the same bounds."""
-    kept = set(value("lazymem-mount@.service", "CapabilityBoundingSet").split())
+    kept = set(value(unit, "CapabilityBoundingSet").split())
     assert kept >= {"CAP_SYS_ADMIN", "CAP_SYS_RESOURCE", "CAP_DAC_OVERRIDE", "CAP_SETUID", "CAP_SETGID"}
 
 
@@ -136,6 +148,12 @@ def test_mount_is_ready_when_it_answers_and_never_killed() -> None:
     assert value("lazymem-mount@.service", "TimeoutStopSec") == "infinity"
     assert value("lazymem-mount@.service", "StartLimitIntervalSec") == "0"
     assert " -f " in value("lazymem-mount@.service", "ExecStart")
+
+
+def test_a_fork_servers_end_is_not_its_mounts_end() -> None:
+    assert value("lazymem-forkserver.service", "KillMode") == "process"
+    assert value("lazymem-forkserver.service", "OOMPolicy") == "continue"
+    assert value("lazymem-forkserver.service", "Restart") == "always", "it ends when its files are exchanged"
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -114,6 +114,24 @@ def mounted(machine: SystemdMachine) -> bool:
     return " /run/lazymem/web fuse.lazymem " in machine.shell("cat /proc/1/mounts")
 
 
+def test_a_mount_by_hand_is_forked_and_outlives_the_fork_servers_unit(machine: SystemdMachine) -> None:
+    unit, point = "lazymem-forkserver.service", "/tmp/by-hand"
+    machine.run("systemctl", "start", unit)
+    machine.run("mkdir", point)
+    log = machine.shell(f"lazymem-mount 127.0.0.1:7411/web {point} --cache /tmp/cache 2>&1")
+    try:
+        assert log == ""
+        daemon = json.loads(machine.shell(f"lazymem status --json {point}"))["pid"]
+        assert machine.shell(f"ps -o ppid= -p {daemon}").strip() == machine.show(unit, "MainPID")
+        machine.run("systemctl", "restart", unit)
+        machine.run("systemctl", "stop", unit)
+        assert machine.show(unit, "Result") == "success"
+        assert json.loads(machine.shell(f"lazymem status --json {point}"))["pid"] == daemon
+        assert machine.shell("test -e /run/lazymem/forkserver.sock || echo gone").strip() == "gone"
+    finally:
+        machine.run("umount", point)
+
+
 def test_a_guest_goes_on_starts_over_and_ends(machine: SystemdMachine, snapshot: tuple[Path, int]) -> None:
     machine.shell(commands("start"))
     assert [machine.show(unit, "ActiveState") for unit in (VM, MOUNT, SERVER)] == ["active"] * 3
