@@ -8,7 +8,7 @@ from bench.context import Measure
 from bench.record import Case, Results
 from bench.summary import ratio, summarize
 from bench.units import shown
-from bench.way import VARIANTS, Variant
+from bench.way import ALL_VARIANTS, VARIANTS, Variant
 
 HEAD = ("link", "measure", "way", "figure", "neither", "supervisor", "TLS", "both", "unverified")
 
@@ -25,7 +25,7 @@ def rows(results: Results, measures: Sequence[Measure], links: dict[str, str]) -
     for measure in measures:
         figures = dict.fromkeys([*(target.figure for target in measure.targets), *_ALWAYS])
         for link, way in measure.cases:
-            if any(variant.suffix and way.endswith(variant.suffix) for variant in VARIANTS):
+            if any(variant.suffix and way.endswith(variant.suffix) for variant in ALL_VARIANTS):
                 continue  # in its own way's row
             for figure in figures:
                 found = [_values(results, measure, link, way, variant, figure) for variant in _COLUMNS]

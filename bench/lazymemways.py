@@ -13,15 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bench.images import Image
 from bench.links import Through
 from bench.way import (
+    ALL_VARIANTS,
     PLAIN,
     START_SECONDS,
-    VARIANTS,
     Mount,
     MountIt,
     Server,
@@ -31,6 +31,7 @@ from bench.way import (
     unmount,
     wait_until,
 )
+from lazymem.cli.forkrequest import SOCKET_VARIABLE
 from lazymem.demo.processes import child, tail
 from lazymem.fs import checks
 from lazymem.settings import TlsSettings
@@ -41,6 +42,9 @@ RECORDED_FOLDER = "recorded"
 
 PKI_FOLDER = "pki"
 SERVER_NAME, CLIENT_NAME = "server", "client"
+
+FORK_SERVER_SOCKET = "forkserver.sock"
+"""In a run's folder."""
 
 UNVERIFIED = Path(__file__).with_name("unverified")
 """On PYTHONPATH: pages are believed."""
@@ -87,6 +91,17 @@ def serve_lazymem(image: Image, folder: Path, variant: Variant = PLAIN, *, recor
         yield Server(json.loads(lines[0])["listening"][0], process.pid)
 
 
+@contextmanager
+def _fork_server(folder: Path) -> Iterator[None]:
+    log = folder / "forkserver.log"
+    path = folder / FORK_SERVER_SOCKET
+    with child([sys.executable, "-m", "lazymem.cli.forkserver", "--socket", str(path)], log) as process:
+        wait_until(lambda: process.poll() is not None or path.exists(), "lazymem forkserver")
+        if process.poll() is not None:
+            raise WayError(f"lazymem forkserver ended: {tail(log)}")
+        yield
+
+
 def mount_lazymem(*options: str, module: str = "lazymem.cli.mount", variant: Variant = PLAIN) -> MountIt:
     """A mount with these options, with a cache folder of its own that is empty. `module`: the command that makes it."""
 
@@ -94,14 +109,17 @@ def mount_lazymem(*options: str, module: str = "lazymem.cli.mount", variant: Var
     def mount(through: Through, image: Image, folder: Path) -> Iterator[Mount]:
         point, cache = folder / "mnt", folder / "cache"
         point.mkdir()
-        command = [sys.executable, "-m", module, through.address, str(point)]
+        asks = "lazymem.cli.mountcommand" if variant.forked else module
+        command = [sys.executable, "-m", asks, through.address, str(point)]
         command += ["--cache", str(cache), "--log", str(folder / "lazymem-mount.log"), *options]
         command += _protection(variant, folder)
-        env = os.environ if variant.verified else {**os.environ, "PYTHONPATH": str(UNVERIFIED)}
+        env = {**os.environ, SOCKET_VARIABLE: str(folder / FORK_SERVER_SOCKET) if variant.forked else "no"}
+        if not variant.verified:
+            env["PYTHONPATH"] = str(UNVERIFIED)
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False, env=env)
         ready = time.perf_counter() - started
-        if done.returncode:
+        if done.returncode or (variant.forked and done.stderr):  # it says so where no fork server did it
             raise WayError(f"lazymem-mount: {done.stderr.strip()}")
         found = Mount(point / "pc.ram", started, ready, is_lazymem=True)
         status = found.status()
@@ -139,13 +157,17 @@ def _ways(
     """A way, and its variants."""
 
     def one(variant: Variant) -> Way:
-        def serve(image: Image, folder: Path) -> AbstractContextManager[Server]:
-            return serve_lazymem(image, folder, variant, recorded=recorded)
+        @contextmanager
+        def serve(image: Image, folder: Path) -> Iterator[Server]:
+            with ExitStack() as opened:
+                if variant.forked:
+                    opened.enter_context(_fork_server(folder))
+                yield opened.enter_context(serve_lazymem(image, folder, variant, recorded=recorded))
 
         mount = mount_lazymem(*options, module=module, variant=variant)
         return Way(name + variant.suffix, title + variant.title, serve, mount, variant, is_lazymem=True)
 
-    return tuple(one(variant) for variant in VARIANTS)
+    return tuple(one(variant) for variant in ALL_VARIANTS)
 
 
 LAZYMEM_WAYS = (

@@ -10,7 +10,7 @@ from bench.context import Measure, Target
 from bench.record import Case, Results
 from bench.summary import Summary, ratio, summarize
 from bench.units import shown
-from bench.way import VARIANTS, Variant
+from bench.way import ALL_VARIANTS, Variant
 
 
 def markdown(results: Results, measures: Sequence[Measure], links: dict[str, str], ways: dict[str, str]) -> str:
@@ -51,7 +51,7 @@ def _goals(results: Results, measures: Sequence[Measure], links: dict[str, str])
     rows = []
     for measure in measures:
         for target in measure.targets:
-            for variant in filter(_reaches, VARIANTS):
+            for variant in filter(_reaches, ALL_VARIANTS):
                 row = _goal(results, measure, _of_variant(target, variant))
                 if row:
                     rows.append((links[target.link], target.title + variant.title, *row))

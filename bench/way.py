@@ -63,6 +63,8 @@ class Variant:
     tls: bool = False
     supervised: bool = True
     verified: bool = True
+    forked: bool = False
+    """By a fork server that runs already, like the page server."""
 
 
 PLAIN = Variant("", "")
@@ -74,6 +76,10 @@ VARIANTS = (
     Variant("+unverified", ", nothing verified", verified=False),
 )
 
+FORKED = Variant("+forked", ", from a fork server", forked=True)
+"""No matter of protection, so in nobody's table of costs."""
+
+ALL_VARIANTS = (*VARIANTS, FORKED)
 
 NO_MOUNT = tuple(variant for variant in VARIANTS if variant.supervised and variant.verified)
 """Of what makes no mount of its own, so that there is nothing to supervise (or it cannot be told to do without)."""

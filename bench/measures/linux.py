@@ -133,7 +133,8 @@ MEASURE = Measure(
     pairs(
         ("loopback", "1ms", "20ms"),
         ("local", "lazymem", "lazymem-recorded", "lazymem-none", "nbdfuse", "qsd", "postcopy", "copy"),
-    ),
+    )
+    + pairs(("1ms", "20ms"), ("lazymem+forked", "lazymem-recorded+forked")),
     _run,
     _TARGETS,
 )

@@ -34,7 +34,7 @@ def _run_sparse(context: Context) -> Sample:
 READY = Measure(
     "ready",
     "command to mount ready",
-    pairs(("loopback", "20ms"), ("lazymem", "nbdfuse", "qsd")),
+    pairs(("loopback", "20ms"), ("lazymem", "lazymem+forked", "nbdfuse", "qsd")),
     _run_ready,
     (Target("command to mount ready", "loopback", "lazymem", "ready_seconds", must=0.25),),
 )
