@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -12,7 +13,12 @@ import time
 from collections.abc import Sequence
 
 from lazymem.cli.servicemanager import without_systemds
+from lazymem.errors import LazymemError
+from lazymem.fs import mountinfo, session
 from lazymem.fs.descriptorstore import SUCCESSOR_VARIABLE
+from lazymem.fs.lock import MountLock
+
+log = logging.getLogger("lazymem.supervisor")
 
 Program = Sequence[str]
 """A command without the mount's arguments."""
@@ -23,6 +29,14 @@ sign of life, where there is one."""
 
 DYING_LOOK_SECONDS = 0.001
 """Behind the end of that sign, and each time twice as long as before."""
+
+LOCK_SECONDS = 5.0
+
+
+def _is_mounted(path: str) -> bool:
+    """By a lazymem. Looks at the table, and not at the mount, which may answer nobody."""
+    maybe_mounted = mountinfo.maybe_mount_at(path)
+    return maybe_mounted is not None and maybe_mounted.is_ours
 
 
 def program_of(python: str) -> Program:
@@ -151,6 +165,23 @@ class Starter:
         except OSError:
             ours.close()
             raise
+
+    def clear_dead_mount(self) -> None:
+        """Take away what a daemon mounted that died before anybody else had its connection, so that nobody will ever
+        serve it. Whoever serves a mount has its lock; so have that daemon's children, for another moment."""
+        path = self._arguments[-1]
+        if not _is_mounted(path):
+            return
+        lock = MountLock(path)
+        try:
+            lock.acquire(LOCK_SECONDS)
+            if _is_mounted(path):
+                session.unmount(path, lazy=True)
+                log.warning("%s: its daemon died while it mounted; the dead mount is taken away", path)
+        except LazymemError as error:
+            log.error("the mount on %s is left as it is: %s", path, error)
+        finally:
+            lock.release()
 
     def _start(self, program: Program, control: int) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

@@ -88,7 +88,10 @@ class Supervisor:
         return 0
 
     def _tidy(self) -> None:
-        """A daemon that was killed at the very end had no time to; one that had has taken its record back."""
+        """A daemon that was killed at the very end, or just behind mount(2), had no time to; one that had has taken its
+        record back."""
+        if FUSE not in self._held:
+            self._starter.clear_dead_mount()
         if FUSE in self._held and RECORD in self._held:
             from lazymem.cli.survival import Survival  # trio comes with it
 

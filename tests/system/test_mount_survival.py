@@ -9,6 +9,7 @@ import mmap
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from lazymem.fs.sessionrecord import SessionRecord
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot import workingset
 from tests.support import skips
-from tests.support.mounts import Mounted, Stage, command, drop_kernel_cache, page_of, wait_until
+from tests.support.mounts import WAIT_SECONDS, Mounted, Stage, command, drop_kernel_cache, page_of, wait_until
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 from tests.support.writers import Writer
 
@@ -223,6 +224,42 @@ def test_before_it_was_ready(
     assert (mount.result.stderr, file.read_text().split()) == ("", ["2", "0"])
     assert mount.status()["survival"]["restarts"] == 1
     assert everything(mount) == snapshot.ram
+
+
+DIES_BEHIND_MOUNT = """
+import os, signal, sys
+from lazymem.cli import mount
+from lazymem.fs import session
+
+mounts = session.mount
+
+def dies(*words):
+    mounts(*words)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+session.mount = dies
+sys.exit(mount.main(sys.argv[1:]))
+"""
+
+
+def test_before_anybody_else_had_the_connection(mounts: Stage, snapshot: BuiltSnapshot, tmp_path: Path) -> None:
+    """Nobody can ever serve that mount; whoever looked at it would get an error, and whoever mounts again, too."""
+    server = mounts.serve(snapshot.folder)
+    (tmp_path / "mnt").mkdir()
+    words = map(str, (server.address, tmp_path / "mnt", "--cache", mounts.cache, "--log", tmp_path / "mnt.log"))
+    done = subprocess.run(
+        [sys.executable, "-c", DIES_BEHIND_MOUNT, *words],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 70
+    assert done.stderr == "lazymem-mount: the daemon died at its start; run with -f to see why\n"
+    wait_until(lambda: mountinfo.maybe_mount_at(str(tmp_path / "mnt")) is None, "the supervisor takes it away")
+    mount = mounts.mount(server.address, *QUIET)
+    assert everything(mount) == snapshot.ram
+    assert "its daemon died while it mounted; the dead mount is taken away" in mount.log.read_text()
 
 
 def test_as_a_thread_of_its_own_opens_the_ram(
