@@ -38,10 +38,12 @@ from lazymem.fetch.scheduler import Scheduler
 from lazymem.fs import mountinfo, readahead, session, tuning
 from lazymem.fs.agreement import Agreement
 from lazymem.fs.channel import Channel
+from lazymem.fs.faultaddresses import FaultAddresses
 from lazymem.fs.lifetime import Lifetime
 from lazymem.fs.operations import RUN_XATTR, STATUS_XATTR, Operations
 from lazymem.fs.pagecache import PageCache
 from lazymem.fs.readahead import ReadAheads
+from lazymem.fs.readorder import ReadOrder
 from lazymem.fs.refused import Refused
 from lazymem.fs.session import MountOptions
 from lazymem.fs.tree import DIGESTS_INODE, WRITTEN_INODE, Tree
@@ -61,6 +63,10 @@ log = logging.getLogger(__name__)
 
 WELCOME_NOTE = "welcome"
 """The server's first word, in the mount's record: what a next daemon knows of the snapshot while the server is away."""
+
+MIN_ORDERED_SECONDS = 0.0005
+"""Of faster answers the kernel's read-ahead of a touch takes no time that an order would save. (Over slow links it is
+refused.)"""
 
 Ready = Callable[[tuple[str, ...]], None]
 """Called once, when the mount answers, with lines that the user should read."""
@@ -305,6 +311,8 @@ async def _mount_and_serve(
         wish = await nursery.start(_wish_to_end)
         nursery.start_soon(survival.note_wish, wish)
         async with _mounted(path, servers_text(settings.servers), options, survival) as (descriptor, mounted):
+            faults = FaultAddresses(mounted.device)
+            nursery.start_soon(faults.run, lambda: ram.is_whole)
             channel = Channel(
                 descriptor,
                 tree,
@@ -313,6 +321,11 @@ async def _mount_and_serve(
                 watch.maybe_on_read,
                 watch.maybe_on_write,
                 Agreement(survival.record, continues=survival.continues),
+                maybe_order=ReadOrder(
+                    faults,
+                    ram.is_at_hand,
+                    lambda: MIN_ORDERED_SECONDS <= scheduler.answer_seconds() < readahead.SLOW_SECONDS,
+                ),
                 takes_back=not survival.continues,
             )
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)
@@ -323,6 +336,7 @@ async def _mount_and_serve(
                 files.read,
                 xattrs,
                 mounted_ns=survival.record.contents.mounted_ns,
+                on_open=faults.watch,
                 on_release=lifetime.released,
                 on_upgrade=supervised.upgrade,
                 template=ram.template,

@@ -7,7 +7,7 @@ import trio
 
 from lazymem.cli.mountrecording import MountRecording
 from lazymem.fs import mountinfo
-from lazymem.fs.channel import Taken, Written
+from lazymem.fs.channelends import Taken, Written
 from lazymem.fs.pagecache import PageCache
 from lazymem.fs.readahead import ReadAheads
 from lazymem.fs.refused import Refused

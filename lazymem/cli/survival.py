@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from lazymem.errors import LazymemError
 from lazymem.fs import descriptorstore, session
-from lazymem.fs.channel import RamFile
+from lazymem.fs.channelends import RamFile
 from lazymem.fs.descriptorstore import FUSE, LOCK, PREDECESSOR, RECORD, STATE, UPPER
 from lazymem.fs.mountinfo import Mount
 from lazymem.fs.sessionrecord import SessionRecord

@@ -21,20 +21,21 @@ import logging
 import mmap
 import os
 import select
-from collections.abc import Callable
 from time import perf_counter
-from typing import Protocol
 
 import trio
 
 from lazymem.errors import EnvironmentRefusedError, LazymemError
 from lazymem.fs import fuseabi
 from lazymem.fs.agreement import Agreement
+from lazymem.fs.channelends import Link, RamFile, Taken, Written
 from lazymem.fs.failures import told_errno
 from lazymem.fs.libraryend import LibraryEnd
 from lazymem.fs.openrequests import OpenRequests, OpenWrite
+from lazymem.fs.readorder import ReadOrder
 from lazymem.fs.syscalls import lock_in_memory
 from lazymem.fs.tree import RAM_INODE, Tree
+from lazymem.pages import PAGE_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -56,63 +57,6 @@ NEAR_SECONDS = 0.0004
 """Where an answer has come so fast, answers are waited for on the processor, for `MAX_LINGER_SECONDS`."""
 
 DRAIN_LOOK_SECONDS = 0.005
-
-Answer = Callable[[bytes | memoryview | LazymemError | None], None]
-
-Taken = Callable[[int, int, int], bool]
-"""Told of each READ's thread, offset and size; True: it is read-ahead to be refused (`readahead`)."""
-
-Written = Callable[[int, int], None]
-"""Told of each WRITE: offset and size in bytes."""
-
-
-class RamFile(Protocol):
-    """What the channel needs of the guest's RAM. Offsets and lengths in bytes."""
-
-    def read_soon(self, offset: int, length: int, done: Answer) -> bytes | bool:
-        """The bytes, if they are at hand; True: they were asked for, and `done` is called once, later, with them, or
-        why there are none, or None where `read` must be asked; False: nothing was begun, ask `read`."""
-        ...
-
-    async def read(self, offset: int, length: int) -> bytes: ...
-
-    async def write(self, offset: int, data: bytes, storing: Callable[[], None]) -> None:
-        """`storing` is called once nothing of it can be taken back any more: up to there it may be cancelled."""
-        ...
-
-    def is_unseen(self, offset: int, length: int) -> bool:
-        """Whether none of these pages was ever read through us."""
-        ...
-
-
-class Link(Protocol):
-    """Where demanded pages come from, to be looked at while we do not give up the processor."""
-
-    def fileno(self) -> int:
-        """Readable when something came; -1: not connected."""
-        ...
-
-    def receive_nowait(self) -> bool:
-        """Act on what came; whether there was something."""
-        ...
-
-    def watch(self) -> None:
-        """From now until `unwatch` no other task runs, and before anything but `read_soon` and `receive_nowait` is
-        done `settle` is called."""
-        ...
-
-    def unwatch(self) -> None:
-        """Others run from now on."""
-        ...
-
-    def settle(self) -> None:
-        """Something else is done now, though an answer is not here."""
-        ...
-
-    @property
-    def best_answer_seconds(self) -> float:
-        """The shortest time that an answer took."""
-        ...
 
 
 def _resident_buffer(size: int) -> mmap.mmap:
@@ -141,10 +85,11 @@ class Channel:
         maybe_written: Written | None = None,
         maybe_agreement: Agreement | None = None,
         *,
+        maybe_order: ReadOrder | None = None,
         takes_back: bool = True,
     ) -> None:
         """`takes_back`: a write whose writer is killed may be given up. Only where we served this mount from its
-        beginning, and so know what the kernel has seen."""
+        beginning, and so know what the kernel has seen. `maybe_order`: without it READs are started as they come."""
         os.set_blocking(descriptor, False)  # a request may be taken back between poll and read
         self._fd = descriptor
         self._ram = ram
@@ -161,7 +106,9 @@ class Channel:
         self._buffer = _resident_buffer(fuseabi.REQUEST_BYTES)
         self._view = memoryview(self._buffer)
         self._into = [self._view]
-        self._waiting = OpenRequests(ram.is_unseen, self._send)
+        self._maybe_order = maybe_order
+        self._aside = maybe_order.aside if maybe_order is not None else {}
+        self._waiting = OpenRequests(ram.is_unseen, self._send, self._start_due)
         self._open = self._waiting.reads
         self._open_writes = self._waiting.writes
         self._linger = MIN_LINGER_SECONDS
@@ -197,6 +144,7 @@ class Channel:
         """Take no more requests, and return once those that were taken are answered. What comes meanwhile waits in the
         kernel, for who comes after us."""
         self._closed_to_new = True
+        self._start_due(everything=True)
         await trio.sleep(DRAIN_LOOK_SECONDS)  # the tasks of requests taken just now begin
         while self._open or self._open_writes:  # noqa: ASYNC110  # once in a mount's life; no fault pays for an event
             await trio.sleep(DRAIN_LOOK_SECONDS)
@@ -233,6 +181,8 @@ class Channel:
             self._serve_until_quiet()
         finally:
             self._link.unwatch()
+        if self._aside:
+            self._start_due()
 
     def _serve_until_quiet(self) -> None:
         begun = perf_counter()
@@ -244,6 +194,7 @@ class Channel:
         spins = begun >= self._crowded_until
         near = self._link.best_answer_seconds < NEAR_SECONDS
         if near:
+            self._start_due(everything=True)
             self._link.watch()
         self._turn_wanted = False
         linger, now = self._linger, begun
@@ -333,8 +284,26 @@ class Channel:
         if refused and not flags & os.O_DIRECT:  # which is nobody's read-ahead: who reads so would get the error
             self._send((fuseabi.error_answer(unique, errno.EAGAIN),))
             return
+        self._open[unique] = thread
         try:
-            self._open[unique] = thread
+            order = self._maybe_order
+            if size > PAGE_SIZE and order is not None and order.puts_aside(unique, thread, offset, size, self._open):
+                return  # until no more come, or what somebody waits for has
+        except Exception as error:  # noqa: BLE001  # as in `_start_read`
+            self._fail("read", unique, error)
+        else:
+            self._start_read(unique, offset, size)
+
+    def _start_due(self, *, everything: bool = False) -> None:
+        """Of the READs that are put aside. `everything`: all of them."""
+        while self._aside and self._maybe_order is not None:
+            maybe_due = self._maybe_order.maybe_due(self._open, everything=everything)
+            if maybe_due is None:
+                return
+            self._start_read(maybe_due.unique, maybe_due.offset, maybe_due.size)
+
+    def _start_read(self, unique: int, offset: int, size: int) -> None:
+        try:
 
             def done(answer: bytes | memoryview | LazymemError | None) -> None:
                 self._done(unique, offset, size, answer)
@@ -358,6 +327,8 @@ class Channel:
         else:
             del self._open[unique]
             self._answer_read(unique, answer)
+        if self._aside:
+            self._start_due()
 
     def _read_long_way(self, unique: int, offset: int, size: int) -> None:
         if self._nursery is not None:
@@ -372,6 +343,8 @@ class Channel:
         else:
             if self._open.pop(unique, None) is not None:
                 self._answer_read(unique, data)
+        if self._aside:
+            self._start_due()
 
     def _take_write(self, unique: int, thread: int) -> None:
         _, offset, size, flags, _, _, _ = fuseabi.WRITE_IN.unpack_from(self._buffer, fuseabi.IN_BYTES)
@@ -405,6 +378,8 @@ class Channel:
     def _fail(self, name: str, unique: int, error: Exception) -> None:
         self._open.pop(unique, None)
         self._send((fuseabi.error_answer(unique, told_errno(name, error)),))
+        if self._aside:  # none of them is to wait for what does not come
+            self._start_due(everything=True)
 
     # ---- answers
 

@@ -38,16 +38,21 @@ class OpenWrite:
 class OpenRequests:
     """`reads`: unique number to the thread that waits. `writes`: unique number to the write.
 
-    `is_unseen`: as `channel.RamFile.is_unseen`. `send`: gives the kernel an answer.
+    `is_unseen`: as `channelends.RamFile.is_unseen`. `send`: gives the kernel an answer. `on_let_go`: told when a
+    killed reader was let go of.
     """
 
     def __init__(
-        self, is_unseen: Callable[[int, int], bool], send: Callable[[tuple[bytes | memoryview, ...]], None]
+        self,
+        is_unseen: Callable[[int, int], bool],
+        send: Callable[[tuple[bytes | memoryview, ...]], None],
+        on_let_go: Callable[[], None] = lambda: None,
     ) -> None:
         self.reads: dict[int, int] = {}
         self.writes: dict[int, OpenWrite] = {}
         self._is_unseen = is_unseen
         self._send = send
+        self._on_let_go = on_let_go
         self._interrupted: set[int] = set()
 
     def interrupt(self, unique: int, nursery: trio.Nursery | None) -> bool:
@@ -69,6 +74,7 @@ class OpenRequests:
             return False
         if self.reads.pop(unique, None) is not None:
             self._send((fuseabi.error_answer(unique, errno.EINTR),))
+            self._on_let_go()
         return True
 
     def _take_back_if_killed(self, write: OpenWrite) -> bool:

@@ -66,8 +66,9 @@ def _guarded(handler: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Corout
 
 
 class Operations(pyfuse3.Operations):
-    """One snapshot's tree. `on_release` is called when a descriptor of the RAM file has gone, `on_upgrade` when
-    somebody wants another daemon to go on; False: there is nobody to start one.
+    """One snapshot's tree. `on_open` is called with the thread that opens the RAM file for writing (who only reads it
+    is the channel's), `on_release` when a descriptor of the RAM file has gone, `on_upgrade` when somebody wants another
+    daemon to go on; False: there is nobody to start one.
 
     `parts`: by inode number, files that are read in parts and not whole. `template`: the RAM is for private maps only,
     so what opens it for writing gets direct I/O: then the kernel refuses a shared map, whose writes others would see.
@@ -86,6 +87,7 @@ class Operations(pyfuse3.Operations):
         xattrs: dict[bytes, Callable[[], bytes]],
         *,
         mounted_ns: int,
+        on_open: Callable[[int], None] = lambda thread: None,
         on_release: Callable[[], None] = lambda: None,
         on_upgrade: Callable[[bytes], bool] = lambda value: False,
         parts: Mapping[int, Part] | None = None,
@@ -97,6 +99,7 @@ class Operations(pyfuse3.Operations):
         self._small_file = small_file
         self._xattrs = xattrs
         self._mounted_ns = mounted_ns
+        self._on_open = on_open
         self._on_release = on_release
         self._on_upgrade = on_upgrade
         self._parts = parts or {}
@@ -229,6 +232,8 @@ class Operations(pyfuse3.Operations):
         if self._template and inode == RAM_INODE and writes:
             direct = ctx.pid not in self._promised
             self._promised.pop(ctx.pid, None)
+        if inode == RAM_INODE:
+            self._on_open(ctx.pid)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True, direct_io=direct)
 
     @_guarded

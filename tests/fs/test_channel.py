@@ -14,7 +14,8 @@ import trio
 from lazymem.errors import LazymemError
 from lazymem.fs import channel as module
 from lazymem.fs import readers
-from lazymem.fs.channel import Answer, Channel
+from lazymem.fs.channel import Channel
+from lazymem.fs.channelends import Answer
 from lazymem.pages import PAGE_SIZE
 from tests.support.fakekernel import FakeKernel, tree_of
 

@@ -14,6 +14,7 @@ import struct
 import threading
 import time
 from types import TracebackType
+from typing import Self
 
 PIECE_BYTES = 65536
 LOOK_SECONDS = 0.01
@@ -107,7 +108,7 @@ class BadLink:
         while alive := [thread for thread in self._threads if thread.is_alive()]:
             alive[0].join()  # the one that accepts may start two more
 
-    def __enter__(self) -> BadLink:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

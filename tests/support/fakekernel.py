@@ -32,9 +32,9 @@ class FakeKernel:
     def descriptor(self) -> int:
         return self._theirs.fileno()
 
-    def read(self, offset: int, size: int) -> int:
+    def read(self, offset: int, size: int, thread: int = 0) -> int:
         """Ask; the request's unique. Likewise the others."""
-        return self._ask(fuseabi.READ, RAM_INODE, fuseabi.READ_IN.pack(0, offset, size, 0, 0, 0, 0))
+        return self._ask(fuseabi.READ, RAM_INODE, fuseabi.READ_IN.pack(0, offset, size, 0, 0, 0, 0), thread)
 
     def write(self, offset: int, data: bytes) -> int:
         return self._ask(fuseabi.WRITE, RAM_INODE, fuseabi.WRITE_IN.pack(0, offset, len(data), 0, 0, 0, 0) + data)
@@ -46,9 +46,9 @@ class FakeKernel:
         """What is pyfuse3's to answer."""
         return self._ask(GETATTR, ROOT_INODE, bytes(16))
 
-    def _ask(self, opcode: int, inode: int, body: bytes) -> int:
+    def _ask(self, opcode: int, inode: int, body: bytes, thread: int = 0) -> int:
         self._unique += 2
-        head = fuseabi.IN_HEADER.pack(fuseabi.IN_BYTES + len(body), opcode, self._unique, inode, 0, 0, 0, 0, 0)
+        head = fuseabi.IN_HEADER.pack(fuseabi.IN_BYTES + len(body), opcode, self._unique, inode, 0, 0, thread, 0, 0)
         self._ours.send(head + body)
         return self._unique
 

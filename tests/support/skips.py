@@ -6,6 +6,7 @@ A skip's reason begins with a key of `MISSING`. The run ends with a list of what
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ import pytest
 
 from lazymem.cli.landlock import landlock_version
 from lazymem.fs import checks
+from lazymem.fs.faultcounter import may_count
 from tests.support import disks, privileges
 
 ROOT = "no root and no sudo without a password"
@@ -24,6 +26,14 @@ MOUNTS = "root may not mount or make control groups"
 DISK = "no file system lets go of what it caches"
 LANDLOCK = "the kernel has no Landlock"
 RESEND = "the kernel ends a mount with its daemon"
+_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
+FAULTS = "the kernel tells nobody of page faults, or reads no huge pages"
+
+
+def _counts_faults() -> bool:
+    """Linux 5.18 reads a huge page around a touch."""
+    return may_count() and checks.kernel_version(os.uname().release) >= (5, 18) and os.path.isdir(_HUGE_PAGES)
+
 
 MISSING: dict[str, Callable[[], bool]] = {
     OWN_ROOT: lambda: privileges.maybe_as_own_root() is None,
@@ -34,11 +44,14 @@ MISSING: dict[str, Callable[[], bool]] = {
     DISK: lambda: disks.maybe_place() is None,
     LANDLOCK: lambda: not landlock_version(),
     RESEND: lambda: checks.maybe_no_resend() is not None,
+    FAULTS: lambda: not _counts_faults(),
 }
 """What may be missing, and whether it is."""
 
 needs_resend = pytest.mark.skipif(checks.maybe_no_resend() is not None, reason=f"{RESEND}: {checks.maybe_no_resend()}")
 """For tests of what comes after a daemon's death: before Linux 6.9 that is the mount's end, as the command says."""
+
+needs_fault_counts = pytest.mark.skipif(not _counts_faults(), reason=f"{FAULTS}: see perf_event_open(2)")
 
 _STAND_IN = "stand-in"
 

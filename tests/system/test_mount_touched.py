@@ -1,0 +1,124 @@
+"""A guest touches one page of a huge page that is missing: what the server is asked for then, and in which order."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lazymem.fs.readorder import BLOCK_PAGES, MOST_OUT
+from lazymem.pages import PAGE_SIZE, PageRange
+from tests.support.heldanswers import HeldAnswers
+from tests.support.mounts import Mounted, Stage, wait_until
+from tests.support.skips import needs_fault_counts
+from tests.support.snapshots import BuiltSnapshot, make_snapshot
+
+pytestmark = [pytest.mark.system, needs_fault_counts]
+
+READ_PAGES = 32
+"""128 KiB, `session.MAX_READ_BYTES`."""
+
+_GUEST = """
+import mmap, os, sys
+descriptor = os.open(sys.argv[1], os.O_RDWR)
+ram = mmap.mmap(descriptor, 0)
+ram.madvise(mmap.MADV_HUGEPAGE)
+print("mapped", flush=True)
+for line in sys.stdin:
+    print(ram[int(line) << 12 : (int(line) << 12) + 4096].hex(), flush=True)
+"""
+
+
+class Guest:
+    """A process that has the RAM mapped as QEMU has it, and touches a page when told to."""
+
+    def __init__(self, ram: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _GUEST, str(ram)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._line() == "mapped"
+
+    def touch(self, page: int) -> None:
+        assert self._process.stdin is not None
+        print(page, file=self._process.stdin, flush=True)
+
+    def touched(self) -> bytes:
+        """The page, once it is there."""
+        return bytes.fromhex(self._line())
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> BuiltSnapshot:
+    """6 MiB, none of it zero: towards its end a file is read less far ahead."""
+    return make_snapshot(tmp_path / "noise", ram=random.Random(35).randbytes(3 * BLOCK_PAGES * PAGE_SIZE))
+
+
+def counters(mount: Mounted) -> int:
+    """Threads whose faults its daemon hears of, itself among them."""
+    return Path(f"/proc/{mount.pid}/maps").read_text().count("[perf_event]")
+
+
+def make_link_known(mount: Mounted) -> None:
+    """A daemon counts a link by its best answer, which a busy machine makes worse: until one was better than 4 ms."""
+    descriptor = os.open(mount.ram_path, os.O_RDONLY | os.O_DIRECT)
+    buffer = mmap.mmap(-1, PAGE_SIZE)
+    pages = iter(range(BLOCK_PAGES))
+
+    def answered_soon() -> bool:
+        begun = time.perf_counter()
+        os.preadv(descriptor, [buffer], next(pages) * PAGE_SIZE)
+        return time.perf_counter() - begun < 0.004
+
+    try:
+        wait_until(answered_soon, "an answer that comes as it would over 2 ms")
+    finally:
+        os.close(descriptor)
+
+
+def requests_waiting(mount: Mounted) -> int:
+    """Of the kernel's, be they taken by the daemon or not."""
+    minor = os.minor(os.stat(mount.path).st_dev)
+    return int(Path(f"/sys/fs/fuse/connections/{minor}/waiting").read_text())
+
+
+@pytest.mark.needs_root
+def test_the_touched_page_of_a_huge_one_is_asked_for_before_the_rest(mounts: Stage, noise: BuiltSnapshot) -> None:
+    """While answers are held back, few others are asked for at all; and in the end all of them are right."""
+    with HeldAnswers(mounts.serve(noise.folder).address) as link:
+        link.delay_seconds = 0.0005  # each way, so that it is neither near nor slow
+        mount = mounts.mount(link.address, "--prefetch", "none")
+        make_link_known(mount)
+        wait_until(lambda: counters(mount) == 1, "the daemon to be able to count")
+        guest = Guest(mount.ram_path)
+        try:
+            wait_until(lambda: counters(mount) > 1, "the guest's faults to be counted")
+            page = 2 * BLOCK_PAGES - 3 * READ_PAGES // 2  # in the last but one of its READs
+            before = len(link.asked())
+            link.holding = True
+            guest.touch(page)
+            wait_until(lambda: requests_waiting(mount) >= BLOCK_PAGES // READ_PAGES, "the kernel to ask for all of it")
+            mount.status()  # what the kernel asked for before this has been taken
+            wait_until(lambda: any(page in pages for pages in link.asked()[before:]), "it to be asked for")
+            asked = link.asked()[before:]
+            link.holding = False
+            assert guest.touched() == noise.page(page)
+        finally:
+            link.holding = False
+            guest.end()
+        assert PageRange(page - READ_PAGES // 2, READ_PAGES) in asked
+        assert len(asked) <= MOST_OUT + 1, "the others wait for it"
+        assert mount.ram_path.read_bytes() == noise.ram
