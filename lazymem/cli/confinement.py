@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 DAEMONS = frozenset(
     {
-        Capability.SYS_ADMIN,  # mount, and turn the kernel's knobs
+        Capability.SYS_ADMIN,  # mount, turn the kernel's knobs, and hear of its guest's page faults
         Capability.SYS_RESOURCE,  # never be throttled for dirt that only it can clean
         Capability.IPC_LOCK,  # lock its page maps
         Capability.SYS_NICE,

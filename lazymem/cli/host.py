@@ -13,6 +13,7 @@ from pathlib import Path
 from msgspec import Struct, field
 
 from lazymem.fs import checks
+from lazymem.fs.faultcounter import may_count
 
 
 class State(enum.Enum):
@@ -45,6 +46,7 @@ class Host(Struct, frozen=True):
     uid: int = field(default_factory=os.geteuid)
     capabilities: int = field(default_factory=_effective_capabilities)
     which: Callable[[str], str | None] = shutil.which
+    may_count_faults: Callable[[], bool] = may_count
     descriptors: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     """As `file_bytes` and `locked_bytes` the soft limit, -1 for none: nothing of ours raises it."""
     file_bytes: int = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_FSIZE)[0])

@@ -19,7 +19,7 @@ from lazymem.errors import LazymemError
 from lazymem.fs import checks, ownfile
 from lazymem.settings import default_cache_dir
 
-_CAP_IPC_LOCK, _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE = 14, 21, 24
+_CAP_IPC_LOCK, _CAP_SYS_ADMIN, _CAP_SYS_RESOURCE, _CAP_PERFMON = 14, 21, 24, 38
 _KVM_GET_API_VERSION, _KVM_API_VERSION = 0xAE00, 12
 
 MIN_MOUNT_DESCRIPTORS = 64
@@ -178,6 +178,25 @@ def ahead_of_the_guest(host: Host) -> Iterator[Finding]:
         yield Finding("write-back", State.OK, "the daemon's writes are not held back for dirt of its guest")
 
 
+def touched_pages(host: Host) -> Iterator[Finding]:
+    if host.may_count_faults():
+        yield Finding("touched pages", State.OK, "the kernel tells which page a guest waits for (without KVM)")
+        return
+    yield Finding(
+        "touched pages",
+        State.LACKING,
+        "the kernel does not tell which page a guest waits for: over fast links it waits for others, too"
+        " (perf_event_open(2))",
+        _mend_of_counting(host),
+    )
+
+
+def _mend_of_counting(host: Host) -> str:
+    if host.can(_CAP_SYS_ADMIN) or host.can(_CAP_PERFMON):
+        return "let it through (a container: a seccomp profile that allows perf_event_open)"
+    return "mount as root, or sysctl kernel.perf_event_paranoid=2"
+
+
 def limits(host: Host) -> Iterator[Finding]:
     """What a shell or a unit may have lowered (`ulimit`)."""
     yield _open_files(host.descriptors)
@@ -287,6 +306,7 @@ _LOOKS = (
     namespace,
     tuning,
     ahead_of_the_guest,
+    touched_pages,
     limits,
     cache_folder,
     kvm,

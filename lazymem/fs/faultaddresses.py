@@ -2,16 +2,19 @@
 
 When a READ of a thread comes, its newest fault is the page that it waits for. Who may not count (`faultcounter`), and
 whose faults are not counted (KVM's guests, whose faults no instruction of the emulator makes), is served as if there
-were none of this. Each fault of a thread that is counted costs it a third of a microsecond, so it ends when nothing of
-the RAM is missing. State belongs to trio's thread. See record 0035.
+were none of this. Each fault of a thread that is counted costs it half a microsecond, so it ends when nothing of the
+RAM is missing.
+
+To look at a process, or to begin to count, may wait for locks that one of its threads holds while it waits for us. So
+that is done in a thread, which shares nothing with trio's: `_look`. Records are read in trio's thread, without a system
+call. See record 0035.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import trio
@@ -26,48 +29,37 @@ log = logging.getLogger(__name__)
 MOST_THREADS = 32
 """Counted at a time: 8 KiB of memory each, which is half of what the kernel allows a user that is not root."""
 
-MOST_LOOKS = 16
-"""At the maps of a process, as long as it has none of the RAM."""
-
 FIRST_LOOK_SECONDS = 0.005
 LOOK_SECONDS = 1.0
-"""An emulator opens the RAM, and starts its vCPUs' threads then: new threads are looked for after the first of these
-times, then after twice as long each time, up to the second."""
+"""An emulator opens the RAM, then maps it, then starts its vCPUs' threads: it is looked at again after the first of
+these times, then after twice as long each time, up to the second."""
 
 
-class _Process:
-    """Where it has the RAM. `device`: as in its table of maps."""
-
-    def __init__(self, device: bytes) -> None:
-        self._device = device
-        self._looks = 0
-        self._maps: list[tuple[int, int, int]] = []
-
-    def maybe_page(self, thread: int, address: int) -> int | None:
-        """`thread`: any of the process."""
-        if not self._maps and self._looks < MOST_LOOKS:
-            self._looks += 1
-            with contextlib.suppress(OSError):  # it has ended
-                self._maps = list(_ram_maps(thread, self._device))
-        for start, end, offset in self._maps:
-            if start <= address < end:
-                return (address - start + offset) >> PAGE_SHIFT
-        return None
+_NOBODY = 0
+"""The process of a thread that is not there, or that we cannot see."""
 
 
-def _ram_maps(thread: int, device: bytes) -> Iterator[tuple[int, int, int]]:
-    """First address, end, and the first byte's place in the file."""
-    with open(f"/proc/{thread}/maps", "rb") as file:
-        for line in file:
-            place, _, offset, where, inode, *_ = line.split(maxsplit=5)
-            if where == device and int(inode) == RAM_INODE:
-                start, end = place.split(b"-")
-                yield int(start, 16), int(end, 16), int(offset, 16)
+class _Map(NamedTuple):
+    """Addresses, and in bytes where in the file the first one is."""
+
+    start: int
+    end: int
+    offset: int
 
 
 class _Watched(NamedTuple):
-    counter: FaultCounter
-    process: _Process
+    """A thread. None: it cannot be counted, or need not be."""
+
+    process: int
+    maybe_counter: FaultCounter | None
+
+
+class _Seen(NamedTuple):
+    """What one look found: where processes have the RAM, threads that were not known, and those that have ended."""
+
+    maps: dict[int, list[_Map]]
+    threads: dict[int, _Watched]
+    ended: list[int]
 
 
 class FaultAddresses:
@@ -76,24 +68,27 @@ class FaultAddresses:
     def __init__(self, device: str) -> None:
         major, minor = (int(part) for part in device.split(":"))
         self._device = b"%02x:%02x" % (major, minor)
-        self._maybe_first: FaultCounter | None = None
-        self._threads: dict[int, _Watched | None] = {}  # None: it cannot be counted, or need not
+        self._counts = False
+        self._asked: set[int] = set()
         self._somebody = trio.Event()
+        self._maps: dict[int, list[_Map]] = {}  # by process
+        self._threads: dict[int, _Watched] = {}
 
     async def run(self, is_over: Callable[[], bool]) -> None:
         """Until cancelled, or until it is over."""
         try:
-            # While there is one, the next ones take no time, and those are opened in trio's thread.
-            self._maybe_first = await trio.to_thread.run_sync(FaultCounter, 0)
+            # While there is one, the next ones take the kernel no time.
+            first = await trio.to_thread.run_sync(FaultCounter, 0, abandon_on_cancel=True)
         except OSError as error:
             log.debug("which page somebody touches is not known: %s", error)
             return
         try:
+            self._counts = True
             await self._look_until(is_over)
         finally:
+            self._counts = False
             self._forget(list(self._threads))
-            self._maybe_first.close()
-            self._maybe_first = None
+            first.close()
 
     async def _look_until(self, is_over: Callable[[], bool]) -> None:
         seconds = LOOK_SECONDS
@@ -103,68 +98,110 @@ class FaultAddresses:
                 self._somebody = trio.Event()
                 seconds = FIRST_LOOK_SECONDS / 2
             seconds = min(2 * seconds, LOOK_SECONDS)
-            self._forget([thread for thread in self._threads if _has_ended(thread)])
-            watched = {each.process: thread for thread, each in self._threads.items() if each is not None}
-            for process, thread in watched.items():
-                self._watch(_threads_of(thread), process)
+            asked, self._asked = self._asked, set()
+            known = {thread: watched.process for thread, watched in self._threads.items()}
+            if asked or known:
+                self._take(await trio.to_thread.run_sync(_look, asked, known, self._device, abandon_on_cancel=True))
+
+    def _take(self, seen: _Seen) -> None:
+        self._maps = seen.maps
+        self._threads |= seen.threads
+        self._forget(seen.ended)
 
     def watch(self, thread: int) -> None:
-        """All threads of its process, from their next faults on. (0 stands for one that we cannot see.)"""
-        if self._maybe_first is None or thread <= 0 or thread in self._threads:
-            return
-        threads = _threads_of(thread)
-        if os.getpid() in threads:  # what we have the kernel read ourselves
-            threads = []
-        self._watch(threads, _Process(self._device))
-        if thread not in self._threads and len(self._threads) < MOST_THREADS:
-            self._threads[thread] = None  # not to be looked at with each of its READs
-        self._somebody.set()
-
-    def _watch(self, threads: list[int], process: _Process) -> None:
-        for thread in threads:
-            if thread not in self._threads and len(self._threads) < MOST_THREADS:
-                self._threads[thread] = _maybe_watched(thread, process)
+        """All threads of its process, from a moment on. (0 stands for one that we cannot see.)"""
+        if self._counts and thread > 0 and len(self._threads) + len(self._asked) < MOST_THREADS:
+            self._asked.add(thread)
+            self._somebody.set()
 
     def maybe_latest(self, thread: int) -> Touch | None:
-        """What that thread touched last; one that was not known is watched from now on."""
-        if thread not in self._threads:
-            self.watch(thread)
+        """What that thread touched last; one that was not known is watched from a moment on."""
         maybe_watched = self._threads.get(thread)
-        return _maybe_touch(thread, maybe_watched) if maybe_watched is not None else None
+        if maybe_watched is None:
+            self.watch(thread)
+            return None
+        return self._maybe_touch(thread, maybe_watched)
 
     def latest(self) -> list[Touch]:
         """Of all threads that touched the RAM last."""
-        touches = (_maybe_touch(thread, watched) for thread, watched in self._threads.items() if watched is not None)
+        touches = (self._maybe_touch(thread, watched) for thread, watched in self._threads.items())
         return [touch for touch in touches if touch is not None]
+
+    def _maybe_touch(self, thread: int, watched: _Watched) -> Touch | None:
+        maps = self._maps.get(watched.process)
+        if not maps or watched.maybe_counter is None:
+            return None
+        stamp, address = watched.maybe_counter.newest()
+        for start, end, offset in maps:
+            if start <= address < end:
+                return Touch(thread, (address - start + offset) >> PAGE_SHIFT, stamp)
+        return None
 
     def _forget(self, threads: list[int]) -> None:
         for thread in threads:
-            maybe_watched = self._threads.pop(thread)
-            if maybe_watched is not None:
-                maybe_watched.counter.close()
+            maybe_counter = self._threads.pop(thread).maybe_counter
+            if maybe_counter is not None:
+                maybe_counter.close()
 
 
-def _has_ended(thread: int) -> bool:
-    return not os.path.exists(f"/proc/{thread}")
+def _look(asked: Collection[int], known: Mapping[int, int], device: bytes) -> _Seen:
+    """At the processes of all these threads. `known`: thread to process. Blocking, for a thread."""
+    ended = [thread for thread in known if not os.path.exists(f"/proc/{thread}")]
+    seen = _Seen({}, {}, ended)
+    for thread in asked:
+        if _is_our_own(thread):  # what we have the kernel read ourselves
+            seen.threads[thread] = _Watched(os.getpid(), None)
+    others = (_maybe_process(thread) for thread in asked if thread not in seen.threads)
+    for process in {*known.values(), *(other for other in others if other is not None)} - {_NOBODY, os.getpid()}:
+        for thread in _threads_of(process):
+            if thread not in known and len(known) + len(seen.threads) < MOST_THREADS:
+                seen.threads[thread] = _Watched(process, _maybe_counter(thread))
+        seen.maps[process] = _ram_maps(process, device)
+    for thread in asked:
+        if thread not in known:
+            seen.threads.setdefault(thread, _Watched(_NOBODY, None))  # not to be looked for at each of its READs
+    return seen
 
 
-def _threads_of(thread: int) -> list[int]:
-    """All of its process; none if it has ended."""
+def _is_our_own(thread: int) -> bool:
+    return os.path.exists(f"/proc/self/task/{thread}")
+
+
+def _maybe_process(thread: int) -> int | None:
+    """None: it has ended."""
     try:
-        return [int(name) for name in os.listdir(f"/proc/{thread}/task")]
+        with open(f"/proc/{thread}/status", "rb") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(b"Tgid:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _threads_of(process: int) -> list[int]:
+    """None if it has ended."""
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{process}/task")]
     except OSError:
         return []
 
 
-def _maybe_watched(thread: int, process: _Process) -> _Watched | None:
+def _ram_maps(process: int, device: bytes) -> list[_Map]:
+    """None if it has ended, or is not ours to see."""
     try:
-        return _Watched(FaultCounter(thread), process)
+        with open(f"/proc/{process}/maps", "rb") as file:
+            lines = [line.split(maxsplit=5) for line in file]
+    except OSError:
+        return []
+    found = []
+    for place, _, offset, where, inode, *_ in lines:
+        if where == device and int(inode) == RAM_INODE:
+            start, end = place.split(b"-")
+            found.append(_Map(int(start, 16), int(end, 16), int(offset, 16)))
+    return found
+
+
+def _maybe_counter(thread: int) -> FaultCounter | None:
+    try:
+        return FaultCounter(thread)
     except OSError as error:
         log.debug("which page thread %d touches is not known: %s", thread, error)
         return None
-
-
-def _maybe_touch(thread: int, watched: _Watched) -> Touch | None:
-    stamp, address = watched.counter.newest()
-    maybe_page = watched.process.maybe_page(thread, address) if stamp else None
-    return Touch(thread, maybe_page, stamp) if maybe_page is not None else None

@@ -41,6 +41,7 @@ def _host(root: Path, **changes: object) -> Host:
         "uid": 0,
         "capabilities": ALL_CAPABILITIES,
         "which": {"qemu-system-x86_64": str(qemu)}.get,
+        "may_count_faults": lambda: True,
         "descriptors": 1024,
         "file_bytes": -1,
         "locked_bytes": 8 << 20,
@@ -81,6 +82,8 @@ def test_a_host_with_everything(tmp_path: Path) -> None:
             State.LACKING,
             "ulimit -l 8192",
         ),
+        ({"may_count_faults": lambda: False}, "touched pages", State.LACKING, "a seccomp profile"),
+        ({"may_count_faults": lambda: False, "capabilities": 0}, "touched pages", State.LACKING, "paranoid=2"),
         ({"which": {}.get}, "QEMU", State.LACKING, "install the package qemu-system-x86"),
     ],
 )

@@ -109,7 +109,7 @@ async def faults(device: str, nursery: trio.Nursery) -> FaultAddresses:
     """Of the mount that `file` is on, and able to count."""
     found = FaultAddresses(device)
     nursery.start_soon(found.run, lambda: False)
-    await until(lambda: found._maybe_first is not None)
+    await until(lambda: found._counts)
     return found
 
 
@@ -179,6 +179,7 @@ def test_a_machine_whose_system_calls_nobody_knows_counts_nothing(monkeypatch: p
 @needs_fault_counts
 async def test_the_page_is_where_the_file_is_mapped(faults: FaultAddresses, guest: Guest) -> None:
     faults.watch(guest.thread)
+    await until(lambda: guest.thread in faults._threads)
     assert faults.latest() == []
     found = {}
     for page in range(PAGES // 2, PAGES):
@@ -196,8 +197,9 @@ async def test_threads_that_begin_later_are_found_and_forgotten_when_they_end(
 ) -> None:
     monkeypatch.setattr(faultaddresses, "LOOK_SECONDS", 0.01)
     faults.watch(guest.thread)
+    await until(lambda: guest.thread in faults._threads)
     thread = guest.begin_thread()
-    await until(lambda: faults._threads.get(thread) is not None)
+    await until(lambda: thread in faults._threads)
     assert counters() == 3, "the first one's, and both threads'"
     guest.end_thread()
     await until(lambda: thread not in faults._threads)
@@ -207,8 +209,10 @@ async def test_threads_that_begin_later_are_found_and_forgotten_when_they_end(
 
 @needs_fault_counts
 async def test_its_own_threads_are_not_counted(faults: FaultAddresses) -> None:
-    assert faults.maybe_latest(os.getpid()) is None
     assert faults.maybe_latest(0) is None
+    assert faults.maybe_latest(os.getpid()) is None
+    await until(lambda: os.getpid() in faults._threads)
+    assert faults.maybe_latest(os.getpid()) is None
     assert counters() == 1
 
 
@@ -216,9 +220,20 @@ async def test_its_own_threads_are_not_counted(faults: FaultAddresses) -> None:
 async def test_no_more_are_watched_than_are_allowed(
     faults: FaultAddresses, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faultaddresses, "MOST_THREADS", 0)
+    monkeypatch.setattr(faultaddresses, "MOST_THREADS", 1)
+    guest.begin_thread()
     assert faults.maybe_latest(guest.thread) is None
-    assert counters() == 1
+    await until(lambda: bool(faults._threads))
+    assert counters() == 2, "one of two threads, and the first counter of all"
+
+
+@needs_fault_counts
+async def test_who_has_ended_by_then_is_nobody(faults: FaultAddresses, guest: Guest) -> None:
+    guest.end()
+    faults.watch(guest.thread)
+    await until(lambda: not faults._asked)
+    await until(lambda: counters() == 1)
+    assert faults.maybe_latest(guest.thread) is None
 
 
 @needs_fault_counts
@@ -229,9 +244,9 @@ async def test_once_it_is_over_nobody_is_counted(
     is_over = False
     found = FaultAddresses(device)
     nursery.start_soon(found.run, lambda: is_over)
-    await until(lambda: found._maybe_first is not None)
+    await until(lambda: found._counts)
     found.watch(guest.thread)
-    assert counters() == 2
+    await until(lambda: counters() == 2)
     is_over = True
     await until(lambda: not counters())
     assert found.maybe_latest(guest.thread) is None

@@ -24,6 +24,9 @@ pytestmark = [pytest.mark.system, needs_fault_counts]
 READ_PAGES = 32
 """128 KiB, `session.MAX_READ_BYTES`."""
 
+TRIES = 12
+"""The daemon looks at a guest that has just mapped the RAM now and then: a few touches may be before it did."""
+
 _GUEST = """
 import mmap, os, sys
 descriptor = os.open(sys.argv[1], os.O_RDWR)
@@ -63,8 +66,8 @@ class Guest:
 
 @pytest.fixture
 def noise(tmp_path: Path) -> BuiltSnapshot:
-    """6 MiB, none of it zero: towards its end a file is read less far ahead."""
-    return make_snapshot(tmp_path / "noise", ram=random.Random(35).randbytes(3 * BLOCK_PAGES * PAGE_SIZE))
+    """`TRIES` huge pages without zeros, and one on each side: towards its end a file is read less far ahead."""
+    return make_snapshot(tmp_path / "noise", ram=random.Random(35).randbytes((TRIES + 2) * BLOCK_PAGES * PAGE_SIZE))
 
 
 def counters(mount: Mounted) -> int:
@@ -95,6 +98,19 @@ def requests_waiting(mount: Mounted) -> int:
     return int(Path(f"/sys/fs/fuse/connections/{minor}/waiting").read_text())
 
 
+def asked_while_held(mount: Mounted, link: HeldAnswers, guest: Guest, page: int) -> list[PageRange]:
+    """What the server is asked for when the guest touches the page, while nothing of it comes."""
+    before = len(link.asked())
+    link.holding = True
+    guest.touch(page)
+    wait_until(lambda: requests_waiting(mount) >= BLOCK_PAGES // READ_PAGES, "the kernel to ask for all of it")
+    mount.status()  # what the kernel asked for before this has been taken
+    wait_until(lambda: any(page in pages for pages in link.asked()[before:]), "it to be asked for")
+    asked = link.asked()[before:]
+    link.holding = False
+    return asked
+
+
 @pytest.mark.needs_root
 def test_the_touched_page_of_a_huge_one_is_asked_for_before_the_rest(mounts: Stage, noise: BuiltSnapshot) -> None:
     """While answers are held back, few others are asked for at all; and in the end all of them are right."""
@@ -104,21 +120,20 @@ def test_the_touched_page_of_a_huge_one_is_asked_for_before_the_rest(mounts: Sta
         make_link_known(mount)
         wait_until(lambda: counters(mount) == 1, "the daemon to be able to count")
         guest = Guest(mount.ram_path)
+        tried = []
         try:
             wait_until(lambda: counters(mount) > 1, "the guest's faults to be counted")
-            page = 2 * BLOCK_PAGES - 3 * READ_PAGES // 2  # in the last but one of its READs
-            before = len(link.asked())
-            link.holding = True
-            guest.touch(page)
-            wait_until(lambda: requests_waiting(mount) >= BLOCK_PAGES // READ_PAGES, "the kernel to ask for all of it")
-            mount.status()  # what the kernel asked for before this has been taken
-            wait_until(lambda: any(page in pages for pages in link.asked()[before:]), "it to be asked for")
-            asked = link.asked()[before:]
-            link.holding = False
-            assert guest.touched() == noise.page(page)
+            for block in range(1, TRIES + 1):
+                page = (block + 1) * BLOCK_PAGES - 3 * READ_PAGES // 2  # in the last but one of its READs
+                asked = asked_while_held(mount, link, guest, page)
+                assert guest.touched() == noise.page(page)
+                tried.append(len(asked))
+                if len(asked) <= MOST_OUT + 1:
+                    break
+            else:
+                pytest.fail(f"the others do not wait for it: {tried}")
         finally:
             link.holding = False
             guest.end()
         assert PageRange(page - READ_PAGES // 2, READ_PAGES) in asked
-        assert len(asked) <= MOST_OUT + 1, "the others wait for it"
         assert mount.ram_path.read_bytes() == noise.ram
