@@ -131,7 +131,8 @@ def let_go_of_inherited(*keep: int) -> None:
 
 def _leave_terminal() -> None:
     """A session of our own, no working folder held, no terminal: ctrl-C there is not meant for us any more."""
-    os.setsid()
+    if os.getsid(0) != os.getpid():  # as it is of whoever was forked ahead
+        os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

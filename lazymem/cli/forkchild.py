@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from lazymem.cli import forkrequest, mount
 from lazymem.cli.background import BUG_EXIT_CODE, run_here
-from lazymem.cli.forkrequest import EXIT, GO, REFUSED, TAKEN, Request
+from lazymem.cli.forkrequest import EXIT, GO, HERE, REFUSED, TAKEN, Request
 from lazymem.fs.syscalls import system_call
 
 log = logging.getLogger(__name__)
@@ -44,14 +44,17 @@ def wait_and_be_it(listener: socket.socket, pipe: int, loaded: tuple[str, ...]) 
     try:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        os.setsid()  # its terminal's ctrl-C is not meant for our command, nor may that stop us for what we print
         server = os.getppid()
         system_call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != server:
             os._exit(0)
         connection = _accepted(listener)
         system_call("prctl", _PR_SET_PDEATHSIG, 0, 0, 0, 0)
-        stale = forkrequest.installed() != loaded
-        os.write(pipe, IS_STALE if stale else HAS_WORK)
+        stale = _is_stale(loaded)
+        with contextlib.suppress(BrokenPipeError):  # it has just been ended, which is nothing to us any more
+            os.write(pipe, IS_STALE if stale else HAS_WORK)
         listener.close()
         os.close(pipe)
         code = _serve(connection, loaded, stale=stale)
@@ -65,14 +68,21 @@ def wait_and_be_it(listener: socket.socket, pipe: int, loaded: tuple[str, ...]) 
 
 
 def _accepted(listener: socket.socket) -> socket.socket:
-    while True:
-        connection, _ = listener.accept()
-        connection.settimeout(forkrequest.WAIT_SECONDS)
-        return connection
+    connection, _ = listener.accept()
+    connection.settimeout(forkrequest.WAIT_SECONDS)
+    return connection
+
+
+def _is_stale(loaded: tuple[str, ...]) -> bool:
+    try:
+        return forkrequest.installed() != loaded
+    except OSError:  # they are gone, for others or for good
+        return True
 
 
 def _serve(connection: socket.socket, loaded: tuple[str, ...], *, stale: bool) -> int:
     try:
+        connection.send(HERE)
         request, descriptors = _request(connection)
         if stale or request.installed != loaded:
             raise _RefusedError("it has loaded other files than those that are installed")
@@ -87,10 +97,11 @@ def _serve(connection: socket.socket, loaded: tuple[str, ...], *, stale: bool) -
         if found.foreground:
             raise _RefusedError("a mount that stays in front is a process of its own")
         connection.send(TAKEN + b"%d" % os.getpid())
-        if connection.recv(len(GO)) != GO:
+        if not may_go(connection):
             return 0
     except _RefusedError as refusal:
-        connection.send(REFUSED + str(refusal).encode())
+        with contextlib.suppress(OSError):  # it may be gone, as who only looked whether anybody listens
+            connection.send(REFUSED + str(refusal).encode())
         return 0
     except OSError as error:  # the command is gone, or says nothing
         log.debug("a command was left alone: %s", error)
@@ -104,6 +115,15 @@ def _serve(connection: socket.socket, loaded: tuple[str, ...], *, stale: bool) -
     with contextlib.suppress(OSError):
         os.write(descriptor, EXIT + b"%d" % code)
     return 0
+
+
+def may_go(connection: socket.socket) -> bool:
+    """Whether the command said so. If not it never will: it finds that nobody listens, and goes on by itself."""
+    try:
+        return connection.recv(len(GO)) == GO
+    except TimeoutError:
+        connection.shutdown(socket.SHUT_RD)  # what was said until now can be read after it
+        return connection.recv(len(GO)) == GO
 
 
 def _request(connection: socket.socket) -> tuple[Request, list[int]]:

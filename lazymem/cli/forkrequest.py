@@ -2,8 +2,10 @@
 
 One connection, SOCK_SEQPACKET, a packet each:
 
+- the child that took it: `HERE`. To one that stands still nothing is sent: whoever waits for the end of the command's
+  output would wait for that, too, for as long as the streams lie in its queue;
 - the command: `encode`d, with its standard streams and its working folder;
-- the child that took it: `TAKEN` and its process id, `REFUSED` and why, or `EXIT` and a code (a mistake in its line);
+- the child: `TAKEN` and its process id, `REFUSED` and why, or `EXIT` and a code (a mistake in its line);
 - the command: `GO`, without which nothing is mounted: it may have given up waiting meanwhile;
 - the child: `EXIT` and a code, or the daemon's word as `background.Announcer` has it.
 """
@@ -20,7 +22,7 @@ import lazymem
 SOCKET_VARIABLE = "LAZYMEM_FORKSERVER"
 """In the environment: its socket; empty or `no`: none is asked."""
 
-TAKEN, REFUSED, GO, EXIT = b"taken ", b"refused ", b"go", b"exit "
+HERE, TAKEN, REFUSED, GO, EXIT = b"here", b"taken ", b"refused ", b"go", b"exit "
 
 WAIT_SECONDS = 2.0
 """So long either side waits for the other's next packet but the last one, which tells that all is mounted."""

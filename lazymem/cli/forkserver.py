@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -139,12 +140,7 @@ def _keep_one_waiting(listener: socket.socket, loaded: tuple[str, ...]) -> bool:
             forkchild.wait_and_be_it(listener, theirs, loaded)
         os.close(theirs)
         theirs = -1
-        try:
-            word = os.read(ours, 1)
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):  # it waits, or its command hears that it ended
-                os.kill(child, signal.SIGKILL)
-            raise
+        word = os.read(ours, 1)  # ended here by a signal, we touch no child: one that waits hears of it (`forkchild`)
         if not word:
             log.warning("the child that waited for a command ended without one")
             time.sleep(FORK_AGAIN_SECONDS)
@@ -162,8 +158,7 @@ def _listening(path: str) -> Iterator[socket.socket]:
     Raises:
         EnvironmentRefusedError: it cannot be there, or another one is.
     """
-    if _is_answered(path):
-        raise EnvironmentRefusedError(f"another fork server listens on {path}")
+    _look_at_place(path)
     beside = f"{path}.{os.getpid()}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -179,7 +174,7 @@ def _listening(path: str) -> Iterator[socket.socket]:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.unlink(beside)
-            raise EnvironmentRefusedError(f"cannot listen on {path}: {error.strerror}") from error
+            raise EnvironmentRefusedError(f"cannot listen on {path}: {error.strerror or error}") from error
         mine = os.stat(path).st_ino
         try:
             yield listener
@@ -191,16 +186,16 @@ def _listening(path: str) -> Iterator[socket.socket]:
         listener.close()
 
 
-def _is_answered(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        probe.settimeout(forkrequest.WAIT_SECONDS)
-        try:
-            probe.connect(path)
-        except TimeoutError:
-            return True
-        except OSError:
-            return False
-        return True
+def _look_at_place(path: str) -> None:
+    """A socket that nobody listens on any more may be replaced, and nothing else."""
+    with contextlib.suppress(OSError):  # whoever binds there says it
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise EnvironmentRefusedError(f"{path} exists and is not a socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            probe.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # alive, and its queue is full
+                probe.connect(path)
+        raise EnvironmentRefusedError(f"another fork server listens on {path}")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

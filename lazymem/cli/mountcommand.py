@@ -12,7 +12,7 @@ import sys
 from array import array
 
 from lazymem.cli import forkrequest
-from lazymem.cli.forkrequest import EXIT, GO, REFUSED, TAKEN, WAIT_SECONDS
+from lazymem.cli.forkrequest import EXIT, GO, HERE, REFUSED, TAKEN, WAIT_SECONDS
 
 PROGRAM = "lazymem-mount"
 
@@ -45,12 +45,17 @@ class _NotTakenError(OSError):
     """Why no fork server does it."""
 
 
+_NONE = -1
+"""No daemon is known yet."""
+
+
 def maybe_forked(arguments: list[str]) -> int | None:
     """The exit code, after a fork server did it all; None: it is still to be done."""
     path = forkrequest.socket_path(os.environ)
     if not path or "--upgrade" in arguments:
         return None
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    daemon = _NONE
     try:
         connection.settimeout(WAIT_SECONDS)
         connection.connect(path)
@@ -59,12 +64,15 @@ def maybe_forked(arguments: list[str]) -> int | None:
             return int(first[len(EXIT) :])
         daemon = os.pidfd_open(int(first[len(TAKEN) :]))  # alive: it waits for us
         connection.send(GO)
+        word = _word(connection)
+    except KeyboardInterrupt:
+        return _interrupted(daemon)
     except OSError as error:
         connection.close()
         if os.environ.get(forkrequest.SOCKET_VARIABLE):  # who named it wants to know; others are served all the same
             print(f"{PROGRAM}: starts without the fork server: {error.strerror or error}", file=sys.stderr)
         return None
-    return _wait(connection, daemon)
+    return _told(word)
 
 
 def _asked(connection: _socket.socket, arguments: list[str]) -> bytes:
@@ -72,6 +80,8 @@ def _asked(connection: _socket.socket, arguments: list[str]) -> bytes:
     credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, forkrequest.CREDENTIALS_BYTES)
     if forkrequest.peer(credentials)[1] != os.geteuid():
         raise _NotTakenError("it is another user's")
+    if connection.recv(4096) != HERE:
+        raise _NotTakenError("it ended")
     _ask(connection, arguments)
     first = connection.recv(4096)
     if not first.startswith((TAKEN, EXIT)):
@@ -91,13 +101,13 @@ def _ask(connection: _socket.socket, arguments: list[str]) -> None:
         os.close(folder)
 
 
-def _wait(connection: _socket.socket, daemon: int) -> int:
-    """For the daemon's word, however long it takes."""
+def _word(connection: _socket.socket) -> bytes:
+    """The daemon's, however long it takes; empty: it died. Raises OSError: it did before it had read our `GO`."""
     connection.settimeout(None)
-    try:
-        word = connection.recv(forkrequest.MAX_BYTES)
-    except KeyboardInterrupt:
-        return _interrupted(daemon)
+    return connection.recv(forkrequest.MAX_BYTES)
+
+
+def _told(word: bytes) -> int:
     if word == QUIETLY_READY:
         return 0
     if word.startswith(EXIT):
@@ -108,15 +118,16 @@ def _wait(connection: _socket.socket, daemon: int) -> int:
 
 
 def _interrupted(daemon: int) -> int:
-    """As in the command that forks its own daemon."""
-    import select
-    import signal
+    """As in the command that forks its own daemon. Without our `GO`, its child mounts nothing."""
+    if daemon != _NONE:
+        import select
+        import signal
 
-    try:
-        signal.pidfd_send_signal(daemon, signal.SIGTERM)
-        select.select([daemon], [], [])
-    except ProcessLookupError:
-        pass
+        try:
+            signal.pidfd_send_signal(daemon, signal.SIGTERM)
+            select.select([daemon], [], [])
+        except ProcessLookupError:
+            pass
     print(f"{PROGRAM}: interrupted; nothing is mounted", file=sys.stderr)
     return 130
 

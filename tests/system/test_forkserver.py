@@ -310,6 +310,7 @@ def test_who_says_nothing_or_nonsense_keeps_nobody_waiting(
     ):
         silent.connect(str(forker.path))
         talking.connect(str(forker.path))
+        assert talking.recv(4096) == b"here"
         talking.send(b"nonsense")
         assert talking.recv(4096).startswith(b"refused ")
         mount = mounts.mount(mounts.serve(snapshot.folder).address, kind=Forked)
