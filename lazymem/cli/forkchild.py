@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 
+SO_PEERPIDFD = 77
+"""From Linux 6.5 on."""
+
 HAS_WORK, IS_STALE = b"w", b"s"
 """What the fork server hears by its pipe; of a child that ends before either, nothing."""
 
@@ -34,7 +38,7 @@ NAME = "lazymem-mount"
 """For ps(1) and killall(1), as if it had been started as such."""
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """It is not done here, and why."""
 
 
@@ -85,21 +89,21 @@ def _serve(connection: socket.socket, loaded: tuple[str, ...], *, stale: bool) -
         connection.send(HERE)
         request, descriptors = _request(connection)
         if stale or request.installed != loaded:
-            raise _RefusedError("it has loaded other files than those that are installed")
-        _check_rights(connection)
+            raise RefusedError("it has loaded other files than those that are installed")
+        check_rights(connection)
         if forkrequest.pythons(request.environment) != forkrequest.pythons(os.environ):
-            raise _RefusedError("its Python was started with other PYTHON variables")
+            raise RefusedError("its Python was started with other PYTHON variables")
         _take_over(request, descriptors)
         found = _parsed(request.arguments)
         if isinstance(found, int):
             connection.send(EXIT + b"%d" % found)
             return 0
         if found.foreground:
-            raise _RefusedError("a mount that stays in front is a process of its own")
+            raise RefusedError("a mount that stays in front is a process of its own")
         connection.send(TAKEN + b"%d" % os.getpid())
         if not may_go(connection):
             return 0
-    except _RefusedError as refusal:
+    except RefusedError as refusal:
         with contextlib.suppress(OSError):  # it may be gone, as who only looked whether anybody listens
             connection.send(REFUSED + str(refusal).encode())
         return 0
@@ -131,30 +135,45 @@ def _request(connection: socket.socket) -> tuple[Request, list[int]]:
         connection, forkrequest.MAX_BYTES, forkrequest.DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
     )
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != forkrequest.DESCRIPTORS:
-        raise _RefusedError("that is no request")
+        raise RefusedError("that is no request")
     try:
         return forkrequest.decode(data), descriptors
     except ValueError as error:
-        raise _RefusedError(str(error)) from error
+        raise RefusedError(str(error)) from error
 
 
-def _check_rights(connection: socket.socket) -> None:
-    """Of the command, which waits, and so is the process that it was."""
+def check_rights(connection: socket.socket) -> None:
+    """Of who connected, and lives until we have looked: nobody else has got its process id."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, forkrequest.CREDENTIALS_BYTES)
     process, user, group = forkrequest.peer(credentials)
     if (user, group) != (os.geteuid(), os.getegid()):
-        raise _RefusedError("it is another user's")
+        raise RefusedError("it is another user's")
     try:
-        theirs, ours = _Process(str(process)), _Process("self")
+        asking = _process_of(connection, process)
+        try:
+            theirs, ours = Process(str(process)), Process("self")
+            signal.pidfd_send_signal(asking, 0)
+        finally:
+            os.close(asking)
     except OSError as error:
-        raise _RefusedError(f"it cannot see who asks: {error.strerror}") from error
+        raise RefusedError(f"it cannot see who asks: {error.strerror}") from error
     if theirs.surroundings != ours.surroundings:
-        raise _RefusedError("it is in other namespaces, or has another root folder or security label")
-    if ours.rights & ~theirs.rights or not ours.groups <= theirs.groups or theirs.confinement != ours.confinement:
-        raise _RefusedError("it may do more than the command may")
+        raise RefusedError("it is in other namespaces, or has another root folder or security label")
+    if not theirs.may_all_that(ours):
+        raise RefusedError("it may do more than the command may")
 
 
-class _Process:
+def _process_of(connection: socket.socket, pid: int) -> int:
+    """A pidfd of who connected. `pid`: its id at that time."""
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
+        return os.pidfd_open(pid)  # before Linux 6.5: it connected a moment ago
+
+
+class Process:
     """What decides whether one process may act for another. `pid`: a number, or `self`."""
 
     def __init__(self, pid: str) -> None:
@@ -166,12 +185,20 @@ class _Process:
             fields["Uid"],
             fields["Gid"],
             (root.st_dev, root.st_ino),
+            os.readlink(f"{folder}/root"),  # the same folder on another mount is another root
             _maybe_label(folder),
             *(os.readlink(f"{folder}/ns/{name}") for name in NAMESPACES),
         )
         self.rights = int(fields["CapPrm"], 16)
+        self.bounds = int(fields["CapBnd"], 16)  # of what it executes
         self.groups = set(fields["Groups"].split())
         self.confinement = tuple(fields.get(name) for name in ("NoNewPrivs", "Seccomp", "Seccomp_filters"))
+
+    def may_all_that(self, other: Process) -> bool:
+        """Not by user and surroundings, which are compared as they are."""
+        if other.rights & ~self.rights or other.bounds & ~self.bounds:
+            return False
+        return other.groups <= self.groups and other.confinement == self.confinement
 
 
 def _maybe_label(folder: str) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from tests.support.mounts import WAIT_SECONDS, Mounted, Stage, command, page_of,
 from tests.support.snapshots import BuiltSnapshot
 
 COMMAND = "lazymem.cli.mountcommand"
+_PR_CAPBSET_DROP = 24
 WITHOUT = "lazymem-mount: starts without the fork server: "
 
 
@@ -199,11 +201,20 @@ def _drop_rights() -> None:
     keep_only(set(Capability) - {Capability.SETPCAP})
 
 
-@pytest.mark.parametrize("give_up", [_drop_rights, no_new_privileges], ids=["capability", "no_new_privs"])
+def _bound_rights() -> None:
+    """Has them all still; what it executes would not."""
+    if ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, Capability.SYS_NICE, 0, 0, 0):
+        raise OSError
+
+
+NEED_ROOT = (_drop_rights, _bound_rights)
+
+
+@pytest.mark.parametrize("give_up", [*NEED_ROOT, no_new_privileges], ids=["capability", "bounding-set", "no_new_privs"])
 def test_who_may_do_less_than_the_fork_server_gets_nothing_of_it(
     forker: ForkServer, give_up: Callable[[], None], tmp_path: Path
 ) -> None:
-    if os.geteuid() and give_up is _drop_rights:
+    if os.geteuid() and give_up in NEED_ROOT:
         pytest.skip("has no capability to give up")
     done = subprocess.run(
         command(COMMAND, "127.0.0.1:1", tmp_path / "none"),
