@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import NoReturn
 
 from lazymem.cli import forkrequest, mount
@@ -42,17 +43,18 @@ class RefusedError(Exception):
     """It is not done here, and why."""
 
 
-def wait_and_be_it(listener: socket.socket, pipe: int, loaded: tuple[str, ...]) -> NoReturn:
-    """`pipe`: tells the fork server what became of us. `loaded`: what it runs, as `forkrequest.installed`."""
+def wait_and_be_it(listener: socket.socket, pipe: int, loaded: tuple[str, ...], server: int) -> NoReturn:
+    """`pipe`: tells the fork server, whose process id is `server`, what became of us. `loaded`: what it runs, as
+    `forkrequest.installed`."""
     code = BUG_EXIT_CODE
     try:
+        signal.set_wakeup_fd(-1)  # what is said to us is not said to the fork server
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         os.setsid()  # its terminal's ctrl-C is not meant for our command, nor may that stop us for what we print
-        server = os.getppid()
         system_call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != server:
+        if os.getppid() != server:  # it had ended before we could ask to hear of it
             os._exit(0)
         connection = _accepted(listener)
         system_call("prctl", _PR_SET_PDEATHSIG, 0, 0, 0, 0)
@@ -91,8 +93,8 @@ def _serve(connection: socket.socket, loaded: tuple[str, ...], *, stale: bool) -
         if stale or request.installed != loaded:
             raise RefusedError("it has loaded other files than those that are installed")
         check_rights(connection)
-        if forkrequest.pythons(request.environment) != forkrequest.pythons(os.environ):
-            raise RefusedError("its Python was started with other PYTHON variables")
+        if forkrequest.read_at_start(request.environment) != forkrequest.read_at_start(os.environ):
+            raise RefusedError("its Python was started with other PYTHON or LD variables")
         _take_over(request, descriptors)
         found = _parsed(request.arguments)
         if isinstance(found, int):
@@ -220,6 +222,7 @@ def _take_over(request: Request, descriptors: list[int]) -> None:
     os.umask(request.umask)
     os.environ.clear()
     os.environ.update(request.environment)
+    time.tzset()
 
 
 def _parsed(arguments: tuple[str, ...]) -> argparse.Namespace | int:

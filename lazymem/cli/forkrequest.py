@@ -75,15 +75,16 @@ def installed() -> tuple[str, ...]:
 
 
 def encode(request: Request) -> bytes:
-    """Of texts that came from the system, none of which has a zero in it."""
+    """Of texts that came from the system, none of which has a zero in it, as bytes again: that the other side's locale
+    has another encoding changes no path."""
     head = [str(len(request.installed)), str(request.umask), str(len(request.arguments))]
     pairs = (text for pair in request.environment.items() for text in pair)
-    return "\0".join([*head, *request.installed, *request.arguments, *pairs]).encode(errors="surrogateescape")
+    return os.fsencode("\0".join([*head, *request.installed, *request.arguments, *pairs]))
 
 
 def decode(data: bytes) -> Request:
     """Raises ValueError: it is none."""
-    texts = data.decode(errors="surrogateescape").split("\0")
+    texts = os.fsdecode(data).split("\0")
     known, umask, count = (int(text) for text in texts[:3])
     rest = texts[3:]
     pairs = rest[known + count :]
@@ -94,9 +95,13 @@ def decode(data: bytes) -> Request:
     )
 
 
-def pythons(environment: Mapping[str, str]) -> dict[str, str]:
-    """What tells Python itself how to work, and so cannot be taken over by one that works already."""
-    return {name: value for name, value in environment.items() if name.startswith("PYTHON")}
+_AT_START = ("PYTHON", "LD_", "GLIBC_TUNABLES", "MALLOC_")
+"""So begins what Python, the loader and the C library read when a process starts (a preloaded proxy, for one)."""
+
+
+def read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
+    """What cannot be taken over by a process that runs already."""
+    return {name: value for name, value in environment.items() if name.startswith(_AT_START)}
 
 
 def peer(credentials: bytes) -> Sequence[int]:

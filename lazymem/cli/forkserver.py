@@ -14,11 +14,11 @@ import contextlib
 import gc
 import logging
 import os
+import select
 import signal
 import socket
 import stat
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -45,6 +45,9 @@ BACKLOG = 64
 
 FORK_AGAIN_SECONDS = 0.5
 """Where the host has no process left, or a child ended before it had work."""
+
+
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class _EndedError(Exception):
@@ -83,8 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(path: str) -> None:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    wish = _wish_to_end()
     _load()
     loaded = forkrequest.installed()
     with _listening(path) as listener:
@@ -93,7 +95,7 @@ def _serve(path: str) -> None:
 
         tell_ready()
         log.info("mounts are forked from here (%s)", path)
-        while _keep_one_waiting(listener, loaded):
+        while _keep_one_waiting(listener, loaded, wish):
             pass
     log.info("lazymem's files are not those that were loaded any more: the end, for a new one to load them")
 
@@ -124,26 +126,28 @@ def _load() -> None:
     gc.freeze()  # a collector's marks would be each child's own copy of all that
 
 
-def _keep_one_waiting(listener: socket.socket, loaded: tuple[str, ...]) -> bool:
-    """Until it has work. False: what we have loaded is not what is installed any more."""
+def _keep_one_waiting(listener: socket.socket, loaded: tuple[str, ...], wish: int) -> bool:
+    """Until it has work. False: what we have loaded is not what is installed any more. Raises _EndedError."""
+    server = os.getpid()
     ours, theirs = os.pipe2(os.O_CLOEXEC)
     try:
         try:
             child = os.fork()
         except OSError as error:
             log.warning("no process for the next mount: %s", error.strerror)
-            time.sleep(FORK_AGAIN_SECONDS)
+            _wait([], wish, FORK_AGAIN_SECONDS)
             return True
         from lazymem.cli import forkchild  # loaded long ago
 
         if child == 0:
-            forkchild.wait_and_be_it(listener, theirs, loaded)
+            forkchild.wait_and_be_it(listener, theirs, loaded, server)
         os.close(theirs)
         theirs = -1
-        word = os.read(ours, 1)  # ended here by a signal, we touch no child: one that waits hears of it (`forkchild`)
+        _wait([ours], wish)  # ended here, we touch no child: one that waits hears of it (`forkchild`)
+        word = os.read(ours, 1)
         if not word:
             log.warning("the child that waited for a command ended without one")
-            time.sleep(FORK_AGAIN_SECONDS)
+            _wait([], wish, FORK_AGAIN_SECONDS)
         return word != forkchild.IS_STALE
     finally:
         os.close(ours)
@@ -198,8 +202,25 @@ def _look_at_place(path: str) -> None:
         raise EnvironmentRefusedError(f"another fork server listens on {path}")
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise _EndedError
+def _wish_to_end() -> int:
+    """What can be read once a signal wants us to end. A handler that raises would be one that is not heard: where it
+    meets logging or a fork's own preparations, those catch what it raises."""
+    wish, noted = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(noted, warn_on_full_buffer=False)
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of nohup(1), and of a script's background
+            signal.signal(number, _noted)
+    return wish
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The kernel's word to Python is all that we want (`signal.set_wakeup_fd`)."""
+
+
+def _wait(until: list[int], wish: int, seconds: float | None = None) -> None:
+    """For one of them to be readable, so long at most. Raises _EndedError."""
+    if wish in select.select([*until, wish], [], [], seconds)[0]:
+        raise _EndedError
 
 
 if __name__ == "__main__":

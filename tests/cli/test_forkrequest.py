@@ -78,8 +78,14 @@ def test_the_same_files_are_told_by_the_same_mark() -> None:
     )
 
 
-def test_only_what_is_pythons_own_decides_whether_a_python_will_do() -> None:
-    assert forkrequest.pythons({"PYTHONPATH": "/a", "PATH": "/b"}) == {"PYTHONPATH": "/a"}
+def test_what_a_running_process_cannot_take_over_is_what_was_read_at_its_start() -> None:
+    found = {"PYTHONPATH": "/a", "LD_PRELOAD": "proxy.so"}
+    assert forkrequest.read_at_start({**found, "PATH": "/b"}) == found
+
+
+def test_a_path_is_the_same_bytes_whatever_the_commands_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("latin-1"))
+    assert forkrequest.encode(Request((), 0, ("\xe4",), {})).endswith(b"\0\xe4")
 
 
 def test_a_peer_is_who_it_is() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_the_commands_folder_environment_umask_and_streams_are_what_counts(
     done = subprocess.run(
         command(COMMAND, address, "mnt", "--log", "mount.log"),
         cwd=here,
-        env={**forker.environment(), "XDG_CACHE_HOME": str(home)},
+        env={**forker.environment(), "XDG_CACHE_HOME": str(home), "TZ": "FAR-13"},
         umask=0o027,
         capture_output=True,
         text=True,
@@ -126,7 +127,10 @@ def test_the_commands_folder_environment_umask_and_streams_are_what_counts(
         assert (here / "mnt" / "pc.ram").read_bytes() == snapshot.ram
         assert (home / "lazymem").is_dir()
         assert not stat.S_IMODE(home.stat().st_mode) & 0o027
-        assert "is ready" in (here / "mount.log").read_text()
+        log = (here / "mount.log").read_text()
+        assert "is ready" in log
+        said = datetime.strptime(log[:19], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
+        assert round((said - datetime.now(UTC)) / timedelta(hours=1)) == 13, log
     finally:
         subprocess.run(["umount", here / "mnt"], check=False)
 
@@ -151,6 +155,18 @@ def test_whatever_ends_a_command_early_ends_it_alike(words: list[str], forker: F
     with_it = done()
     assert with_it == done(**{SOCKET_VARIABLE: "no"})
     assert with_it[1] or with_it[2]
+
+
+def test_help_names_the_commands_own_cache(forker: ForkServer, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(COMMAND, "--help"),
+        env={**forker.environment(), "XDG_CACHE_HOME": str(tmp_path / "mine"), "COLUMNS": "500"},
+        capture_output=True,
+        text=True,
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    assert str(tmp_path / "mine" / "lazymem") in done.stdout
 
 
 def test_an_unreachable_server_is_told_in_a_line_and_with_the_same_exit_code(
@@ -250,7 +266,7 @@ def test_another_python_environment_starts_a_python_of_its_own(forker: ForkServe
         timeout=WAIT_SECONDS,
         check=False,
     )
-    assert done.stderr.startswith(f"{WITHOUT}its Python was started with other PYTHON variables\n")
+    assert done.stderr.startswith(f"{WITHOUT}its Python was started with other PYTHON or LD variables\n")
 
 
 def test_one_whose_files_were_exchanged_takes_nothing_more_and_ends(tmp_path: Path) -> None:

@@ -223,3 +223,26 @@ def test_a_file_in_its_place_is_not_thrown_away(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.endswith(f"{tmp_path}/notes exists and is not a socket\n")
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_it_wherever_it_comes(number: signal.Signals, tmp_path: Path) -> None:
+    """While it logs, in its forks, in its child's first steps. No child is left: it would hold what it may print to."""
+    for round_number in range(8):
+        place = tmp_path / str(round_number)
+        process = subprocess.Popen(
+            command("lazymem.cli.forkserver", "--socket", place), stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+        )
+        try:
+            while not place.exists():
+                pass
+            for _ in range(round_number * 300):  # a little later each time
+                pass
+            process.send_signal(number)
+            assert process.wait(WAIT_SECONDS) == 0
+            assert not place.exists()
+            assert process.stderr is not None
+            assert len(process.stderr.read().splitlines()) <= 1
+        finally:
+            process.kill()
+            process.communicate()
