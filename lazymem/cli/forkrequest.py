@@ -67,9 +67,14 @@ def default_path(environment: Mapping[str, str]) -> str:
 
 
 def installed() -> tuple[str, ...]:
-    """What is equal for two processes that run the same files of lazymem in the same Python."""
+    """What is equal for two processes that run the same files of lazymem in the same Python.
+
+    Raises:
+        OSError: one of them is not there (any more).
+    """
     package = os.path.dirname(lazymem.__file__)
-    files = (os.stat(f"{package}/{name}") for name in ("__init__.py", "cli/mount.py", "cli/mountdaemon.py"))
+    ours = (f"{package}/{name}" for name in ("__init__.py", "cli/mount.py", "cli/mountdaemon.py"))
+    files = (os.stat(name) for name in (sys.executable, *ours))
     marks = (f"{file.st_dev}:{file.st_ino}:{file.st_mtime_ns}" for file in files)
     return (lazymem.__version__, sys.executable, package, *marks)
 

@@ -154,6 +154,7 @@ def test_a_fork_servers_end_is_not_its_mounts_end() -> None:
     assert value("lazymem-forkserver.service", "KillMode") == "process"
     assert value("lazymem-forkserver.service", "OOMPolicy") == "continue"
     assert value("lazymem-forkserver.service", "Restart") == "always", "it ends when its files are exchanged"
+    assert value("lazymem-forkserver.service", "StartLimitIntervalSec") == "0", "half installed, it fails at once"
 
 
 @pytest.mark.parametrize("answers", [True, False])

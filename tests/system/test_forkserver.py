@@ -269,7 +269,8 @@ def test_another_python_environment_starts_a_python_of_its_own(forker: ForkServe
     assert done.stderr.startswith(f"{WITHOUT}its Python was started with other PYTHON or LD variables\n")
 
 
-def test_one_whose_files_were_exchanged_takes_nothing_more_and_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["exchanged", "gone"])
+def test_one_whose_files_are_not_the_same_takes_nothing_more_and_ends(how: str, tmp_path: Path) -> None:
     package = tmp_path / "installed" / "lazymem"
     shutil.copytree(Path(lazymem.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": str(package.parent), SOCKET_VARIABLE: str(tmp_path / "socket")}
@@ -281,12 +282,16 @@ def test_one_whose_files_were_exchanged_takes_nothing_more_and_ends(tmp_path: Pa
     )
     try:
         wait_until((tmp_path / "socket").exists, "it listens")
-        shutil.copy(package / "__init__.py", tmp_path / "next")
-        os.replace(tmp_path / "next", package / "__init__.py")
+        if how == "exchanged":
+            shutil.copy(package / "__init__.py", tmp_path / "next")
+            os.replace(tmp_path / "next", package / "__init__.py")
+        else:  # another lazymem is installed elsewhere, whose command asks
+            (package / "cli" / "mountdaemon.py").unlink()
+        folder = package.parent if how == "exchanged" else Path(lazymem.__file__).parents[1]
         done = subprocess.run(
             command(COMMAND, "127.0.0.1:1", tmp_path / "none"),
-            cwd=tmp_path,
-            env=environment,
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(folder)},
             capture_output=True,
             text=True,
             timeout=WAIT_SECONDS,
