@@ -231,7 +231,10 @@ def test_a_signal_ends_it_wherever_it_comes(number: signal.Signals, tmp_path: Pa
     for round_number in range(8):
         place = tmp_path / str(round_number)
         process = subprocess.Popen(
-            command("lazymem.cli.forkserver", "--socket", place), stderr=subprocess.PIPE, stdin=subprocess.DEVNULL
+            command("lazymem.cli.forkserver", "--socket", place),
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # whoever runs the tests may ignore it
         )
         try:
             while not place.exists():
@@ -246,3 +249,21 @@ def test_a_signal_ends_it_wherever_it_comes(number: signal.Signals, tmp_path: Pa
         finally:
             process.kill()
             process.communicate()
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    """As the kernel sees it (proc_pid_status(5))."""
+    (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:"))
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_who_starts_it_with_nohup_is_not_heard_hanging_up(tmp_path: Path) -> None:
+    place = tmp_path / "socket"
+    words = ["nohup", *command("lazymem.cli.forkserver", "--socket", place)]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(place.exists, "it listens")
+            assert _ignores(process.pid, signal.SIGHUP)
+            assert not _ignores(process.pid, signal.SIGTERM)
+        finally:
+            process.kill()
