@@ -86,13 +86,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(path: str) -> None:
+    path = os.path.abspath(path)
     wish = _wish_to_end()
+    loaded = forkrequest.installed()  # before that: what is exchanged meanwhile is found out by the first command
     _load()
-    loaded = forkrequest.installed()
     with _listening(path) as listener:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # daemons that end leave nothing behind
         from lazymem.cli.servicemanager import tell_ready
 
+        os.chdir("/")  # what we were started in can be unmounted
         tell_ready()
         log.info("mounts are forked from here (%s)", path)
         while _keep_one_waiting(listener, loaded, wish):

@@ -45,7 +45,7 @@ class _NotTakenError(OSError):
     """Why no fork server does it."""
 
 
-NOT_ASKED = frozenset(["--upgrade", "--help", "-h"])
+_NOT_ASKED = frozenset(["--upgrade", "--help", "-h"])
 """What no fork server does: for a mount that there is, or of texts that were made with its own environment."""
 
 _NONE = -1
@@ -55,7 +55,7 @@ _NONE = -1
 def maybe_forked(arguments: list[str]) -> int | None:
     """The exit code, after a fork server did it all; None: it is still to be done."""
     path = forkrequest.socket_path(os.environ)
-    if not path or not NOT_ASKED.isdisjoint(arguments):
+    if not path or not _NOT_ASKED.isdisjoint(arguments):
         return None
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     daemon = _NONE

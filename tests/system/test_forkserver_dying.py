@@ -267,3 +267,16 @@ def test_who_starts_it_with_nohup_is_not_heard_hanging_up(tmp_path: Path) -> Non
             assert not _ignores(process.pid, signal.SIGTERM)
         finally:
             process.kill()
+
+
+def test_it_holds_nothing_of_the_folder_that_it_was_started_in(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command("lazymem.cli.forkserver", "--socket", "socket"), cwd=tmp_path, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            wait_until(lambda: os.readlink(f"/proc/{process.pid}/cwd") == "/", "it has left the folder")
+            process.terminate()
+            assert process.wait(WAIT_SECONDS) == 0
+            assert not (tmp_path / "socket").exists()
+        finally:
+            process.kill()
