@@ -56,6 +56,7 @@ def run_in_background(program: str, daemon: Daemon) -> int:
 
     The child is forked before any thread or event loop exists. An error is printed here as one line.
     """
+    have_standard_streams()
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
@@ -127,6 +128,13 @@ def let_go_of_inherited(*keep: int) -> None:
             except OSError:
                 os.close(descriptor)
     os.close(nothing)
+
+
+def have_standard_streams() -> None:
+    """Whoever started us may have closed them: what is opened would get their numbers, and be put over as theirs."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
 
 
 def _leave_terminal() -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from lazymem.cli import forkrequest, logs
+from lazymem.cli.background import have_standard_streams
 from lazymem.cli.quickstart import quick_imports
 from lazymem.errors import EnvironmentRefusedError, LazymemError, UsageError
 
@@ -86,6 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(path: str) -> None:
+    have_standard_streams()
+    if sys.stdout is None:  # closed where we were started; a command's own stands there later
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # for good
     path = os.path.abspath(path)
     wish = _wish_to_end()
     loaded = forkrequest.installed()  # before that: what is exchanged meanwhile is found out by the first command

@@ -115,8 +115,9 @@ def leave(exit_code: int) -> NoReturn:
     if threading is not None and threading.active_count() > 1:
         sys.exit(exit_code)
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # as it is where whoever started us has closed it
+                stream.flush()
     except OSError:  # whoever read it is gone: Python has its own way to end then
         sys.exit(exit_code)
     os._exit(exit_code)

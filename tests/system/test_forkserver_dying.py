@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import lazymem
 from lazymem.cli import forkrequest
 from lazymem.cli.forkrequest import SOCKET_VARIABLE, Request
 from tests.support.forkservers import Forked, ForkServer, fork_server, parent_of
@@ -280,3 +281,23 @@ def test_it_holds_nothing_of_the_folder_that_it_was_started_in(tmp_path: Path) -
             assert not (tmp_path / "socket").exists()
         finally:
             process.kill()
+
+
+def test_it_may_have_been_started_without_standard_streams(
+    snapshot: BuiltSnapshot, mounts: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the one that it logs to."""
+    place = tmp_path / "socket"
+    words = ["sh", "-c", 'exec "$@" 0<&- 1>&-', "sh", *command("lazymem.cli.forkserver", "--socket", place)]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until(place.exists, "it listens")
+            monkeypatch.setenv(SOCKET_VARIABLE, str(place))
+            mount = mounts.mount(mounts.serve(snapshot.folder).address, kind=Forked)
+            assert (mount.result.stderr, parent_of(mount.pid)) == ("", process.pid)
+            said = subprocess.run(
+                command(COMMAND, "--version"), capture_output=True, text=True, timeout=WAIT_SECONDS, check=True
+            )
+            assert (said.stdout, said.stderr) == (f"lazymem-mount {lazymem.__version__}\n", "")
+        finally:
+            process.terminate()

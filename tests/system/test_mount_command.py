@@ -15,7 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from lazymem.fs import checks, mountinfo
-from tests.support.mounts import Mounted, Stage, command, wait_until
+from tests.support.mounts import WAIT_SECONDS, Mounted, Stage, command, wait_until
 from tests.support.snapshots import BuiltSnapshot
 from tests.support.standinsystemd import StandInSystemd
 
@@ -210,3 +210,15 @@ def test_nobody_of_a_mount_leaves_a_core(mounts: Stage, snapshot: BuiltSnapshot)
     for pid in (daemon, *started):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the filling process ends when all is here
             assert re.search(r"^Max core file size +0 +0 ", Path(f"/proc/{pid}/limits").read_text(), re.MULTILINE)
+
+
+def test_a_command_without_standard_streams_mounts_and_says_so(mounts: Stage, snapshot: BuiltSnapshot) -> None:
+    point = mounts.folder / "mnt"
+    point.mkdir()
+    words = command("lazymem.cli.mount", mounts.serve(snapshot.folder).address, point, "--cache", mounts.cache)
+    closed = ["sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh", *words]
+    try:
+        assert subprocess.run(closed, timeout=WAIT_SECONDS, check=False).returncode == 0
+        assert (point / "pc.ram").read_bytes() == snapshot.ram
+    finally:
+        subprocess.run(["umount", point], check=True)
