@@ -302,6 +302,10 @@ async def _mount_and_serve(
         written_bytes=ram.run_files.written_bytes,
     )
     files = SmallFiles(client, manifest)
+
+    def order_pays() -> bool:
+        return MIN_ORDERED_SECONDS <= scheduler.answer_seconds() < readahead.SLOW_SECONDS
+
     xattrs: dict[bytes, Callable[[], bytes]] = {
         STATUS_XATTR: status.to_json,
         RUN_XATTR: status.run_to_json,
@@ -311,7 +315,7 @@ async def _mount_and_serve(
         wish = await nursery.start(_wish_to_end)
         nursery.start_soon(survival.note_wish, wish)
         async with _mounted(path, servers_text(settings.servers), options, survival) as (descriptor, mounted):
-            faults = FaultAddresses(mounted.device)
+            faults = FaultAddresses(mounted.device, order_pays)
             nursery.start_soon(faults.run, lambda: ram.is_whole)
             channel = Channel(
                 descriptor,
@@ -321,11 +325,7 @@ async def _mount_and_serve(
                 watch.maybe_on_read,
                 watch.maybe_on_write,
                 Agreement(survival.record, continues=survival.continues),
-                maybe_order=ReadOrder(
-                    faults,
-                    ram.is_at_hand,
-                    lambda: MIN_ORDERED_SECONDS <= scheduler.answer_seconds() < readahead.SLOW_SECONDS,
-                ),
+                maybe_order=ReadOrder(faults, ram.is_at_hand, order_pays),
                 takes_back=not survival.continues,
             )
             lifetime = Lifetime(path, mounted.device, descriptor, channel, wish)

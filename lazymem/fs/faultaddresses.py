@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import trio
 
@@ -26,13 +26,17 @@ from lazymem.pages import PAGE_SHIFT
 
 log = logging.getLogger(__name__)
 
+A = TypeVarTuple("A")
+R = TypeVar("R")
+
 MOST_THREADS = 32
 """Counted at a time: 8 KiB of memory each, which is half of what the kernel allows a user that is not root."""
 
 FIRST_LOOK_SECONDS = 0.005
 LOOK_SECONDS = 1.0
 """An emulator opens the RAM, then maps it, then starts its vCPUs' threads: it is looked at again after the first of
-these times, then after twice as long each time, up to the second."""
+these times, then after twice as long each time, up to the second. Who comes later tells by
+a READ of its own, or opens the RAM."""
 
 
 _NOBODY = 0
@@ -55,20 +59,24 @@ class _Watched(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What one look found: where processes have the RAM, threads that were not known, and those that have ended."""
+    """What one look found: where processes have the RAM, and threads that were not known."""
 
     maps: dict[int, list[_Map]]
     threads: dict[int, _Watched]
-    ended: list[int]
 
 
 class FaultAddresses:
-    """As `readorder.Touched`, while `run` runs; else nothing is known. `device`: the mount's, as in the mount table."""
+    """As `readorder.Touched`, while `run` runs; else nothing is known.
 
-    def __init__(self, device: str) -> None:
+    `device`: the mount's, as in the mount table. `pays`: whether it is worth it to watch somebody now.
+    """
+
+    def __init__(self, device: str, pays: Callable[[], bool]) -> None:
         major, minor = (int(part) for part in device.split(":"))
         self._device = b"%02x:%02x" % (major, minor)
-        self._counts = False
+        self._pays = pays
+        self._runs = False
+        self._limiter = trio.CapacityLimiter(1)  # a thread that stands is nobody else's
         self._asked: set[int] = set()
         self._somebody = trio.Event()
         self._maps: dict[int, list[_Map]] = {}  # by process
@@ -76,19 +84,21 @@ class FaultAddresses:
 
     async def run(self, is_over: Callable[[], bool]) -> None:
         """Until cancelled, or until it is over."""
+        self._runs = True
+        maybe_first = None
         try:
+            if not self._pays():
+                await self._somebody.wait()
             # While there is one, the next ones take the kernel no time.
-            first = await trio.to_thread.run_sync(FaultCounter, 0, abandon_on_cancel=True)
-        except OSError as error:
-            log.debug("which page somebody touches is not known: %s", error)
-            return
-        try:
-            self._counts = True
-            await self._look_until(is_over)
+            maybe_first = await self._maybe_in_thread(_maybe_counter, 0)
+            if maybe_first is not None:
+                await self._look_until(is_over)
         finally:
-            self._counts = False
+            self._runs = False
+            self._asked.clear()
             self._forget(list(self._threads))
-            first.close()
+            if maybe_first is not None:
+                maybe_first.close()
 
     async def _look_until(self, is_over: Callable[[], bool]) -> None:
         seconds = LOOK_SECONDS
@@ -97,20 +107,32 @@ class FaultAddresses:
                 await self._somebody.wait()
                 self._somebody = trio.Event()
                 seconds = FIRST_LOOK_SECONDS / 2
-            seconds = min(2 * seconds, LOOK_SECONDS)
-            asked, self._asked = self._asked, set()
-            known = {thread: watched.process for thread, watched in self._threads.items()}
-            if asked or known:
-                self._take(await trio.to_thread.run_sync(_look, asked, known, self._device, abandon_on_cancel=True))
+            self._forget([thread for thread in self._threads if _has_ended(thread)])
+            if self._asked or seconds < LOOK_SECONDS:  # later nothing is expected, and a thread would be kept for it
+                await self._look()
+                seconds = min(2 * seconds, LOOK_SECONDS)
 
-    def _take(self, seen: _Seen) -> None:
-        self._maps = seen.maps
-        self._threads |= seen.threads
-        self._forget(seen.ended)
+    async def _look(self) -> None:
+        asked, self._asked = self._asked, set()
+        known = {thread: watched.process for thread, watched in self._threads.items()}
+        maybe_seen = await self._maybe_in_thread(_look, asked, known, self._device)
+        if maybe_seen is None:
+            self._asked |= asked
+        else:
+            self._maps = maybe_seen.maps
+            self._threads |= maybe_seen.threads
+
+    async def _maybe_in_thread(self, work: Callable[[*A], R], *arguments: *A) -> R | None:
+        """None: this host has no thread for us."""
+        try:
+            return await trio.to_thread.run_sync(work, *arguments, abandon_on_cancel=True, limiter=self._limiter)
+        except RuntimeError as error:  # threading's word for it
+            log.debug("nobody looks which page somebody touches: %s", error)
+            return None
 
     def watch(self, thread: int) -> None:
-        """All threads of its process, from a moment on. (0 stands for one that we cannot see.)"""
-        if self._counts and thread > 0 and len(self._threads) + len(self._asked) < MOST_THREADS:
+        """All threads of its process, from a moment on, if that pays. (0 stands for one that we cannot see.)"""
+        if self._runs and thread > 0 and len(self._threads) + len(self._asked) < MOST_THREADS and self._pays():
             self._asked.add(thread)
             self._somebody.set()
 
@@ -128,8 +150,11 @@ class FaultAddresses:
         return [touch for touch in touches if touch is not None]
 
     def _maybe_touch(self, thread: int, watched: _Watched) -> Touch | None:
+        if watched.maybe_counter is None:
+            return None
         maps = self._maps.get(watched.process)
-        if not maps or watched.maybe_counter is None:
+        if not maps:
+            self._asked.add(thread)  # it has mapped the RAM since, or merely reads it: in a second at most it is seen
             return None
         stamp, address = watched.maybe_counter.newest()
         for start, end, offset in maps:
@@ -146,8 +171,7 @@ class FaultAddresses:
 
 def _look(asked: Collection[int], known: Mapping[int, int], device: bytes) -> _Seen:
     """At the processes of all these threads. `known`: thread to process. Blocking, for a thread."""
-    ended = [thread for thread in known if not os.path.exists(f"/proc/{thread}")]
-    seen = _Seen({}, {}, ended)
+    seen = _Seen({}, {})
     for thread in asked:
         if _is_our_own(thread):  # what we have the kernel read ourselves
             seen.threads[thread] = _Watched(os.getpid(), None)
@@ -161,6 +185,11 @@ def _look(asked: Collection[int], known: Mapping[int, int], device: bytes) -> _S
         if thread not in known:
             seen.threads.setdefault(thread, _Watched(_NOBODY, None))  # not to be looked for at each of its READs
     return seen
+
+
+def _has_ended(thread: int) -> bool:
+    """Waits for nobody."""
+    return not os.path.exists(f"/proc/{thread}")
 
 
 def _is_our_own(thread: int) -> bool:

@@ -107,9 +107,9 @@ def device(file: Path) -> str:
 @pytest.fixture
 async def faults(device: str, nursery: trio.Nursery) -> FaultAddresses:
     """Of the mount that `file` is on, and able to count."""
-    found = FaultAddresses(device)
+    found = FaultAddresses(device, lambda: True)
     nursery.start_soon(found.run, lambda: False)
-    await until(lambda: found._counts)
+    await until(lambda: counters() == 1)
     return found
 
 
@@ -195,7 +195,7 @@ async def test_the_page_is_where_the_file_is_mapped(faults: FaultAddresses, gues
 async def test_threads_that_begin_later_are_found_and_forgotten_when_they_end(
     faults: FaultAddresses, guest: Guest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faultaddresses, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(faultaddresses, "LOOK_SECONDS", 3600.0)  # it looks for as long, though less and less often
     faults.watch(guest.thread)
     await until(lambda: guest.thread in faults._threads)
     thread = guest.begin_thread()
@@ -242,9 +242,9 @@ async def test_once_it_is_over_nobody_is_counted(
 ) -> None:
     monkeypatch.setattr(faultaddresses, "LOOK_SECONDS", 0.01)
     is_over = False
-    found = FaultAddresses(device)
+    found = FaultAddresses(device, lambda: True)
     nursery.start_soon(found.run, lambda: is_over)
-    await until(lambda: found._counts)
+    await until(lambda: counters() == 1)
     found.watch(guest.thread)
     await until(lambda: counters() == 2)
     is_over = True
@@ -258,8 +258,68 @@ async def test_where_it_is_refused_nothing_is_known(monkeypatch: pytest.MonkeyPa
         raise PermissionError(errno.EACCES, "no")
 
     monkeypatch.setattr(faultaddresses, "FaultCounter", refused)
-    found = FaultAddresses("0:47")
+    found = FaultAddresses("0:47", lambda: True)
     await found.run(lambda: False)
     found.watch(os.getppid())
     assert found.maybe_latest(os.getppid()) is None
     assert found.latest() == []
+
+
+async def test_where_there_is_no_thread_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none_left(*arguments: object, **options: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", none_left)
+    found = FaultAddresses("0:47", lambda: True)
+    await found.run(lambda: False)
+    assert found.latest() == []
+
+
+@needs_fault_counts
+async def test_a_look_that_finds_no_thread_is_done_again(
+    faults: FaultAddresses, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faultaddresses, "LOOK_SECONDS", 0.01)
+    run_sync = trio.to_thread.run_sync
+    refused = 0
+
+    async def none_left(*arguments: object, **options: object) -> None:
+        nonlocal refused
+        refused += 1
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", none_left)
+    faults.watch(guest.thread)
+    await until(lambda: refused > 0)
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    await until(lambda: faults.maybe_latest(guest.thread) is None and guest.thread in faults._threads)
+
+
+@needs_fault_counts
+async def test_where_it_does_not_pay_nobody_is_counted_until_it_does(
+    device: str, guest: Guest, nursery: trio.Nursery
+) -> None:
+    """Not even the first counter is made, which takes the kernel its time."""
+    pays = False
+    found = FaultAddresses(device, lambda: pays)
+    nursery.start_soon(found.run, lambda: False)
+    await until(lambda: found._runs)
+    found.watch(guest.thread)
+    assert not found._asked
+    assert not counters()
+    pays = True
+    found.watch(guest.thread)
+    await until(lambda: guest.thread in found._threads)
+    assert counters() == 2
+
+
+@needs_fault_counts
+async def test_who_maps_the_ram_long_after_it_was_opened_is_seen_when_it_reads(
+    faults: FaultAddresses, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faultaddresses, "LOOK_SECONDS", 0.01)
+    with monkeypatch.context() as not_yet:
+        not_yet.setattr(faultaddresses, "_ram_maps", lambda process, device: [])
+        faults.watch(guest.thread)
+        await until(lambda: guest.thread in faults._threads)
+    await until(lambda: faults.maybe_latest(guest.thread) is not None or bool(faults._maps.get(guest.thread)))

@@ -118,7 +118,6 @@ def test_the_touched_page_of_a_huge_one_is_asked_for_before_the_rest(mounts: Sta
         link.delay_seconds = 0.0005  # each way, so that it is neither near nor slow
         mount = mounts.mount(link.address, "--prefetch", "none")
         make_link_known(mount)
-        wait_until(lambda: counters(mount) == 1, "the daemon to be able to count")
         guest = Guest(mount.ram_path)
         tried = []
         try:
