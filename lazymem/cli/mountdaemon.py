@@ -66,7 +66,7 @@ WELCOME_NOTE = "welcome"
 
 MIN_ORDERED_SECONDS = 0.0005
 """Of faster answers the kernel's read-ahead of a touch takes no time that an order would save. (Over slow links it is
-refused.)"""
+refused, and while a recorded set comes, so that counting faults would only cost.)"""
 
 Ready = Callable[[tuple[str, ...]], None]
 """Called once, when the mount answers, with lines that the user should read."""
@@ -176,6 +176,16 @@ async def _serve(
         )
         if settings.prefetch is Prefetch.WORKING_SET:  # else all is filled, and what is held first is the set
             page_cache.prefer(sorted(recorded))
+
+    def set_is_coming() -> bool:
+        return (maybe_prepager is not None and maybe_prepager.set_is_coming) or (
+            maybe_filler is not None and maybe_filler.latest.set_is_coming
+        )
+
+    def order_pays() -> bool:
+        near = MIN_ORDERED_SECONDS <= scheduler.answer_seconds() < readahead.SLOW_SECONDS
+        return near and not set_is_coming()
+
     touches = Touches(origin.pages, pristine.states, recorded)
     recording = maybe_recording(settings, client, touches, ram.written_pages, survival)
     watch = Watch(page_cache, None, None, None, None)
@@ -185,8 +195,7 @@ async def _serve(
             origin.pages,
             ram.is_at_hand,
             lambda pages: (
-                (maybe_prepager is not None and maybe_prepager.set_is_coming)
-                or (maybe_filler is not None and maybe_filler.latest.set_is_coming)
+                set_is_coming()
                 or (
                     maybe_filler is not None
                     and maybe_filler.is_filling
@@ -218,7 +227,7 @@ async def _serve(
         if progress is not None:
             nursery.start_soon(progress, status.to_json)
         await _mount_and_serve(
-            client, manifest, ram, scheduler, settings, options, status, ready, watch, survival, again
+            client, manifest, ram, scheduler, settings, options, status, ready, watch, order_pays, survival, again
         )
     finally:
         with trio.CancelScope(shield=True):
@@ -287,6 +296,7 @@ async def _mount_and_serve(
     status: MountStatus,
     ready: Ready,
     watch: Watch,
+    order_pays: Callable[[], bool],
     survival: Survival,
     again: Restart,
 ) -> None:
@@ -302,9 +312,6 @@ async def _mount_and_serve(
         written_bytes=ram.run_files.written_bytes,
     )
     files = SmallFiles(client, manifest)
-
-    def order_pays() -> bool:
-        return MIN_ORDERED_SECONDS <= scheduler.answer_seconds() < readahead.SLOW_SECONDS
 
     xattrs: dict[bytes, Callable[[], bytes]] = {
         STATUS_XATTR: status.to_json,
