@@ -28,6 +28,7 @@ import trio
 from lazymem.errors import EnvironmentRefusedError, LazymemError
 from lazymem.fs import fuseabi
 from lazymem.fs.agreement import Agreement
+from lazymem.fs.asidetime import AsideTime
 from lazymem.fs.channelends import Link, RamFile, Taken, Written
 from lazymem.fs.failures import told_errno
 from lazymem.fs.libraryend import LibraryEnd
@@ -111,6 +112,7 @@ class Channel:
         self._waiting = OpenRequests(ram.is_unseen, self._send, self._start_due)
         self._open = self._waiting.reads
         self._open_writes = self._waiting.writes
+        self._aside_time = AsideTime(maybe_order, self._open, self._start_read)
         self._linger = MIN_LINGER_SECONDS
         self._answered_at = 0.0
         self._crowded_until = 0.0
@@ -288,6 +290,7 @@ class Channel:
         try:
             order = self._maybe_order
             if size > PAGE_SIZE and order is not None and order.puts_aside(unique, thread, offset, size, self._open):
+                self._aside_time.watch(self._nursery)
                 return  # until no more come, or what somebody waits for has
         except Exception as error:  # noqa: BLE001  # as in `_start_read`
             self._fail("read", unique, error)

@@ -104,6 +104,11 @@ class ReadOrder:
         nearest = min(self.aside.values(), key=lambda read: _distance(read, touches.get(read.thread)))
         return self.aside.pop(nearest.unique)
 
+    def give_up(self, uniques: Collection[int], open_reads: Collection[int]) -> list[Aside]:
+        """Those of these that are still put aside: they no longer are, and are to be started."""
+        found = [self.aside.pop(unique) for unique in uniques if unique in self.aside]
+        return [read for read in found if read.unique in open_reads]
+
     def _waits(self, touch: Touch, page: int, open_reads: Collection[int]) -> bool:
         """Whether the thread that has the kernel read from `page` on waits for the page that it touched last."""
         block = touch.page - touch.page % BLOCK_PAGES

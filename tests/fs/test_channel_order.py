@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from lazymem.errors import LazymemError
 from lazymem.fs import readers
+from lazymem.fs.asidetime import MOST_SECONDS
 from lazymem.fs.channel import Channel
 from lazymem.fs.channelends import Answer
 from lazymem.fs.readorder import BLOCK_PAGES, MOST_OUT, ReadOrder, Touch
@@ -86,7 +88,10 @@ def peer() -> Peer:
 
 
 @pytest.fixture
-async def channel(kernel: FakeKernel, peer: Peer, nursery: trio.Nursery) -> AsyncIterator[Channel]:
+async def channel(
+    kernel: FakeKernel, peer: Peer, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> AsyncIterator[Channel]:
+    """Its time passes where nobody has anything to do: or on a busy machine all that is put aside would be overdue."""
     order = ReadOrder(peer, lambda offset, size: False, lambda: True)
     tree = tree_of(2 * BLOCK_PAGES * PAGE_SIZE)
     found = Channel(kernel.descriptor, tree, peer, peer, maybe_order=order)
@@ -177,6 +182,26 @@ async def test_what_fails_has_none_of_the_others_wait(channel: Channel, kernel: 
     peer.dones[peer.asked[0]](LazymemError("no"))
     assert kernel.reply().error
     assert sorted(peer.asked) == list(range(READS))
+
+
+async def test_none_is_put_aside_for_long_though_none_that_is_out_ends(
+    channel: Channel, kernel: FakeKernel, peer: Peer
+) -> None:
+    """Somebody whom nobody counts may wait for it."""
+    uniques = await burst(kernel, peer, channel)
+    assert len(peer.asked) <= MOST_OUT + 1
+    begun = trio.current_time()
+    await until(lambda: len(peer.asked) == READS)
+    assert trio.current_time() - begun < 3 * MOST_SECONDS
+    assert not channel._aside
+    for number in range(READS):
+        peer.dones.pop(number)(bytes([number]) * READ_BYTES)
+        assert kernel.reply().unique == uniques[number]
+    peer.asked.clear()
+    peer.page += 1
+    await burst(kernel, peer, channel)  # and so with those that come later
+    assert len(peer.asked) <= MOST_OUT + 1
+    await until(lambda: len(peer.asked) == READS)
 
 
 async def test_what_takes_the_long_way_lets_the_next_go_too(channel: Channel, kernel: FakeKernel, peer: Peer) -> None:
