@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -33,10 +34,17 @@ DYING_LOOK_SECONDS = 0.001
 LOCK_SECONDS = 5.0
 
 
-def _is_mounted(path: str) -> bool:
-    """By a lazymem. Looks at the table, and not at the mount, which may answer nobody."""
+def _maybe_dead_mount(path: str) -> mountinfo.Mount | None:
+    """A lazymem's whose connection is over. Who serves one answers; so its end is waited for where nobody serves it but
+    somebody still could. (A lock does not tell: another user's, or the same one's without a session, is elsewhere.)"""
     maybe_mounted = mountinfo.maybe_mount_at(path)
-    return maybe_mounted is not None and maybe_mounted.is_ours
+    if maybe_mounted is None or not maybe_mounted.is_ours:
+        return None
+    try:
+        os.stat(path)
+    except OSError as error:
+        return maybe_mounted if error.errno in (errno.ENOTCONN, errno.ECONNABORTED) else None
+    return None
 
 
 def program_of(python: str) -> Program:
@@ -168,14 +176,15 @@ class Starter:
 
     def clear_dead_mount(self) -> None:
         """Take away what a daemon mounted that died before anybody else had its connection, so that nobody will ever
-        serve it. Whoever serves a mount has its lock; so have that daemon's children, for another moment."""
+        serve it. That daemon's children have its lock for another moment. Blocking."""
         path = self._arguments[-1]
-        if not _is_mounted(path):
+        maybe_dead = _maybe_dead_mount(path)
+        if maybe_dead is None:
             return
         lock = MountLock(path)
         try:
             lock.acquire(LOCK_SECONDS)
-            if _is_mounted(path):
+            if mountinfo.maybe_mount_at(path) == maybe_dead:
                 session.unmount(path, lazy=True)
                 log.warning("%s: its daemon died while it mounted; the dead mount is taken away", path)
         except LazymemError as error:

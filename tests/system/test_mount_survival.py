@@ -17,8 +17,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from lazymem.cli.daemonprocess import Starter
 from lazymem.cli.mountrecording import RECORDING_NOTE
-from lazymem.fs import mountinfo
+from lazymem.fs import lock, mountinfo
 from lazymem.fs.sessionrecord import SessionRecord
 from lazymem.pages import PAGE_SIZE
 from lazymem.snapshot import workingset
@@ -260,6 +261,19 @@ def test_before_anybody_else_had_the_connection(mounts: Stage, snapshot: BuiltSn
     mount = mounts.mount(server.address, *QUIET)
     assert everything(mount) == snapshot.ram
     assert "its daemon died while it mounted; the dead mount is taken away" in mount.log.read_text()
+
+
+def test_what_somebody_serves_is_no_dead_mount(
+    mounts: Stage, snapshot: BuiltSnapshot, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whose lock is in another folder: another user's, or one's own without a session. He may have mounted between a
+    daemon's first look at the mount point and its failure."""
+    mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
+    before = mountinfo.maybe_mount_at(str(mount.path))
+    monkeypatch.setattr(lock, "runtime_dir", lambda: tmp_path / "others")
+    Starter(["--", "server", str(mount.path)]).clear_dead_mount()
+    assert mountinfo.maybe_mount_at(str(mount.path)) == before
+    assert everything(mount) == snapshot.ram
 
 
 def test_as_a_thread_of_its_own_opens_the_ram(
