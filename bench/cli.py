@@ -29,7 +29,7 @@ _EPILOG = """examples:
 
 _SUFFIXES = (
     "of lazymem's also as WAY+tls, WAY+unsupervised, WAY+tls+unsupervised, WAY+unverified (by itself: no TLS, a "
-    "supervisor, all verified)"
+    "supervisor, all verified), WAY+forked (from a fork server that runs already)"
 )
 
 
