@@ -312,7 +312,6 @@ async def _mount_and_serve(
         written_bytes=ram.run_files.written_bytes,
     )
     files = SmallFiles(client, manifest)
-
     xattrs: dict[bytes, Callable[[], bytes]] = {
         STATUS_XATTR: status.to_json,
         RUN_XATTR: status.run_to_json,

@@ -292,18 +292,30 @@ class Channel:
             if size > PAGE_SIZE and order is not None and order.puts_aside(unique, thread, offset, size, self._open):
                 self._aside_time.watch(self._nursery)
                 return  # until no more come, or what somebody waits for has
-        except Exception as error:  # noqa: BLE001  # as in `_start_read`
-            self._fail("read", unique, error)
-        else:
-            self._start_read(unique, offset, size)
+        except Exception:  # noqa: BLE001  # as in `_start_read`; and an order is nothing that a guest needs
+            self._give_order_up()
+        self._start_read(unique, offset, size)
 
     def _start_due(self, *, everything: bool = False) -> None:
         """Of the READs that are put aside. `everything`: all of them."""
         while self._aside and self._maybe_order is not None:
-            maybe_due = self._maybe_order.maybe_due(self._open, everything=everything)
+            try:
+                maybe_due = self._maybe_order.maybe_due(self._open, everything=everything)
+            except Exception:  # noqa: BLE001  # as above
+                self._give_order_up()
+                return
             if maybe_due is None:
                 return
             self._start_read(maybe_due.unique, maybe_due.offset, maybe_due.size)
+
+    def _give_order_up(self) -> None:
+        """For an exception's handler: from now on READs go as they come."""
+        log.exception("READs have no order any more: a bug in lazymem")
+        left, self._maybe_order = list(self._aside.values()), None
+        self._aside.clear()
+        for read in left:
+            if read.unique in self._open:
+                self._start_read(read.unique, read.offset, read.size)
 
     def _start_read(self, unique: int, offset: int, size: int) -> None:
         try:

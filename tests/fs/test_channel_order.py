@@ -34,8 +34,6 @@ class Peer:
         self.dones: dict[int, Answer] = {}
         self.best_answer_seconds = 0.001
         self.page = TOUCHED * READ_BYTES // PAGE_SIZE + 5
-        self.has_bug = False
-        self.bugs = 0
 
     def read_soon(self, offset: int, length: int, done: Answer) -> bytes | bool:
         number = offset // READ_BYTES
@@ -66,9 +64,6 @@ class Peer:
     def settle(self) -> None: ...
 
     def maybe_latest(self, thread: int) -> Touch | None:
-        if self.has_bug:
-            self.bugs += 1
-            raise ValueError("a bug")
         return Touch(thread, self.page, self.page + 1) if thread == GUEST else None
 
     def latest(self) -> list[Touch]:
@@ -221,10 +216,21 @@ async def test_nothing_is_put_aside_while_the_link_is_watched(channel: Channel, 
     assert sorted(peer.asked[: peer.asked.index(-1)]) == list(range(READS))
 
 
-async def test_a_bug_in_the_order_is_one_reads_error(channel: Channel, kernel: FakeKernel, peer: Peer) -> None:
-    peer.has_bug = True
-    kernel.read(0, READ_BYTES, GUEST)
-    await until(lambda: peer.bugs > 0)
-    assert kernel.reply().error
-    kernel.read(0, PAGE_SIZE, GUEST)
-    await until(lambda: peer.asked == [0])
+@pytest.mark.parametrize("where", ["puts_aside", "maybe_due"])
+async def test_a_bug_in_the_order_costs_nobody_his_page(
+    channel: Channel, kernel: FakeKernel, peer: Peer, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is put aside is started, and READs go as they come from then on."""
+    bugs: list[str] = []
+
+    def bug(*arguments: object, **options: object) -> None:
+        bugs.append(where)
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(channel._maybe_order, where, bug)
+    for number in range(3):
+        kernel.read(number * READ_BYTES, READ_BYTES, GUEST)
+    await until(lambda: sorted(peer.asked) == [0, 1, 2])
+    assert bugs == [where], "it was not asked again"
+    kernel.read(4 * READ_BYTES, READ_BYTES, GUEST)
+    await until(lambda: peer.asked[-1] == 4)

@@ -20,7 +20,8 @@ GUEST = 0  # no thread of ours has this id
 
 
 class FakeFile:
-    """The mount's own file. `mounted`: whether it still is."""
+    """The mount's own file, of which each test has a class of its own: the thread of the test before may still close
+    its. `mounted`: whether it still is."""
 
     mounted = True
     opened = closed = 0
@@ -47,6 +48,10 @@ class Guest:
         self.threads: set[int] = set()
         self.refused = Refused(TOTAL, self.at_hand)
 
+        class File(FakeFile): ...
+
+        self.file: type[FakeFile] = File
+
     def at_hand(self, offset: int, size: int) -> bool:
         return self.held.issuperset(range(offset >> PAGE_SHIFT, (offset + size) >> PAGE_SHIFT))
 
@@ -66,8 +71,7 @@ class Guest:
 @pytest.fixture
 def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
     found = Guest()
-    FakeFile.mounted, FakeFile.opened, FakeFile.closed = True, 0, 0
-    monkeypatch.setattr(refused, "OwnFile", FakeFile)
+    monkeypatch.setattr(refused, "OwnFile", found.file)
     monkeypatch.setattr(os, "posix_fadvise", found.advise)
     return found
 
@@ -139,10 +143,10 @@ async def test_a_file_system_is_let_go_of_after_its_unmount(guest: Guest) -> Non
         guest.refused.refuse(PageRange(0, 2 * BLOCK_PAGES))
         guest.held = set(range(TOTAL))
         guest.touch(0)
-        await until(lambda: FakeFile.opened == FakeFile.closed == 1)
-        FakeFile.mounted = False
+        await until(lambda: guest.file.opened == guest.file.closed == 1)
+        guest.file.mounted = False
         guest.touch(BLOCK_PAGES)
-        await until(lambda: FakeFile.opened == FakeFile.closed == 2)
+        await until(lambda: guest.file.opened == guest.file.closed == 2)
         assert guest.asked == [PageRange(1, BLOCK_PAGES - 1)]
         nursery.cancel_scope.cancel()
 
@@ -158,4 +162,4 @@ async def test_before_and_after_its_time_nothing_is_given(guest: Guest) -> None:
         nursery.cancel_scope.cancel()
     guest.touch(4)
     assert not guest.asked
-    assert FakeFile.opened == 0
+    assert guest.file.opened == 0

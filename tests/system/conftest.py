@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lazymem.cli.forkrequest import SOCKET_VARIABLE
+from tests.support.forkservers import ForkServer, fork_server
 from tests.support.mounts import Stage, stage
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
 
@@ -19,3 +21,11 @@ def mounts(tmp_path: Path) -> Iterator[Stage]:
 def snapshot(tmp_path: Path) -> BuiltSnapshot:
     """4 MiB of RAM, hashed, with a vmstate."""
     return make_snapshot(tmp_path / "snap", pages=1024, seed=7)
+
+
+@pytest.fixture
+def forker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    """A fork server, which the installed command asks."""
+    with fork_server(tmp_path) as server:
+        monkeypatch.setenv(SOCKET_VARIABLE, str(server.path))
+        yield server

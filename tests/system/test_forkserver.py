@@ -11,7 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,13 +27,6 @@ from tests.support.snapshots import BuiltSnapshot
 COMMAND = "lazymem.cli.mountcommand"
 _PR_CAPBSET_DROP = 24
 WITHOUT = "lazymem-mount: starts without the fork server: "
-
-
-@pytest.fixture
-def forker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
-    with fork_server(tmp_path) as server:
-        monkeypatch.setenv(SOCKET_VARIABLE, str(server.path))
-        yield server
 
 
 def is_forked(mounted: Mounted, server: ForkServer) -> bool:

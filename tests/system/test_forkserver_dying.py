@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,12 @@ import pytest
 import lazymem
 from lazymem.cli import forkrequest
 from lazymem.cli.forkrequest import SOCKET_VARIABLE, Request
-from tests.support.forkservers import Forked, ForkServer, fork_server, parent_of
+from tests.support.forkservers import Forked, ForkServer, parent_of
 from tests.support.mounts import WAIT_SECONDS, Stage, command, wait_until
 from tests.support.snapshots import BuiltSnapshot
 
 COMMAND = "lazymem.cli.mountcommand"
 WITHOUT = "lazymem-mount: starts without the fork server: "
-
-
-@pytest.fixture
-def forker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
-    with fork_server(tmp_path) as server:
-        monkeypatch.setenv(SOCKET_VARIABLE, str(server.path))
-        yield server
 
 
 def children(server: ForkServer) -> set[int]:
