@@ -13,7 +13,8 @@ it, and then the process dies, or what stands in front of STEPS with a ``:``. A 
 its guardian and the one that does the work; ``guardian:`` and ``worker:`` are the one and the other. Of its mount (a
 source's is the one that its RAM lies on) ``daemon:``, ``supervisor:`` and ``filler:`` are killed; of its emulator
 ``emulator:``; a destination's is a lazymem-vm, and ``qemu:`` the QEMU below it, a source's is what has the guest, and
-``vm:`` the lazymem-vm above it. ``cut:`` is the connection to the other side; ``hold:`` nobody dies, it goes on once
+``vm:`` the lazymem-vm above it. At ``EVENT RECEIVED`` a source's emulator dies once it has told that all is sent: one
+that had not would take its guest with it, as one that dies before that. ``cut:`` is the connection to the other side; ``hold:`` nobody dies, it goes on once
 FILE has a sibling with the ending .go, which is gone then. Several of these may stand with a ``;`` between. ``half``:
 of the guesses only the first 2 MiB are served until then. ``late;`` before all: the destination takes its emulator
 for not yet loaded until it has the source's word. ``early;``: it does not say that it has received all before its
@@ -107,6 +108,8 @@ class _Steps:
         elif kind == "cut":
             await (side.receivers if isinstance(side, Sender) else side._link).drop()
         elif kind is not None:
+            if (kind, word) == ("emulator", f"EVENT {Event.RECEIVED.name}"):
+                await side._device_state.wait_over()
             await trio.to_thread.run_sync(self.kill, kind, side)
 
     def kill(self, kind: str, side: Any) -> None:
