@@ -35,6 +35,7 @@ from tests.support.mounts import Stage, stage
 from tests.support.processtree import fillers_of
 from tests.support.slowlink import slow_link
 from tests.support.snapshotguest import running_on, saved
+from tests.support.stopping import stop
 from tests.support.vmprocess import connected, wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -148,7 +149,7 @@ def test_the_filling_process_of_the_sources_mount(
     with slow_link(server.address, RAM_BYTES // 8) as address:
         mount = mounts.mount(address, name="from")
         (filler,) = fillers_of(mount.pid)
-        os.kill(filler, signal.SIGSTOP)  # or it may have brought all when its turn comes
+        stop(filler)  # or it may have brought all when its turn comes
         with running_on(mount, sockets) as vm:
             pair = Pair(tmp_path, vm.monitor, "-serial", f"unix:{sockets}/there", maybe_forks=forks)
             with ended(pair):

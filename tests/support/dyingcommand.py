@@ -8,20 +8,21 @@ Before anything moves it, a source has ``OFFER`` and ``OFFERED``, around that wr
 ``STOPPED`` when the guest stands. With --warm a source has ``WENT`` when some pages went ahead of the guest, a
 destination ``MADE`` when it has a place for them, and ``CAME`` when some are in it.
 
-STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before
-it, and then the process dies, or what stands in front of STEPS with a ``:``. A source's process is two, and both die:
-its guardian and the one that does the work; ``guardian:`` and ``worker:`` are the one and the other. Of its mount (a
+STEPS are some of them with commas between; empty: nobody dies. At each, once, it is written down with a "!" before it,
+and then the process dies, or what stands in front of STEPS with a ``:``. A source's process is two, and both die: its
+guardian and the one that does the work; ``guardian:`` and ``worker:`` are the one and the other. Of its mount (a
 source's is the one that its RAM lies on) ``daemon:``, ``supervisor:`` and ``filler:`` are killed; of its emulator
 ``emulator:``; a destination's is a lazymem-vm, and ``qemu:`` the QEMU below it, a source's is what has the guest, and
 ``vm:`` the lazymem-vm above it. At ``EVENT RECEIVED`` a source's emulator dies once it has told that all is sent: one
-that had not would take its guest with it, as one that dies before that. ``cut:`` is the connection to the other side; ``hold:`` nobody dies, it goes on once
-FILE has a sibling with the ending .go, which is gone then. Several of these may stand with a ``;`` between. ``half``:
-of the guesses only the first 2 MiB are served until then. ``late;`` before all: the destination takes its emulator
-for not yet loaded until it has the source's word. ``early;``: it does not say that it has received all before its
-emulator is loaded, and does not hear before that that the guest is given. ``patient;``: the source waits for that
-word, and does not go by what has arrived. ``soon;``: it says that it has received all once it has the source's word,
-which the source says by what it was told to have arrived. ``torn;``: of the state the end is missing, which is
-noticed then. ``ahead;``: its emulator gets none of the state before it has asked for what its load will read.
+that had not would take its guest with it, as one that dies before that. ``cut:`` is the connection to the other side;
+``hold:`` nobody dies, it goes on once FILE has a sibling with the ending .go, which is gone then. Several of these may
+stand with a ``;`` between. ``half``: of the guesses only the first 2 MiB are served until then. ``late;`` before all:
+the destination takes its emulator for not yet loaded until it has the source's word. ``early;``: it does not say that
+it has received all before its emulator is loaded, and does not hear before that that the guest is given. ``patient;``:
+the source waits for that word, and does not go by what has arrived. ``soon;``: it says that it has received all once it
+has the source's word, which the source says by what it was told to have arrived. ``torn;``: of the state the end is
+missing, which is noticed then. ``ahead;``: its emulator gets none of the state before it has asked for what its load
+will read.
 
 Where something else than the command is killed, a line ``=KIND`` says so: there may be none of the kind at that step.
 

@@ -13,6 +13,7 @@ from lazymem.cli import snapshot
 from lazymem.demo.vmrun import Vm, VmGuest, started
 from lazymem.vm.guests import build_guest
 from tests.support.mounts import Mounted, Server
+from tests.support.stopping import stop
 
 
 def saved(folder: Path, sockets: Path, ram_bytes: int, name: str) -> Path:
@@ -52,7 +53,7 @@ def missing_pages(mount: Mounted) -> int:
 @contextlib.contextmanager
 def stalled(server: Server) -> Iterator[None]:
     """It is there, and says nothing."""
-    os.kill(server.pid, signal.SIGSTOP)
+    stop(server.pid)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from lazymem.cli.forkrequest import SOCKET_VARIABLE, Request
 from tests.support.forkservers import Forked, ForkServer, parent_of
 from tests.support.mounts import WAIT_SECONDS, Stage, command, wait_until
 from tests.support.snapshots import BuiltSnapshot
+from tests.support.stopping import stop
 
 COMMAND = "lazymem.cli.mountcommand"
 WITHOUT = "lazymem-mount: starts without the fork server: "
@@ -82,7 +83,7 @@ def test_a_child_that_stood_still_finds_that_the_command_went_on_without_it(
 ) -> None:
     """Nor did it get the command's output, whose end `Mounted` waits for."""
     child = waiting_child(forker)
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
     mount = mounts.mount(mounts.serve(snapshot.folder).address, kind=Forked)
     assert mount.result.stderr == f"{WITHOUT}timed out\n"
     os.kill(child, signal.SIGCONT)
@@ -95,7 +96,7 @@ def test_it_is_ended_before_it_knows_that_its_child_has_work(
     snapshot: BuiltSnapshot, mounts: Stage, forker: ForkServer
 ) -> None:
     """It stands still while the child takes a command, and is told to end; the mount goes on."""
-    forker.process.send_signal(signal.SIGSTOP)
+    stop(forker.process.pid)
     mount = mounts.mount(mounts.serve(snapshot.folder).address, "--no-supervisor", kind=Forked)
     assert parent_of(mount.pid) == forker.process.pid
     forker.process.send_signal(signal.SIGTERM)
@@ -176,7 +177,7 @@ def test_a_command_that_is_interrupted_before_it_was_taken_says_so(tmp_path: Pat
 def test_who_only_stands_in_a_full_queue_is_still_there(forker: ForkServer) -> None:
     stopped = [waiting_child(forker), forker.process.pid]
     for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
     with contextlib.ExitStack() as opened:
         try:
             while _is_room(opened, forker.path):

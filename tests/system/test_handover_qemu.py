@@ -20,6 +20,7 @@ from tests.support import skips
 from tests.support.handover import Pair, pair
 from tests.support.networkhosts import NetworkHost, two_hosts
 from tests.support.qemu import RAM_BYTES, BootedGuest, booted
+from tests.support.stopping import stop
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
@@ -195,7 +196,7 @@ def _falls_silent(two: Pair) -> None:
     two.begin(source_dies="patient;", destination_dies="early;hold:EVENT LOADED")
     two.receive.wait_at("!EVENT LOADED")
     assert two.receive.process is not None
-    os.kill(two.receive.process.pid, signal.SIGSTOP)
+    stop(two.receive.process.pid)
     try:
         two.receive.let_go_on()
         assert two.send.wait() == MonitorError.exit_code, two.tell()

@@ -26,6 +26,7 @@ from lazymem.snapshot import workingset
 from tests.support import skips
 from tests.support.mounts import WAIT_SECONDS, Mounted, Stage, command, drop_kernel_cache, page_of, wait_until
 from tests.support.snapshots import BuiltSnapshot, make_snapshot
+from tests.support.stopping import stop
 from tests.support.writers import Writer
 
 pytestmark = [
@@ -98,7 +99,7 @@ def test_a_reader_on_a_missing_page(mounts: Stage, snapshot: BuiltSnapshot) -> N
     """Killed while the page is on its way: the next daemon is asked for it again, the guest gets it."""
     server = mounts.serve(snapshot.folder)
     mount = mounts.mount(server.address, *QUIET)
-    os.kill(server.pid, signal.SIGSTOP)
+    stop(server.pid)
     found: list[bytes] = []
     descriptor = os.open(mount.ram_path, os.O_RDONLY)
     # Not a map: a thread that stands on one holds Python's lock.
@@ -403,7 +404,7 @@ def test_both_killed_is_the_mounts_end(mounts: Stage, snapshot: BuiltSnapshot, t
     mapped[:4] = b"kept"
     mapped.flush(0, PAGE_SIZE)
     supervisor = supervisor_of(mount)
-    os.kill(supervisor, signal.SIGSTOP)  # so that it sees nothing before both are dead
+    stop(supervisor)  # so that it sees nothing before both are dead
     os.kill(mount.pid, signal.SIGKILL)
     os.kill(supervisor, signal.SIGKILL)
     mount.wait_ended()
@@ -451,7 +452,7 @@ def test_an_end_while_there_is_no_daemon(mounts: Stage, snapshot: BuiltSnapshot)
     """Unmounted in between: nobody starts one, and the private folder goes all the same."""
     mount = mounts.mount(mounts.serve(snapshot.folder).address, *QUIET)
     supervisor = supervisor_of(mount)
-    os.kill(supervisor, signal.SIGSTOP)
+    stop(supervisor)
     os.kill(mount.pid, signal.SIGKILL)
     subprocess.run(["umount", "-l", mount.path], check=True, timeout=30)
     os.kill(supervisor, signal.SIGCONT)
@@ -469,7 +470,7 @@ def test_a_named_folder_is_whole_then_too(mounts: Stage, snapshot: BuiltSnapshot
     os.close(descriptor)
     assert (state / "synced").read_bytes()[5] == 0
     supervisor = supervisor_of(mount)
-    os.kill(supervisor, signal.SIGSTOP)
+    stop(supervisor)
     os.kill(mount.pid, signal.SIGKILL)
     subprocess.run(["umount", "-l", mount.path], check=True, timeout=30)
     os.kill(supervisor, signal.SIGCONT)

@@ -19,6 +19,7 @@ from lazymem.vm.guests import build_guest
 from lazymem.vm.identity import check_state_belongs
 from tests.support.mounts import Mounted, Stage
 from tests.support.snapshotguest import stalled
+from tests.support.stopping import stop
 from tests.support.streamreader import read_stream
 from tests.support.vmprocess import WAIT_SECONDS, Process, Start, wait_until
 
@@ -208,7 +209,7 @@ def test_an_end_that_has_to_wait_says_for_what_and_a_second_signal_does_not(
     guest = resume(start, mount, *option)
     with line_of(guest, path) as line:
         line.wait(r"tick \d+")
-        os.kill(mount.pid, signal.SIGSTOP)
+        stop(mount.pid)
         try:
             assert guest.process.stderr is not None
             guest.process.send_signal(signal.SIGTERM)

@@ -13,6 +13,7 @@ import pytest
 from tests.support import watchdog
 from tests.support.mounts import WAIT_SECONDS, Stage, wait_until
 from tests.support.snapshots import BuiltSnapshot
+from tests.support.stopping import stop
 
 pytestmark = pytest.mark.system
 
@@ -26,7 +27,7 @@ with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT
 def test_who_stands_on_a_page_is_freed(mounts: Stage, snapshot: BuiltSnapshot) -> None:
     server = mounts.serve(snapshot.folder)
     mount = mounts.mount(server.address, "--prefetch", "none")
-    os.kill(server.pid, signal.SIGSTOP)
+    stop(server.pid)
     stands = subprocess.Popen([sys.executable, "-c", TOUCH, mount.ram_path], stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: mount.status()["demand_faults"] >= 1, "it stands on a page")
