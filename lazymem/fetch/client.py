@@ -52,8 +52,7 @@ class FetchHandle:
         self._client._cancel(self._request)
 
     def promote(self, pages: PageRange, on_early: OnEarly) -> None:
-        """It was a guess, and now a reader waits: if it is not on the background connection, it changes the lane. As
-        `Handle.promote` for what comes early."""
+        """As `Handle.promote`. A guess that is not on the background connection yet changes the lane."""
         self._client._promote(self._request)
         self._request.tell_early(pages, on_early)
 

@@ -212,21 +212,22 @@ class Scheduler:
 
     def _promote(self, demand: Demand) -> None:
         for want in demand.wants:
-            if want.background and want.state is State.SENT:
-                flight = self._flights[want]
-                if flight.handle is not None:
-                    flight.handle.promote(demand.pages, partial(self._came_early, flight))
+            flight = self._flights.get(want) if want.state is State.SENT else None
+            if flight is not None and flight.handle is not None and (want.background or len(flight.wants) > 1):
+                flight.handle.promote(demand.pages, partial(self._came_early, flight))
+                if want.background:
                     self._overdue.wait_for(flight)
 
     def _came_early(self, flight: Flight, part: Fetched) -> bool:
-        """A frame of a guess that is still coming, with pages that a reader waits for, who need not wait for the rest.
-        The whole answer is judged, and kept, when it is here. False: it is not what it should be."""
+        """A frame of an answer that is still coming, a guess or what several readers wait for, with pages that one of
+        them need not wait for any longer. The whole answer is judged, and kept, when it is here. False: the frame is
+        not what it should be."""
         if not any(want.demands for want in flight.wants if want in self._flights):
             return True
         try:
             self._sink.accept(part)
         except LazymemError as error:
-            logger.debug("a part of a guess that came is of no use: %s", error)
+            logger.debug("a part of an answer that came is of no use: %s", error)
             return False
         for want in flight.wants:
             if want.state is State.SENT and self._flights.get(want) is flight:
@@ -276,6 +277,9 @@ class Scheduler:
         flight.handle = self._starter.start_fetch(
             flight.ranges, want_leaves=want_leaves, background=background, on_done=on_done
         )
+        if not background and len(wants) > 1:
+            for want in wants:
+                flight.handle.promote(want.pages, partial(self._came_early, flight))
 
     def _land(self, flight: Flight) -> None:
         self._overdue.landed(flight)

@@ -43,8 +43,9 @@ class Handle(Protocol):
         ...
 
     def promote(self, pages: PageRange, on_early: OnEarly) -> None:
-        """A reader waits for `pages` of this guess now. Parts of the answer that have some of them are given to
-        `on_early` as they come, those that are here already at once; `on_done` gets them again, with the rest."""
+        """A reader waits for `pages` of it now, be it a guess or what several readers wait for. Parts of the answer
+        that have some of them are given to `on_early` as they come, those that are here already at once; `on_done` gets
+        them again, with the rest."""
         ...
 
 

@@ -847,6 +847,42 @@ async def test_a_read_that_joined_a_guess_waits_for_its_own_frame_only(
     assert_empty(scheduler)
 
 
+async def test_reads_that_share_a_request_wait_for_their_own_frames_only(
+    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """All requests are out, so two demands travel together. Nobody waits for the other's page, nor does one who comes
+    for a page that is here while the rest is not."""
+    peer.answers = lambda peer, request: None
+    scheduler = Scheduler(await network.connect(), sink, nursery, budget=Budget(max_demand_requests=1))
+    read: dict[int, bytes] = {}
+
+    async def reader(page: int) -> None:
+        read[page] = joined(await scheduler.demand(PageRange(page, 1)))
+
+    for page in (1, 9, 5):
+        nursery.start_soon(reader, page)
+        await settle()
+    (alone,) = peer.fetches
+    for frame in peer.pages(alone.id, alone.ranges):
+        await peer.say(frame)
+    await settle()
+    _, shared = peer.fetches
+    assert shared.ranges == (PageRange(5, 1), PageRange(9, 1))
+    first, second = peer.pages(shared.id, shared.ranges)
+    await peer.say(first)
+    await settle()
+    assert read == {page: peer.bytes_of(PageRange(page, 1)) for page in (1, 5)}, "page 5 waited for page 9"
+    with trio.fail_after(0):
+        assert joined(await scheduler.demand(PageRange(5, 1))) == peer.bytes_of(PageRange(5, 1))
+    await peer.say(second)
+    await settle()
+    assert read[9] == peer.bytes_of(PageRange(9, 1))
+    await scheduler.wait_kept()
+    await settle()
+    assert len(peer.fetches) == 2
+    assert_empty(scheduler)
+
+
 async def test_what_is_wrong_in_an_early_frame_is_given_to_nobody(
     autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
 ) -> None:
