@@ -14,6 +14,7 @@ from bench.measures import (
     ready,
     relay,
     rewrite,
+    stages,
     stream,
     touch,
     writes,
@@ -42,6 +43,7 @@ MEASURES: dict[str, Measure] = {
         clones.QEMU,
         rewrite.MEASURE,
         rewrite.IN_GROUP,
+        stages.MEASURE,
         relay.MEASURE,
     )
 }
