@@ -18,7 +18,7 @@ from bench.way import VARIANTS
 from bench.ways import WAYS
 
 _EPILOG = """examples:
-  python -m bench                                        everything, three rounds: about an hour
+  python -m bench                                        everything, three rounds: well over an hour
   python -m bench --measure touch --link loopback        one row
   python -m bench --measure linux --link 20ms --way local --way lazymem --way nbdfuse --rounds 1
   python -m bench --measure fill --way lazymem --way nbdfuse --protection
