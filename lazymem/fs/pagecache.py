@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import mmap
 import os
 import threading
@@ -129,7 +130,8 @@ class PageCache:
         self._arrived = trio.Event()
         self._held_pages = 0  # at the last round's begin
         self._reads = self._guest_reads = self._dropped_reads = 0
-        self._guest_reads_before = 0  # at the last step
+        self._guest_reads_before = 0  # at the last look
+        self._guest_seen_at = -math.inf  # the last look that found new ones
         self._maybe_file: OwnFile | None = None
         self._is_done = False  # the last round found nothing to fill, nor anything that could become it
         self._over = False
@@ -270,15 +272,21 @@ class PageCache:
     async def _turn(self) -> int:
         """Wait until the guest asks for nothing; how many requests of ours it then does not mind."""
         give_up = trio.current_time() + PATIENCE_SECONDS
-        while self._guest_reads != self._guest_reads_before and trio.current_time() < give_up:
-            self._guest_reads_before = self._guest_reads
+        while (busy := self._guest_is_busy()) and trio.current_time() < give_up:  # noqa: ASYNC110  # as above
             await trio.sleep(QUIET_SECONDS)
-        busy = self._guest_reads != self._guest_reads_before
-        self._guest_reads_before = self._guest_reads
         if self._demands_wait():
             await trio.sleep(DEMAND_SECONDS)
             busy = True
         return 1 if busy else MAX_OPEN
+
+    def _guest_is_busy(self) -> bool:
+        """Whether it has asked for a page since the last look, or was seen to by one that is not long past: a step is
+        over in a millisecond, and a guest that asks for nothing meanwhile is not quiet yet."""
+        now = trio.current_time()
+        if self._guest_reads != self._guest_reads_before:
+            self._guest_reads_before = self._guest_reads
+            self._guest_seen_at = now
+        return now - self._guest_seen_at < QUIET_SECONDS
 
     async def _ask(self, steps: Sequence[PageRange]) -> None:
         """Have the kernel take `steps`; returns when it has got them, or is slow about it."""
