@@ -1,4 +1,4 @@
-"""A link that notes what a client asks its server for, and on which answers can be held back."""
+"""Links that note what a client asks its server for, and on which answers can be held back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from lazymem.pages import PageRange
 from lazymem.wire import frame
 from lazymem.wire.codec import decode
-from lazymem.wire.messages import Fetch
+from lazymem.wire.messages import Fetch, FetchFlag
 from tests.support.badlink import LOOK_SECONDS, BadLink, _Connection
 
 
@@ -22,18 +22,45 @@ class HeldAnswers(BadLink):
 
     def asked(self) -> list[PageRange]:
         """What was fetched over each connection, in order."""
-        return [pages for said in list(self._said.values()) for pages in _fetched(said)]
+        return [pages for fetches in self._fetches() for fetch in fetches for pages in fetch.ranges]
+
+    def _fetches(self) -> list[list[Fetch]]:
+        """Of each connection."""
+        return [_fetches_in(said) for said in list(self._said.values())]
+
+    def _holds(self, connection: _Connection) -> bool:
+        return self.holding
 
     def _pass_on(self, connection: _Connection, data: bytes, to: socket.socket) -> None:
         if to is connection.server:
             self._said[connection] = self._said.get(connection, b"") + data
-        while to is connection.client and self.holding and not self._closing:
+        while to is connection.client and self._holds(connection) and not self._closing:
             time.sleep(LOOK_SECONDS)
         super()._pass_on(connection, data, to)
 
 
-def _fetched(said: bytes) -> list[PageRange]:
-    found: list[PageRange] = []
+class HeldGuesses(HeldAnswers):
+    """While `holding`, as it is from the beginning, a client that guesses hears nothing where it does."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(target)
+        self.holding = True
+
+    def guessed(self) -> list[list[PageRange]]:
+        """What was asked for over each connection on which somebody guesses; the earlier ones first."""
+        all_fetches = [[fetch for fetch in fetches if _is_guess(fetch)] for fetches in self._fetches()]
+        return [[pages for fetch in fetches for pages in fetch.ranges] for fetches in all_fetches if fetches]
+
+    def _holds(self, connection: _Connection) -> bool:
+        return self.holding and any(map(_is_guess, _fetches_in(self._said.get(connection, b""))))
+
+
+def _is_guess(fetch: Fetch) -> bool:
+    return bool(fetch.flags & FetchFlag.BACKGROUND)
+
+
+def _fetches_in(said: bytes) -> list[Fetch]:
+    found: list[Fetch] = []
     at = 0
     while at + frame.HEADER.size <= len(said):
         length, number, flags, _, request_id = frame.HEADER.unpack_from(said, at)
@@ -42,6 +69,6 @@ def _fetched(said: bytes) -> list[PageRange]:
             break
         message = decode(number, flags, request_id, said, at, at + length)
         if isinstance(message, Fetch):
-            found += message.ranges
+            found.append(message)
         at += length
     return found

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from lazymem.cli.confinement import DAEMONS
 from lazymem.cli.fillprocess import NICENESS
-from lazymem.pages import PAGE_SIZE
+from lazymem.pages import PAGE_SIZE, PageRange
+from lazymem.snapshot import workingset
+from lazymem.snapshot.workingset import WorkingSet
+from tests.support.heldanswers import HeldGuesses
 from tests.support.mounts import Mounted, Stage, wait_until
 from tests.support.privileges import NOBODY, root_may_become_nobody
 from tests.support.processstatus import status_of, threads_of
@@ -32,6 +36,12 @@ def snapshot(tmp_path: Path) -> BuiltSnapshot:
 
 
 @pytest.fixture
+def noise(tmp_path: Path) -> BuiltSnapshot:
+    """No zero pages, and no two equal ones: whatever is held was fetched."""
+    return make_snapshot(tmp_path / "noise", ram=random.Random(29).randbytes(PAGES * PAGE_SIZE))
+
+
+@pytest.fixture
 def slow(mounts: Stage, snapshot: BuiltSnapshot) -> Iterator[str]:
     """The address of a server behind a link that takes a minute for the snapshot."""
     with slow_link(mounts.serve(snapshot.folder).address, 250_000) as address:
@@ -41,6 +51,10 @@ def slow(mounts: Stage, snapshot: BuiltSnapshot) -> Iterator[str]:
 def filler_of(mounted: Mounted) -> int:
     wait_until(lambda: len(fillers_of(mounted.pid)) == 1, "the filling process")
     return fillers_of(mounted.pid)[0]
+
+
+def pages_of(ranges: Iterable[PageRange]) -> set[int]:
+    return {page for pages in ranges for page in range(pages.start, pages.end)}
 
 
 def test_it_brings_everything_and_is_gone(mounts: Stage, snapshot: BuiltSnapshot) -> None:
@@ -55,17 +69,34 @@ def test_it_brings_everything_and_is_gone(mounts: Stage, snapshot: BuiltSnapshot
     assert mounted.ram_path.read_bytes() == snapshot.ram
 
 
-def test_the_daemon_goes_on_when_it_is_killed(mounts: Stage, snapshot: BuiltSnapshot, slow: str) -> None:
-    mounted = mounts.mount(slow)
-    os.kill(filler_of(mounted), signal.SIGKILL)
-    wait_until(lambda: "going on without it" in mounted.log.read_text(), "the daemon to notice")
-    held = mounted.status()["pages_held"]
-    wait_until(lambda: mounted.status()["pages_held"] > held + 200, "the daemon's own sweep")
-    descriptor = os.open(mounted.ram_path, os.O_RDONLY)
-    try:
-        assert os.pread(descriptor, 4096, 4095 * 4096) == snapshot.page(4095), "and a demand goes before it"
-    finally:
-        os.close(descriptor)
+@pytest.mark.parametrize("recorded", [(), (PageRange(2944, 640), PageRange(704, 32))], ids=["sweep", "set"])
+def test_the_daemon_goes_on_when_it_is_killed(
+    mounts: Stage, noise: BuiltSnapshot, recorded: tuple[PageRange, ...]
+) -> None:
+    """What it had on its way comes too, and a recorded set before the rest; and a demand before all of that."""
+    if recorded:
+        data = workingset.encode(WorkingSet(noise.identity, PAGES, recorded))
+        (noise.folder / workingset.WORKING_SET_NAME).write_bytes(data)
+    with HeldGuesses(mounts.serve(noise.folder).address) as link:
+        mounted = mounts.mount(link.address)
+        filler = filler_of(mounted)
+        wait_until(lambda: len(link.guessed()) == 1, "it to ask")
+        os.kill(filler, signal.SIGKILL)
+        wait_until(lambda: "going on without it" in mounted.log.read_text(), "the daemon to notice")
+        wait_until(lambda: len(link.guessed()) == 2, "the daemon to guess")
+        lost, asked_again = map(pages_of, link.guessed())
+        assert mounted.status()["pages_held"] == 0
+        if recorded:
+            assert lost | asked_again <= pages_of(recorded), "of both processes"
+        descriptor = os.open(mounted.ram_path, os.O_RDONLY)
+        try:
+            assert os.pread(descriptor, PAGE_SIZE, (PAGES - 1) * PAGE_SIZE) == noise.page(PAGES - 1)
+        finally:
+            os.close(descriptor)
+        link.holding = False
+        wait_until(lambda: mounted.status()["pages_held"] == PAGES, "all pages")
+        assert lost <= pages_of(link.guessed()[1]), "by the daemon, which did not take them for being on their way"
+        assert mounted.ram_path.read_bytes() == noise.ram
 
 
 @pytest.mark.parametrize("kill", [False, True])
