@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from lazymem.digests import LEAF_PAGES
 from lazymem.errors import (
     LazymemError,
     LocalProtocolError,
@@ -183,7 +184,8 @@ class FetchRequest:
         except RemoteProtocolError:
             return
         digests = {frame.pages.start: frame.digests} if type(frame) is Pages and frame.digests else {}
-        wanted[0](Fetched(tuple(runs), dict(self._leaves), digests))
+        leaves = range(runs[0].pages.start // LEAF_PAGES, (runs[-1].pages.end - 1) // LEAF_PAGES + 1)
+        wanted[0](Fetched(tuple(runs), {leaf: self._leaves[leaf] for leaf in leaves if leaf in self._leaves}, digests))
 
     def end(self, maybe_error: LazymemError | None) -> None:
         self._on_done(self, maybe_error)

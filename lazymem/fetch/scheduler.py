@@ -211,12 +211,13 @@ class Scheduler:
             raise DeadlineError(f"page {pages.start} did not come within {self._deadline:g} s")
 
     def _promote(self, demand: Demand) -> None:
-        for want in demand.wants:
-            flight = self._flights.get(want) if want.state is State.SENT else None
-            if flight is not None and flight.handle is not None and (want.background or len(flight.wants) > 1):
-                flight.handle.promote(demand.pages, partial(self._came_early, flight))
-                if want.background:
-                    self._overdue.wait_for(flight)
+        sent = [self._flights.get(want) for want in demand.wants if want.state is State.SENT]
+        for flight in dict.fromkeys(sent):
+            if flight is None or flight.handle is None or (not flight.background and len(flight.wants) == 1):
+                continue  # a lone fault's comes as a whole
+            flight.handle.promote(demand.pages, partial(self._came_early, flight))
+            if flight.background:
+                self._overdue.wait_for(flight)
 
     def _came_early(self, flight: Flight, part: Fetched) -> bool:
         """A frame of an answer that is still coming, a guess or what several readers wait for, with pages that one of
@@ -229,7 +230,10 @@ class Scheduler:
         except LazymemError as error:
             logger.debug("a part of an answer that came is of no use: %s", error)
             return False
+        start, end = part.runs[0].pages.start, part.runs[-1].pages.end
         for want in flight.wants:
+            if want.pages.start >= end or want.pages.end <= start:
+                continue  # most of many
             if want.state is State.SENT and self._flights.get(want) is flight:
                 runs = cut_runs(part.runs, want.pages)
                 if runs:
@@ -238,8 +242,8 @@ class Scheduler:
 
     def _leave(self, demand: Demand) -> None:
         for flight in {self._flights[want] for want in self._table.leave(demand) if want in self._flights}:
-            if flight.background or any(want.demands for want in flight.wants):
-                continue
+            if flight.background or any(want.demands or want.runs for want in flight.wants):
+                continue  # what somebody was given already is kept, too
             if flight.handle is not None:
                 flight.handle.cancel()
             self._land(flight)
@@ -278,8 +282,8 @@ class Scheduler:
             flight.ranges, want_leaves=want_leaves, background=background, on_done=on_done
         )
         if not background and len(wants) > 1:
-            for want in wants:
-                flight.handle.promote(want.pages, partial(self._came_early, flight))
+            first, last = flight.ranges[0].start, flight.ranges[-1].end
+            flight.handle.promote(PageRange(first, last - first), partial(self._came_early, flight))
 
     def _land(self, flight: Flight) -> None:
         self._overdue.landed(flight)

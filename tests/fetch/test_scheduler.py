@@ -847,40 +847,100 @@ async def test_a_read_that_joined_a_guess_waits_for_its_own_frame_only(
     assert_empty(scheduler)
 
 
-async def test_reads_that_share_a_request_wait_for_their_own_frames_only(
-    autojump_clock: MockClock, network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
-) -> None:
-    """All requests are out, so two demands travel together. Nobody waits for the other's page, nor does one who comes
-    for a page that is here while the rest is not."""
-    peer.answers = lambda peer, request: None
-    scheduler = Scheduler(await network.connect(), sink, nursery, budget=Budget(max_demand_requests=1))
-    read: dict[int, bytes] = {}
+class SharedRequest:
+    """One request is out at a time, so the demands of `pages` travel together behind one of page 1. `read`: what their
+    readers got."""
 
-    async def reader(page: int) -> None:
-        read[page] = joined(await scheduler.demand(PageRange(page, 1)))
+    def __init__(self, scheduler: Scheduler, peer: Peer, joined: Joined) -> None:
+        self.scheduler = scheduler
+        self.read: dict[int, bytes] = {}
+        self._peer = peer
+        self._joined = joined
 
-    for page in (1, 9, 5):
-        nursery.start_soon(reader, page)
+    async def reader(self, page: int) -> None:
+        self.read[page] = self._joined(await self.scheduler.demand(PageRange(page, 1)))
+
+    async def send(self, nursery: trio.Nursery, *pages: int) -> list[Message]:
+        """The frames of its answer."""
+        peer = self._peer
+        peer.answers = lambda peer, request: None
+        for page in (1, *pages):
+            nursery.start_soon(self.reader, page)
+            await settle()
+        (alone,) = peer.fetches
+        for frame in peer.pages(alone.id, alone.ranges):
+            await peer.say(frame)
         await settle()
-    (alone,) = peer.fetches
-    for frame in peer.pages(alone.id, alone.ranges):
-        await peer.say(frame)
-    await settle()
-    _, shared = peer.fetches
-    assert shared.ranges == (PageRange(5, 1), PageRange(9, 1))
-    first, second = peer.pages(shared.id, shared.ranges)
+        _, shared = peer.fetches
+        assert shared.ranges == tuple(PageRange(page, 1) for page in sorted(pages))
+        return peer.pages(shared.id, shared.ranges)
+
+
+@pytest.fixture
+async def shared(
+    network: Network, peer: Peer, sink: MemorySink, nursery: trio.Nursery, joined: Joined
+) -> SharedRequest:
+    scheduler = Scheduler(await network.connect(), sink, nursery, budget=Budget(max_demand_requests=1))
+    return SharedRequest(scheduler, peer, joined)
+
+
+async def test_reads_that_share_a_request_wait_for_their_own_frames_only(
+    autojump_clock: MockClock, peer: Peer, shared: SharedRequest, nursery: trio.Nursery, joined: Joined
+) -> None:
+    """Nobody waits for the other's page, nor does one who comes for a page that is here while the rest is not."""
+    first, second = await shared.send(nursery, 9, 5)
     await peer.say(first)
     await settle()
-    assert read == {page: peer.bytes_of(PageRange(page, 1)) for page in (1, 5)}, "page 5 waited for page 9"
+    assert shared.read == {page: peer.bytes_of(PageRange(page, 1)) for page in (1, 5)}, "page 5 waited for page 9"
     with trio.fail_after(0):
-        assert joined(await scheduler.demand(PageRange(5, 1))) == peer.bytes_of(PageRange(5, 1))
+        assert joined(await shared.scheduler.demand(PageRange(5, 1))) == peer.bytes_of(PageRange(5, 1))
     await peer.say(second)
     await settle()
-    assert read[9] == peer.bytes_of(PageRange(9, 1))
-    await scheduler.wait_kept()
+    assert shared.read[9] == peer.bytes_of(PageRange(9, 1))
+    await shared.scheduler.wait_kept()
     await settle()
     assert len(peer.fetches) == 2
-    assert_empty(scheduler)
+    assert_empty(shared.scheduler)
+
+
+async def test_a_wrong_frame_of_a_shared_request_is_asked_for_again_alone(
+    autojump_clock: MockClock, peer: Peer, shared: SharedRequest, nursery: trio.Nursery
+) -> None:
+    """Whoever was answered before keeps what he has."""
+    first, second = await shared.send(nursery, 5, 9)
+    await peer.say(first)
+    await settle()
+    peer.answers = None
+    assert isinstance(second, Pages)
+    right = digests_of(peer.bytes_of(second.pages))
+    await peer.say(Pages(second.id, second.pages, Encoding.RAW, b"x" * PAGE_SIZE, right, final=True))
+    with trio.fail_after(60):
+        while 9 not in shared.read:
+            await settle()
+    assert shared.read == {page: peer.bytes_of(PageRange(page, 1)) for page in (1, 5, 9)}
+    assert [fetch.ranges for fetch in peer.fetches[2:]] == [(PageRange(9, 1),)]
+    await shared.scheduler.wait_kept()
+    await settle()
+    assert_empty(shared.scheduler)
+
+
+async def test_what_a_reader_was_given_is_kept_when_the_other_one_leaves(
+    autojump_clock: MockClock, peer: Peer, shared: SharedRequest, sink: MemorySink, nursery: trio.Nursery
+) -> None:
+    """Their request goes on."""
+    async with trio.open_nursery() as leaves:
+        first, second = await shared.send(leaves, 5, 9)
+        await peer.say(first)
+        await settle()
+        leaves.cancel_scope.cancel()
+    await peer.say(second)
+    await settle()
+    await shared.scheduler.wait_kept()
+    await settle()
+    assert set(shared.read) == {1, 5}
+    assert {1, 5, 9} <= sink.held
+    assert len(peer.fetches) == 2
+    assert_empty(shared.scheduler)
 
 
 async def test_what_is_wrong_in_an_early_frame_is_given_to_nobody(

@@ -22,11 +22,7 @@ class HeldAnswers(BadLink):
 
     def asked(self) -> list[PageRange]:
         """What was fetched over each connection, in order."""
-        return [pages for fetches in self._fetches() for fetch in fetches for pages in fetch.ranges]
-
-    def _fetches(self) -> list[list[Fetch]]:
-        """Of each connection."""
-        return [_fetches_in(said) for said in list(self._said.values())]
+        return [pages for said in list(self._said.values()) for fetch in _fetches_in(said) for pages in fetch.ranges]
 
     def _holds(self, connection: _Connection) -> bool:
         return self.holding
@@ -43,16 +39,24 @@ class HeldGuesses(HeldAnswers):
     """While `holding`, as it is from the beginning, a client that guesses hears nothing where it does."""
 
     def __init__(self, target: str) -> None:
+        self._guessers: list[_Connection] = []
         super().__init__(target)
         self.holding = True
 
     def guessed(self) -> list[list[PageRange]]:
-        """What was asked for over each connection on which somebody guesses; the earlier ones first."""
-        all_fetches = [[fetch for fetch in fetches if _is_guess(fetch)] for fetches in self._fetches()]
-        return [[pages for fetch in fetches for pages in fetch.ranges] for fetches in all_fetches if fetches]
+        """What was asked for over each connection on which somebody guesses; whose first guess was earlier is first."""
+        said = [self._said[connection] for connection in list(self._guessers)]
+        return [[pages for fetch in _fetches_in(one) if _is_guess(fetch) for pages in fetch.ranges] for one in said]
 
     def _holds(self, connection: _Connection) -> bool:
-        return self.holding and any(map(_is_guess, _fetches_in(self._said.get(connection, b""))))
+        return self.holding and connection in self._guessers
+
+    def _pass_on(self, connection: _Connection, data: bytes, to: socket.socket) -> None:
+        said = self._said.get(connection, b"") + data
+        if to is connection.server and connection not in self._guessers and any(map(_is_guess, _fetches_in(said))):
+            self._said.setdefault(connection, b"")
+            self._guessers.append(connection)
+        super()._pass_on(connection, data, to)
 
 
 def _is_guess(fetch: Fetch) -> bool:

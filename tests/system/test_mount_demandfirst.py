@@ -29,6 +29,9 @@ RATE = 2_500_000
 ROUND_TRIP_SECONDS = 0.05
 PRODUCT_BYTES = int(RATE * ROUND_TRIP_SECONDS)
 
+ALLOWED = 1.25
+"""Times the product: by so much a busy machine's relay, and what is measured of it, are off."""
+
 DEMANDS = 9
 """The middle one of so many counts: a process that stood still for a moment takes what has piled up meanwhile for a
 faster link, for some round trips."""
@@ -37,7 +40,7 @@ faster link, for some round trips."""
 def most_before(gain: float) -> float:
     """Bytes of guesses before an answer: so many products of bandwidth and delay are out at a time. What comes beyond
     them is a frame that has begun, and what the server's kernel has taken and not sent."""
-    return gain * PRODUCT_BYTES + frame_pages_at(RATE) * PAGE_SIZE + unsent_bytes_at(RATE)
+    return gain * ALLOWED * PRODUCT_BYTES + frame_pages_at(RATE) * PAGE_SIZE + unsent_bytes_at(RATE)
 
 
 @pytest.fixture
@@ -89,8 +92,7 @@ def wait_filled(mounted: Mounted, pages: int) -> None:
 def test_guesses_before_a_demand_are_about_a_product_of_bandwidth_and_delay(
     mounts: Stage, noise: BuiltSnapshot, link: CountingLink
 ) -> None:
-    """Two for one that nobody expected, and one while they go on. They are counted, so that how fast this machine is
-    does not matter."""
+    """Two for one that nobody expected, and one while they go on. Bytes are counted, and nothing is timed."""
     mounted = mounts.mount(link.address)
     wait_filled(mounted, 1000)
     guest = Guest(mounted, link, noise)
