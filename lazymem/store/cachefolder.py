@@ -95,10 +95,18 @@ def _create_unless_another_did(cache: Path, path: Path, origin: RamOrigin) -> No
         if os.path.lexists(path):
             return
         if is_locked:  # so nobody is at any of them
-            for draft in cache.glob(f"{_DRAFT_PREFIX}*"):
-                if _DRAFT.fullmatch(draft.name) and not folders.why_not_ours(draft) and _only_ours_in(draft):
+            for draft in _drafts(cache):
+                if not folders.why_not_ours(draft) and _only_ours_in(draft):
                     folders.remove_folder(draft)
         _create(cache, path, origin)
+
+
+def _drafts(cache: Path) -> list[Path]:
+    """None if the disk does not say: whoever comes next looks again."""
+    try:
+        return [cache / name for name in os.listdir(cache) if _DRAFT.fullmatch(name)]
+    except OSError:
+        return []
 
 
 def _only_ours_in(draft: Path) -> bool:
