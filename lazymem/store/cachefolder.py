@@ -102,7 +102,7 @@ def _create_unless_another_did(cache: Path, path: Path, origin: RamOrigin) -> No
 
 
 def _drafts(cache: Path) -> list[Path]:
-    """None if the disk does not say: whoever comes next looks again."""
+    """Of killed ones. Empty if the disk does not say: whoever comes next looks again."""
     try:
         return [cache / name for name in os.listdir(cache) if _DRAFT.fullmatch(name)]
     except OSError:

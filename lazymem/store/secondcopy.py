@@ -20,9 +20,9 @@ GATHER_SECONDS = 0.1
 """What is named in so long a time is let go together: neighbours in one call. A guest that reads 300 MB a second leaves
 30 MB to be let go."""
 
-_ROUNDS_UNTIL_ASKED = (0, 1, 10, 100)
-"""At once, for what is on the disk; after that, for what a disk takes in a tenth of a second; after a second, for one
-that was busy; and after ten, for a slow one: to be asked is what begins the writing."""
+_ROUNDS_UNTIL_ASKED = (0, 1, 10)
+"""At once, for what is on the disk; after that, for what a disk takes in a tenth of a second; and after a second, for
+one that was busy."""
 
 _NOTHING: list[tuple[int, int]] = []
 

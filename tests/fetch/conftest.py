@@ -10,9 +10,11 @@ import trio.testing
 
 from lazymem.errors import ServerUnreachableError
 from lazymem.fetch.client import Client, connect
+from lazymem.fetch.scheduler import Scheduler
 from lazymem.fetch.transport import Transport
 from lazymem.pages import PageRun
 from lazymem.settings import LinkSettings, ServerAddress, parse_server
+from tests.support.memorysink import MemorySink
 from tests.support.memorytransport import MemoryStream, MemoryTransport
 from tests.support.peer import Peer, make_ram
 
@@ -77,3 +79,23 @@ Joined = Callable[[Sequence[PageRun]], bytes]
 @pytest.fixture(name="joined")
 def joined_fixture() -> Joined:
     return joined
+
+
+@pytest.fixture
+def sink(peer: Peer) -> MemorySink:
+    return MemorySink(peer.ram)
+
+
+async def settle() -> None:
+    await trio.testing.wait_all_tasks_blocked()
+
+
+def assert_empty(scheduler: Scheduler) -> None:
+    """Nothing is left in any table."""
+    statistics = scheduler.statistics()
+    assert statistics.in_flight_pages == statistics.background_in_flight_pages == 0
+    assert statistics.unkept_pages == statistics.queued_demands == 0
+    assert not scheduler._flights
+    assert not len(scheduler._table)
+    assert scheduler._demands.flights == 0
+    assert statistics.link is None or statistics.link.open_requests == 0

@@ -27,11 +27,6 @@ PAGES = PageRange(10, 2)
 
 
 @pytest.fixture
-def sink(peer: Peer) -> MemorySink:
-    return MemorySink(peer.ram)
-
-
-@pytest.fixture
 def begun() -> float:
     """When the request for `PAGES` was sent, of `perf_counter`."""
     return perf_counter()

@@ -57,11 +57,6 @@ def server(peer: Peer) -> KeepsGuessesBack:
     return peer.answers
 
 
-@pytest.fixture
-def sink(peer: Peer) -> MemorySink:
-    return MemorySink(peer.ram)
-
-
 async def test_a_reader_waits_for_a_guess_that_stands_still_for_a_moment_only(
     autojump_clock: MockClock,
     network: Network,

@@ -156,6 +156,25 @@ def test_where_locks_are_not_known_a_draft_may_be_somebodys(
     assert draft.exists() is not has_locks
 
 
+def test_a_disk_that_does_not_list_the_folder_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft stays for whoever comes next."""
+    draft = tmp_path / ".new-cache-0123456789abcdef"
+    folders.make_folder(draft)
+    real = os.listdir
+
+    def listed(path: str | Path) -> list[str]:
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", listed)
+        open_cache(tmp_path, ORIGIN).close()
+    assert draft.exists()
+    open_cache(tmp_path, OTHER).close()
+    assert not draft.exists()
+
+
 def test_what_another_made_anew_meanwhile_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both found the wrong one. A mount and its filling process then had a cache each, and nothing that one brought was
     seen by the other."""
